@@ -1,0 +1,192 @@
+/*
+ * Block replication: what the two roles of a node share
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef BLOCK_REPLICATION_INT_H
+#define BLOCK_REPLICATION_INT_H
+
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/blockjob.h"
+#include "block/replication.h"
+
+/*
+ * Where a node stands.  replication_stages[] in block/replication.c says what
+ * each stage allows.
+ */
+typedef enum ReplicationStage {
+    /* Not started since it was opened */
+    REPLICATION_STAGE_NONE,
+    REPLICATION_STAGE_RUNNING,
+    /* Secondary: the overlays do not stand for one checkpoint any more */
+    REPLICATION_STAGE_BROKEN,
+    /* Ended in peace; may start again */
+    REPLICATION_STAGE_STOPPED,
+    /* Secondary: the commit job merges the overlays into the disk */
+    REPLICATION_STAGE_FAILOVER,
+    /* Secondary: the overlays are complete, but the merge is not */
+    REPLICATION_STAGE_FAILOVER_FAILED,
+    /* Failed over; this host has the only copy */
+    REPLICATION_STAGE_DONE,
+    REPLICATION_STAGE__MAX,
+} ReplicationStage;
+
+typedef struct ReplicationPrimary {
+    /*
+     * Why the first request that the secondary should have got did not reach
+     * it: a negative errno, or 0.  Accessed with atomic operations.
+     */
+    int forward_error;
+
+    /* The guest wrote while nothing was forwarded.  Atomic operations. */
+    bool missed;
+} ReplicationPrimary;
+
+/* Except for @split_lock, all of this is protected by the BQL. */
+typedef struct ReplicationSecondary {
+    char *top_id;
+
+    /*
+     * What start takes and secondary_release() gives back.  Each is NULL or
+     * false while we do not have it.
+     */
+    BdrvChild *hidden;
+    BdrvChild *disk;
+    bool hidden_was_ro;
+    bool disk_was_ro;
+    /* WRITE is held on the active overlay, so that it can be emptied */
+    bool owns_active;
+    /* The links from this node to the secondary disk are frozen */
+    bool frozen;
+    /* Referenced, because a node must not go away with op blockers on it */
+    BlockDriverState *top;
+    Error *top_blocker;
+    BlockJob *backup_job;
+    /* Above the filter of @backup_job */
+    BlockDriverState *guard;
+    BlockJob *commit_job;
+
+    /* We are ending @backup_job ourselves */
+    bool ending_backup;
+
+    /* Why the stage is BROKEN or FAILOVER_FAILED */
+    Error *error;
+
+    /* Serialises the guest's writes in stage FAILOVER_FAILED */
+    CoMutex split_lock;
+} ReplicationSecondary;
+
+typedef struct ReplicationRole ReplicationRole;
+
+typedef struct BDRVReplicationState {
+    ReplicationMode mode;
+    const ReplicationRole *role;
+    ReplicationState *rs;
+
+    /*
+     * Changed under the BQL while the node is drained; read by requests with
+     * replication_stage().
+     */
+    ReplicationStage stage;
+
+    /* Stage before the last start that did something, for undo_start */
+    ReplicationStage stage_before_start;
+
+    union {
+        ReplicationPrimary primary;
+        ReplicationSecondary secondary;
+    };
+} BDRVReplicationState;
+
+/*
+ * What differs between a primary and a secondary node.  The global state
+ * functions are called only in stages that allow the operation, and without the
+ * graph lock.
+ */
+struct ReplicationRole {
+    /* Prepare our state before the first child is opened, and free it */
+    void (*init)(BlockDriverState *bs, const char *top_id);
+    void (*cleanup)(BlockDriverState *bs);
+
+    void (*child_perm)(
+        BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+        BlockReopenQueue *reopen_queue, uint64_t perm, uint64_t shared,
+        uint64_t *nperm, uint64_t *nshared);
+
+    /*
+     * Refuse a change of the graph above that would keep writes away.  Called
+     * with the graph lock.
+     */
+    bool (*check_parents)(BlockDriverState *bs, Error **errp);
+
+    /* Take what is needed to run.  On failure nothing is left taken. */
+    bool (*start)(BlockDriverState *bs, Error **errp);
+
+    bool (*checkpoint)(BlockDriverState *bs, Error **errp);
+
+    /* End in peace.  Sets the stage, also on failure. */
+    void (*stop)(BlockDriverState *bs, Error **errp);
+
+    /* Go on alone.  Sets the stage, also on failure. */
+    void (*failover)(BlockDriverState *bs, Error **errp);
+
+    /* Report a remembered error, if there is one */
+    void (*get_error)(BlockDriverState *bs, Error **errp);
+
+    /* End every job and give back what start took; the stage stays */
+    void (*release)(BlockDriverState *bs);
+
+    /* Whether a read in the present stage gives the guest's data */
+    bool (*serves_reads)(BlockDriverState *bs);
+
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pwritev)(
+        BlockDriverState *bs, int64_t offset, int64_t bytes,
+        QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags);
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pwrite_zeroes)(
+        BlockDriverState *bs, int64_t offset, int64_t bytes,
+        BdrvRequestFlags flags);
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pdiscard)(
+        BlockDriverState *bs, int64_t offset, int64_t bytes);
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_flush)(BlockDriverState *bs);
+};
+
+extern const ReplicationRole replication_primary_role;
+extern const ReplicationRole replication_secondary_role;
+
+static inline ReplicationStage replication_stage(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return qatomic_read(&s->stage);
+}
+
+/*
+ * Enter @stage.  The caller holds the BQL and has drained @bs, so that no
+ * request meets two stages.
+ */
+void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
+
+/*
+ * For a filter: pass on the flags of all requests.  What the child cannot do,
+ * the block layer does there: FUA becomes a flush, zeroes become data.
+ */
+void replication_pass_flags(BlockDriverState *bs);
+
+/*
+ * Insert a filter above @bs that remembers failed writes.  To be called with
+ * the AioContext of @bs pinned.
+ */
+BlockDriverState *replication_guard_insert(BlockDriverState *bs, Error **errp);
+
+/* The first failure of a write that came through: a negative errno, or 0 */
+int replication_guard_error(BlockDriverState *bs);
+
+/* Whether the last user above @bs that could write has gone */
+bool replication_guard_is_cut_off(BlockDriverState *bs);
+
+/* Take the filter out of the graph and delete it */
+void replication_guard_drop(BlockDriverState *bs);
+
+#endif /* BLOCK_REPLICATION_INT_H */

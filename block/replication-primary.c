@@ -1,0 +1,247 @@
+/*
+ * Block replication: the primary side
+ *
+ * Forwards what the guest changes to the secondary, and remembers what did not
+ * get there.  The guest never sees an error of the secondary: it goes on, and
+ * the next checkpoint fails instead.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "replication-int.h"
+
+/* From the moment the node is opened, lest a write before start be lost */
+static bool primary_forwards(BlockDriverState *bs)
+{
+    switch (replication_stage(bs)) {
+    case REPLICATION_STAGE_NONE:
+    case REPLICATION_STAGE_RUNNING:
+        return true;
+    case REPLICATION_STAGE_STOPPED:
+    case REPLICATION_STAGE_DONE:
+        return false;
+    default:
+        g_assert_not_reached();
+    }
+}
+
+/* What is written to an overlay above this node would not be forwarded */
+static bool GRAPH_RDLOCK
+primary_check_parents(BlockDriverState *bs, Error **errp)
+{
+    BdrvChild *c;
+
+    if (!primary_forwards(bs)) {
+        return true;
+    }
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        if (c->role & BDRV_CHILD_COW) {
+            error_setg(errp, "Replication node '%s' forwards writes and cannot "
+                       "be the backing node of an overlay",
+                       bdrv_get_node_name(bs));
+            error_append_hint(errp, "Stop replication first.\n");
+            return false;
+        }
+    }
+
+    return true;
+}
+
+/*
+ * Take note of the result of a forwarded request.  Only the first failure is
+ * reported: from then on the secondary is out of date, whatever follows.
+ */
+static void primary_forwarded(BlockDriverState *bs, const char *what, int ret)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    if (ret >= 0 || qatomic_cmpxchg(&s->primary.forward_error, 0, ret)) {
+        return;
+    }
+    error_report("Replication node '%s' failed to forward a %s to the "
+                 "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
+}
+
+/* Note that a write was not forwarded, because nothing is in this stage */
+static void primary_missed(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    qatomic_set(&s->primary.missed, true);
+}
+
+/*
+ * The secondary's disk has the guest's data only between the start, which says
+ * that it was synchronised, and the first write that it missed.
+ */
+static bool primary_serves_reads(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+           !qatomic_read(&s->primary.forward_error);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                   QEMUIOVector *qiov, size_t qiov_offset,
+                   BdrvRequestFlags flags)
+{
+    int ret;
+
+    if (!primary_forwards(bs)) {
+        primary_missed(bs);
+        return 0;
+    }
+
+    ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
+                               flags);
+    primary_forwarded(bs, "write", ret);
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                         BdrvRequestFlags flags)
+{
+    int ret;
+
+    if (!primary_forwards(bs)) {
+        primary_missed(bs);
+        return 0;
+    }
+
+    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+    if (ret == -ENOTSUP && (flags & BDRV_REQ_NO_FALLBACK)) {
+        /*
+         * The caller would fall back if it knew, but a quorum above us hides
+         * our result when the local disk can do what the secondary cannot.
+         */
+        ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes,
+                                    flags & ~BDRV_REQ_NO_FALLBACK);
+    }
+    primary_forwarded(bs, "write of zeroes", ret);
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    int ret;
+
+    if (!primary_forwards(bs)) {
+        primary_missed(bs);
+        return 0;
+    }
+
+    ret = bdrv_co_pdiscard(bs->file, offset, bytes);
+    primary_forwarded(bs, "discard", ret);
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
+{
+    int ret;
+
+    /* Where no write is forwarded there is nothing to flush, nor to miss */
+    if (!primary_forwards(bs)) {
+        return 0;
+    }
+
+    ret = bdrv_co_flush(bs->file->bs);
+    primary_forwarded(bs, "flush", ret);
+    return 0;
+}
+
+/* Set @errp if something that the guest wrote did not reach the secondary */
+static bool primary_in_sync(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int forward_error = qatomic_read(&s->primary.forward_error);
+
+    if (forward_error) {
+        error_setg_errno(errp, -forward_error,
+                         "The secondary of replication node '%s' is out of "
+                         "date and has to be resynchronised: a request could "
+                         "not be forwarded", bdrv_get_node_name(bs));
+    } else if (qatomic_read(&s->primary.missed)) {
+        error_setg(errp, "The secondary of replication node '%s' is out of "
+                   "date and has to be resynchronised: the guest wrote while "
+                   "replication was stopped", bdrv_get_node_name(bs));
+    } else {
+        return true;
+    }
+
+    error_append_hint(errp, "Remove the node, resynchronise the secondary's "
+                      "disk with a new node attached, and start again.\n");
+    return false;
+}
+
+static void primary_get_error(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    /* Writes that are missed on purpose are no error until the next start */
+    if (qatomic_read(&s->primary.forward_error)) {
+        primary_in_sync(bs, errp);
+    }
+}
+
+static bool primary_start(BlockDriverState *bs, Error **errp)
+{
+    return primary_in_sync(bs, errp);
+}
+
+/* The caller has drained the node: what the guest wrote has arrived by now */
+static bool primary_checkpoint(BlockDriverState *bs, Error **errp)
+{
+    return primary_in_sync(bs, errp);
+}
+
+static void primary_stop(BlockDriverState *bs, Error **errp)
+{
+    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
+}
+
+static void primary_failover(BlockDriverState *bs, Error **errp)
+{
+    replication_set_stage(bs, REPLICATION_STAGE_DONE);
+}
+
+static void primary_init(BlockDriverState *bs, const char *top_id)
+{
+    assert(!top_id);
+}
+
+/* A primary node takes nothing beyond its child */
+static void primary_nothing(BlockDriverState *bs)
+{
+}
+
+const ReplicationRole replication_primary_role = {
+    .init               = primary_init,
+    .cleanup            = primary_nothing,
+    .child_perm         = bdrv_default_perms,
+    .check_parents      = primary_check_parents,
+
+    .start              = primary_start,
+    .checkpoint         = primary_checkpoint,
+    .stop               = primary_stop,
+    .failover           = primary_failover,
+    .get_error          = primary_get_error,
+    .release            = primary_nothing,
+
+    .serves_reads       = primary_serves_reads,
+    .co_pwritev         = primary_co_pwritev,
+    .co_pwrite_zeroes   = primary_co_pwrite_zeroes,
+    .co_pdiscard        = primary_co_pdiscard,
+    .co_flush           = primary_co_flush,
+};

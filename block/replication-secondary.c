@@ -1,0 +1,1027 @@
+/*
+ * Block replication: the secondary side
+ *
+ * The node's child is the active overlay, over the hidden overlay, over the
+ * secondary disk.  The primary writes to the secondary disk; a backup job saves
+ * what it overwrites to the hidden overlay, so that the guest, which writes to
+ * the active overlay, sees the last checkpoint and its own writes.  A
+ * checkpoint empties both overlays.  A failover merges them into the disk.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "system/block-backend.h"
+#include "block/block_backup.h"
+#include "replication-int.h"
+
+static GRAPH_RDLOCK BlockDriverState *
+secondary_active(BlockDriverState *bs)
+{
+    return bs->file->bs;
+}
+
+static GRAPH_RDLOCK BlockDriverState *
+secondary_hidden(BlockDriverState *bs)
+{
+    return child_bs(secondary_active(bs)->backing);
+}
+
+static GRAPH_RDLOCK BlockDriverState *
+secondary_disk(BlockDriverState *bs)
+{
+    return child_bs(secondary_hidden(bs)->backing);
+}
+
+static void
+secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                     BlockReopenQueue *reopen_queue,
+                     uint64_t perm, uint64_t shared,
+                     uint64_t *nperm, uint64_t *nshared)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (!(role & BDRV_CHILD_FILTERED)) {
+        /*
+         * The hidden overlay is emptied; the secondary disk is written to after
+         * a failed failover.  Everybody else in the chain may go on, as long as
+         * the lengths stay.
+         */
+        *nperm = bs->open_flags & BDRV_O_INACTIVE ? 0 : BLK_PERM_WRITE;
+        *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
+        return;
+    }
+
+    bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+
+    /*
+     * The overlays pass on to the nodes below what we share here, and there the
+     * primary writes to the disk and its pre-images to the hidden overlay.
+     */
+    *nshared |= BLK_PERM_WRITE;
+    if (s->secondary.owns_active) {
+        *nperm |= BLK_PERM_WRITE;
+        *nshared &= ~BLK_PERM_RESIZE;
+    }
+}
+
+/* Whether the guest may touch the disk in the present stage */
+static bool secondary_serves(BlockDriverState *bs)
+{
+    ReplicationStage stage = replication_stage(bs);
+
+    return stage != REPLICATION_STAGE_NONE && stage != REPLICATION_STAGE_BROKEN;
+}
+
+/* A request that changes the disk, from @offset to @offset + @bytes */
+typedef struct SecondaryWrite {
+    enum { SECONDARY_WRITE, SECONDARY_ZEROES, SECONDARY_DISCARD } type;
+    int64_t offset;
+    int64_t bytes;
+    BdrvRequestFlags flags;
+    QEMUIOVector *qiov;
+    size_t qiov_offset;
+} SecondaryWrite;
+
+static int coroutine_fn GRAPH_RDLOCK
+secondary_write_child(BdrvChild *child, const SecondaryWrite *w)
+{
+    switch (w->type) {
+    case SECONDARY_WRITE:
+        return bdrv_co_pwritev_part(child, w->offset, w->bytes, w->qiov,
+                                    w->qiov_offset, w->flags);
+    case SECONDARY_ZEROES:
+        return bdrv_co_pwrite_zeroes(child, w->offset, w->bytes, w->flags);
+    case SECONDARY_DISCARD:
+        return bdrv_co_pdiscard(child, w->offset, w->bytes);
+    default:
+        g_assert_not_reached();
+    }
+}
+
+/*
+ * After a failed failover, write each block where the guest reads it from: to
+ * the active overlay if one of the overlays has it, else to the disk, such that
+ * the overlays, which may be full, do not grow.
+ *
+ * Writes are serialised: one that allocates a cluster in the active overlay
+ * copies the rest of it from below, and must not cover up what another one is
+ * writing to the disk there.
+ */
+static int coroutine_fn GRAPH_RDLOCK
+secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int64_t end = w.offset + w.bytes;
+    int ret;
+
+    QEMU_LOCK_GUARD(&s->secondary.split_lock);
+
+    while (w.offset < end) {
+        ret = bdrv_co_is_allocated_above(bs->file->bs, s->secondary.disk->bs,
+                                         false, w.offset, end - w.offset,
+                                         &w.bytes);
+        if (ret < 0) {
+            return ret;
+        }
+
+        ret = secondary_write_child(ret ? bs->file : s->secondary.disk, &w);
+        if (ret < 0) {
+            return ret;
+        }
+
+        w.offset += w.bytes;
+        w.qiov_offset += w.bytes;
+    }
+
+    return 0;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+secondary_write(BlockDriverState *bs, SecondaryWrite w)
+{
+    if (!secondary_serves(bs)) {
+        return -EIO;
+    }
+    if (replication_stage(bs) == REPLICATION_STAGE_FAILOVER_FAILED) {
+        return secondary_write_split(bs, w);
+    }
+
+    return secondary_write_child(bs->file, &w);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+secondary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                     QEMUIOVector *qiov, size_t qiov_offset,
+                     BdrvRequestFlags flags)
+{
+    return secondary_write(bs, (SecondaryWrite) {
+        .type           = SECONDARY_WRITE,
+        .offset         = offset,
+        .bytes          = bytes,
+        .flags          = flags,
+        .qiov           = qiov,
+        .qiov_offset    = qiov_offset,
+    });
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+secondary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                           BdrvRequestFlags flags)
+{
+    return secondary_write(bs, (SecondaryWrite) {
+        .type           = SECONDARY_ZEROES,
+        .offset         = offset,
+        .bytes          = bytes,
+        .flags          = flags,
+    });
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+secondary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    return secondary_write(bs, (SecondaryWrite) {
+        .type           = SECONDARY_DISCARD,
+        .offset         = offset,
+        .bytes          = bytes,
+    });
+}
+
+static int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    ret = bdrv_co_flush(bs->file->bs);
+    if (ret < 0) {
+        return ret;
+    }
+
+    /* Flushing an overlay does not flush what secondary_write_split() wrote */
+    if (replication_stage(bs) == REPLICATION_STAGE_FAILOVER_FAILED) {
+        return bdrv_co_flush(s->secondary.disk->bs);
+    }
+
+    return 0;
+}
+
+static void secondary_set_error(BlockDriverState *bs, Error *err)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    error_free(s->secondary.error);
+    s->secondary.error = err;
+}
+
+/*
+ * A child in another AioContext than its new parent's is moved there if nobody
+ * objects.  This keeps the nodes where they are while a job inserts its filter,
+ * so that an iothread stays in use, and because bdrv_insert_node() relies on
+ * it.  To be dropped with blk_unref().
+ */
+static BlockBackend *secondary_pin_context(BlockDriverState *bs, Error **errp)
+{
+    BlockBackend *blk = blk_new(bdrv_get_aio_context(bs), 0, BLK_PERM_ALL);
+
+    if (blk_insert_bs(blk, bs, errp) < 0) {
+        blk_unref(blk);
+        return NULL;
+    }
+
+    return blk;
+}
+
+/* Whether what is written to @top gets to @bs: not through an overlay */
+static bool GRAPH_RDLOCK
+node_is_below(BlockDriverState *bs, BlockDriverState *top)
+{
+    BdrvChild *c;
+
+    if (bs == top) {
+        return true;
+    }
+    QLIST_FOREACH(c, &top->children, next) {
+        if (!(c->role & BDRV_CHILD_COW) && node_is_below(bs, c->bs)) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
+/*
+ * An overlay above a node that runs would keep the guest's writes away from it,
+ * and checkpoints would not empty it.
+ */
+static bool GRAPH_RDLOCK
+secondary_check_parents(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *top = s->secondary.top;
+
+    if (!top || QLIST_EMPTY(&bs->parents) || node_is_below(bs, top)) {
+        return true;
+    }
+
+    error_setg(errp, "Replication node '%s' is running and cannot be cut off "
+               "from node '%s' above it", bdrv_get_node_name(bs),
+               bdrv_get_node_name(top));
+    error_append_hint(errp, "Stop replication first.\n");
+    return false;
+}
+
+static GRAPH_RDLOCK BlockDriverState *
+secondary_find_top(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    const char *top_id = s->secondary.top_id;
+    BlockDriverState *top = bdrv_lookup_bs(top_id, top_id, NULL);
+
+    if (!top) {
+        error_setg(errp, "top-id '%s' is neither a device nor a node", top_id);
+    } else if (!bdrv_is_root_node(top)) {
+        error_setg(errp, "node '%s', which top-id names, is not a root node",
+                   top_id);
+        error_append_hint(errp, "Name the node that the guest's device "
+                          "uses.\n");
+    } else if (!node_is_below(bs, top)) {
+        error_setg(errp, "node '%s', which top-id names, is not above it",
+                   top_id);
+    } else {
+        return top;
+    }
+
+    return NULL;
+}
+
+static bool GRAPH_RDLOCK
+secondary_check_overlay(BlockDriverState *overlay, const char *what,
+                        const char *backing, Error **errp)
+{
+    const char *name = bdrv_get_node_name(overlay);
+
+    if (!overlay->drv || !overlay->drv->bdrv_make_empty) {
+        error_setg(errp, "its %s '%s' cannot be emptied", what, name);
+        error_append_hint(errp, "Use a new overlay in qcow2 format.\n");
+        return false;
+    }
+    if (bdrv_is_inactive(overlay)) {
+        error_setg(errp, "its %s '%s' is inactive", what, name);
+        error_append_hint(errp, "Wait for the migration to end, or activate it "
+                          "with blockdev-set-active.\n");
+        return false;
+    }
+    if (!overlay->backing) {
+        error_setg(errp, "its %s '%s' has no backing node", what, name);
+        error_append_hint(errp, "Its backing node has to be the %s.\n",
+                          backing);
+        return false;
+    }
+
+    return true;
+}
+
+static bool GRAPH_RDLOCK
+secondary_check_disk(BlockDriverState *disk, Error **errp)
+{
+    const char *name = bdrv_get_node_name(disk);
+
+    if (!disk->drv || bdrv_is_inactive(disk)) {
+        error_setg(errp, "its secondary disk '%s' is inactive", name);
+        return false;
+    }
+    if (!bdrv_has_blk(disk)) {
+        error_setg(errp, "nobody can write to its secondary disk '%s'", name);
+        error_append_hint(errp, "Export it to the primary first, for example "
+                          "with block-export-add.\n");
+        return false;
+    }
+
+    return true;
+}
+
+static bool GRAPH_RDLOCK
+secondary_check_length(BlockDriverState *overlay, BlockDriverState *disk,
+                       Error **errp)
+{
+    int64_t overlay_length = bdrv_getlength(overlay);
+    int64_t length = bdrv_getlength(disk);
+
+    if (length < 0 || overlay_length < 0) {
+        error_setg_errno(errp, -MIN(length, overlay_length),
+                         "failed to get the length of overlay '%s' or of the "
+                         "secondary disk '%s'", bdrv_get_node_name(overlay),
+                         bdrv_get_node_name(disk));
+        return false;
+    }
+    if (length != overlay_length) {
+        error_setg(errp, "overlay '%s' has a length of %" PRId64 " bytes, the "
+                   "secondary disk '%s' of %" PRId64,
+                   bdrv_get_node_name(overlay), overlay_length,
+                   bdrv_get_node_name(disk), length);
+        return false;
+    }
+
+    return true;
+}
+
+static bool GRAPH_RDLOCK
+secondary_check_overlays(BlockDriverState *bs, Error **errp)
+{
+    BlockDriverState *active = secondary_active(bs);
+
+    if (!secondary_check_overlay(active, "active overlay", "hidden overlay",
+                                 errp)) {
+        return false;
+    }
+    if (bdrv_is_read_only(active)) {
+        error_setg(errp, "its active overlay '%s' is read-only",
+                   bdrv_get_node_name(active));
+        return false;
+    }
+
+    return secondary_check_overlay(secondary_hidden(bs), "hidden overlay",
+                                   "secondary disk", errp);
+}
+
+/* Whether the nodes below and above @bs are such that it can start */
+static bool GRAPH_RDLOCK
+secondary_check_chain(BlockDriverState *bs, Error **errp)
+{
+    BlockDriverState *disk;
+
+    if (!secondary_check_overlays(bs, errp)) {
+        return false;
+    }
+
+    disk = secondary_disk(bs);
+    return secondary_check_disk(disk, errp) &&
+           secondary_check_length(secondary_active(bs), disk, errp) &&
+           secondary_check_length(secondary_hidden(bs), disk, errp) &&
+           secondary_find_top(bs, errp);
+}
+
+/*
+ * Make @node a child of @bs that can be written to and cannot go away.
+ * *@was_ro tells secondary_detach() to make it read-only again.
+ */
+static BdrvChild *secondary_attach(BlockDriverState *bs, BlockDriverState *node,
+                                   const char *name, bool *was_ro, Error **errp)
+{
+    BdrvChild *child;
+
+    *was_ro = bdrv_is_read_only(node);
+    if (*was_ro && bdrv_reopen_set_read_only(node, false, errp) < 0) {
+        *was_ro = false;
+        return NULL;
+    }
+
+    /* The reference is the child's, or dropped on failure */
+    bdrv_ref(node);
+    bdrv_graph_wrlock();
+    child = bdrv_attach_child(bs, node, name, &child_of_bds, BDRV_CHILD_DATA,
+                              errp);
+    bdrv_graph_wrunlock();
+
+    if (!child && *was_ro) {
+        bdrv_reopen_set_read_only(node, true, NULL);
+        *was_ro = false;
+    }
+
+    return child;
+}
+
+static void secondary_detach(BlockDriverState *bs, BdrvChild **child,
+                             bool *was_ro)
+{
+    BlockDriverState *node = child_bs(*child);
+    Error *local_err = NULL;
+
+    if (!node) {
+        return;
+    }
+
+    bdrv_ref(node);
+
+    bdrv_graph_wrlock();
+    bdrv_unref_child(bs, *child);
+    bdrv_graph_wrunlock();
+    *child = NULL;
+
+    /* An overlay that failed to be emptied may have lost its driver */
+    if (*was_ro && node->drv &&
+        bdrv_reopen_set_read_only(node, true, &local_err) < 0) {
+        warn_reportf_err(local_err, "Replication node '%s' leaves '%s' "
+                         "writable: ", bdrv_get_node_name(bs),
+                         bdrv_get_node_name(node));
+    }
+    *was_ro = false;
+
+    bdrv_unref(node);
+}
+
+/* Hold, or cease to hold, the permission to empty the active overlay */
+static bool secondary_own_active(BlockDriverState *bs, bool own, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (s->secondary.owns_active == own) {
+        return true;
+    }
+
+    s->secondary.owns_active = own;
+    if (bdrv_child_refresh_perms(bs, bs->file, errp) < 0) {
+        s->secondary.owns_active = !own;
+        return false;
+    }
+
+    return true;
+}
+
+/* Without this, a reopen could take the overlays out of the guest's view */
+static bool secondary_freeze(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    assert(!s->secondary.frozen);
+    if (bdrv_freeze_backing_chain(bs, secondary_disk(bs), errp) < 0) {
+        return false;
+    }
+
+    s->secondary.frozen = true;
+    return true;
+}
+
+static void secondary_unfreeze(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!s->secondary.frozen) {
+        return;
+    }
+
+    /*
+     * Not bdrv_unfreeze_backing_chain(), which would not find the way through
+     * an overlay that failed to be emptied and has lost its driver.
+     */
+    s->secondary.frozen = false;
+    secondary_hidden(bs)->backing->frozen = false;
+    secondary_active(bs)->backing->frozen = false;
+    bs->file->frozen = false;
+}
+
+static bool secondary_block_top(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    s->secondary.top = secondary_find_top(bs, errp);
+    if (!s->secondary.top) {
+        return false;
+    }
+
+    bdrv_ref(s->secondary.top);
+    error_setg(&s->secondary.top_blocker, "replication node '%s' is running",
+               bdrv_get_node_name(bs));
+    bdrv_op_block_all(s->secondary.top, s->secondary.top_blocker);
+    return true;
+}
+
+/* May delete the top node, and with it nodes below that nobody else uses */
+static void secondary_unblock_top(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *top = s->secondary.top;
+
+    if (!top) {
+        return;
+    }
+
+    s->secondary.top = NULL;
+    bdrv_graph_rdlock_main_loop();
+    bdrv_op_unblock_all(top, s->secondary.top_blocker);
+    bdrv_graph_rdunlock_main_loop();
+    error_free(s->secondary.top_blocker);
+    s->secondary.top_blocker = NULL;
+    bdrv_unref(top);
+}
+
+static void secondary_backup_done(void *opaque, int ret);
+
+/* The context of the nodes is pinned */
+static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *hidden = s->secondary.hidden->bs;
+    BlockDriverState *disk = s->secondary.disk->bs;
+    BackupPerf perf = { .max_workers = 1 };
+
+    s->secondary.backup_job =
+        backup_job_create(NULL, disk, hidden, 0, MIRROR_SYNC_MODE_NONE, NULL,
+                          BITMAP_SYNC_MODE_NEVER, false, false, NULL, &perf,
+                          BLOCKDEV_ON_ERROR_REPORT, BLOCKDEV_ON_ERROR_REPORT,
+                          JOB_INTERNAL, secondary_backup_done, bs, NULL, errp);
+    if (!s->secondary.backup_job) {
+        error_prepend(errp, "failed to begin the backup of secondary disk '%s' "
+                      "to hidden overlay '%s': ", bdrv_get_node_name(disk),
+                      bdrv_get_node_name(hidden));
+        return false;
+    }
+    job_start(&s->secondary.backup_job->job);
+
+    /* The job has put its filter between the disk and all who write to it */
+    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs, errp);
+    return s->secondary.guard;
+}
+
+static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
+{
+    BlockBackend *pin = secondary_pin_context(bs, errp);
+    bool ok;
+
+    if (!pin) {
+        return false;
+    }
+    ok = secondary_insert_backup(bs, errp);
+    blk_unref(pin);
+
+    return ok;
+}
+
+static void secondary_end_backup(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->secondary.backup_job) {
+        s->secondary.ending_backup = true;
+        job_cancel_sync(&s->secondary.backup_job->job, true);
+        s->secondary.ending_backup = false;
+        assert(!s->secondary.backup_job);
+    }
+    if (s->secondary.guard) {
+        replication_guard_drop(s->secondary.guard);
+        s->secondary.guard = NULL;
+    }
+}
+
+/* The way back from every state, complete or half-done */
+static void secondary_release(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->secondary.commit_job) {
+        job_cancel_sync(&s->secondary.commit_job->job, true);
+        assert(!s->secondary.commit_job);
+    }
+    secondary_end_backup(bs);
+    secondary_unfreeze(bs);
+    secondary_own_active(bs, false, NULL);
+    secondary_detach(bs, &s->secondary.hidden, &s->secondary.hidden_was_ro);
+    secondary_detach(bs, &s->secondary.disk, &s->secondary.disk_was_ro);
+    secondary_unblock_top(bs);
+}
+
+/*
+ * The guest's view is gone, and only the primary is left.  Nothing is kept that
+ * could stand in its way: a hidden overlay that failed would fail its writes.
+ */
+static void secondary_break(BlockDriverState *bs, Error *err)
+{
+    secondary_set_error(bs, err);
+    secondary_release(bs);
+    replication_set_stage(bs, REPLICATION_STAGE_BROKEN);
+}
+
+/*
+ * Completion of the backup job.  It runs until it is cancelled, and only we and
+ * the end of QEMU do that.
+ */
+static void secondary_backup_done(void *opaque, int ret)
+{
+    BlockDriverState *bs = opaque;
+    BDRVReplicationState *s = bs->opaque;
+    Error *err = NULL;
+
+    s->secondary.backup_job = NULL;
+    if (s->secondary.ending_backup) {
+        return;
+    }
+
+    error_setg(&err, "The backup job of replication node '%s' has ended: the "
+               "checkpoint is lost with the primary's next write",
+               bdrv_get_node_name(bs));
+
+    bdrv_ref(bs);
+    bdrv_drained_begin(bs);
+    secondary_break(bs, err);
+    bdrv_drained_end(bs);
+    bdrv_unref(bs);
+}
+
+static bool GRAPH_RDLOCK
+secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
+                Error **errp)
+{
+    ERRP_GUARD();
+
+    if (!overlay->bs->drv) {
+        error_setg(errp, "The %s '%s' of replication node '%s' is unusable",
+                   what, bdrv_get_node_name(overlay->bs),
+                   bdrv_get_node_name(bs));
+        return false;
+    }
+    if (bdrv_make_empty(overlay, errp) < 0) {
+        error_prepend(errp, "The %s '%s' of replication node '%s': ", what,
+                      bdrv_get_node_name(overlay->bs), bdrv_get_node_name(bs));
+        return false;
+    }
+
+    return true;
+}
+
+/*
+ * Stop the guest and the primary: both write through nodes above the hidden
+ * overlay.  Returns what to give to secondary_resume().
+ */
+static BlockDriverState *secondary_quiesce(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *hidden = s->secondary.hidden->bs;
+
+    bdrv_ref(hidden);
+    bdrv_drained_begin(hidden);
+
+    return hidden;
+}
+
+static void secondary_resume(BlockDriverState *hidden)
+{
+    bdrv_drained_end(hidden);
+    bdrv_unref(hidden);
+}
+
+/* Must not meet a request in flight: the caller has secondary_quiesce()d */
+static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    assert(qatomic_read(&s->secondary.hidden->bs->quiesce_counter) > 0);
+
+    return secondary_empty(bs, bs->file, "active overlay", errp) &&
+           secondary_empty(bs, s->secondary.hidden, "hidden overlay", errp);
+}
+
+/* Make the secondary disk as it stands the checkpoint */
+static bool secondary_renew(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+
+    backup_do_checkpoint(s->secondary.backup_job, errp);
+    return !*errp && secondary_empty_overlays(bs, errp);
+}
+
+/* Set @errp if the disk does not have, or will not get, what the primary has */
+static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *guard = s->secondary.guard;
+
+    if (!guard) {
+        return true;
+    }
+    if (replication_guard_error(guard) < 0) {
+        error_setg_errno(errp, -replication_guard_error(guard),
+                         "The secondary disk of replication node '%s' is out "
+                         "of date and has to be resynchronised: a write of the "
+                         "primary failed", bdrv_get_node_name(bs));
+    } else if (replication_guard_is_cut_off(guard)) {
+        error_setg(errp, "The secondary disk of replication node '%s' is cut "
+                   "off from the primary: its export was removed",
+                   bdrv_get_node_name(bs));
+    } else {
+        return true;
+    }
+
+    error_append_hint(errp, "The last checkpoint is intact, and a failover "
+                      "goes back to it.\n");
+    return false;
+}
+
+static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *hidden = secondary_quiesce(bs);
+    bool ok;
+
+    ok = secondary_in_sync(bs, errp);
+    if (ok && !secondary_renew(bs, errp)) {
+        secondary_break(bs, error_copy(*errp));
+        ok = false;
+    }
+    secondary_resume(hidden);
+
+    return ok;
+}
+
+/* Take what it needs to empty the overlays */
+static bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *hidden;
+
+    bdrv_graph_rdlock_main_loop();
+    hidden = secondary_check_overlays(bs, errp) ? secondary_hidden(bs) : NULL;
+    bdrv_graph_rdunlock_main_loop();
+    if (!hidden) {
+        return false;
+    }
+
+    s->secondary.hidden = secondary_attach(bs, hidden, "hidden-disk",
+                                           &s->secondary.hidden_was_ro, errp);
+    return s->secondary.hidden && secondary_own_active(bs, true, errp);
+}
+
+static bool secondary_take(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *disk;
+
+    bdrv_graph_rdlock_main_loop();
+    if (!secondary_check_chain(bs, errp)) {
+        bdrv_graph_rdunlock_main_loop();
+        return false;
+    }
+    disk = secondary_disk(bs);
+    bdrv_graph_rdunlock_main_loop();
+
+    s->secondary.disk = secondary_attach(bs, disk, "secondary-disk",
+                                         &s->secondary.disk_was_ro, errp);
+    return s->secondary.disk &&
+           secondary_take_overlays(bs, errp) &&
+           secondary_freeze(bs, errp) &&
+           secondary_start_backup(bs, errp) &&
+           secondary_block_top(bs, errp);
+}
+
+static bool secondary_do_start(BlockDriverState *bs, Error **errp)
+{
+    BlockDriverState *hidden;
+    bool ok;
+
+    if (!secondary_take(bs, errp)) {
+        return false;
+    }
+
+    hidden = secondary_quiesce(bs);
+    ok = secondary_renew(bs, errp);
+    secondary_resume(hidden);
+
+    return ok;
+}
+
+static bool secondary_start(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+
+    if (!secondary_do_start(bs, errp)) {
+        secondary_release(bs);
+        error_prepend(errp, "Cannot start replication node '%s': ",
+                      bdrv_get_node_name(bs));
+        return false;
+    }
+
+    secondary_set_error(bs, NULL);
+    return true;
+}
+
+/* Throw away what the overlays have; the disk keeps what the primary wrote */
+static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *hidden;
+    bool ok;
+
+    /* A broken node has given back everything */
+    if (!s->secondary.hidden && !secondary_take_overlays(bs, errp)) {
+        error_prepend(errp, "Cannot stop replication node '%s': ",
+                      bdrv_get_node_name(bs));
+        return false;
+    }
+
+    hidden = secondary_quiesce(bs);
+    secondary_end_backup(bs);
+    ok = secondary_empty_overlays(bs, errp);
+    secondary_resume(hidden);
+
+    return ok;
+}
+
+static void secondary_stop(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+
+    if (!secondary_do_stop(bs, errp)) {
+        secondary_break(bs, error_copy(*errp));
+        return;
+    }
+
+    secondary_release(bs);
+    secondary_set_error(bs, NULL);
+    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
+}
+
+/* The overlays are whole and guard the guest's data until another attempt */
+static void secondary_failover_failed(BlockDriverState *bs, Error *err)
+{
+    secondary_set_error(bs, err);
+    secondary_freeze(bs, NULL);
+    replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
+}
+
+/* The commit job has put the disk in the place of the active overlay */
+static void secondary_failover_complete(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    /* It is the guest's disk now */
+    s->secondary.disk_was_ro = false;
+    secondary_release(bs);
+    secondary_set_error(bs, NULL);
+    replication_set_stage(bs, REPLICATION_STAGE_DONE);
+}
+
+static void secondary_commit_done(void *opaque, int ret)
+{
+    BlockDriverState *bs = opaque;
+    BDRVReplicationState *s = bs->opaque;
+    Error *err = NULL;
+
+    s->secondary.commit_job = NULL;
+
+    /* A guest's write under way to the active overlay must not be split */
+    bdrv_drained_begin(bs);
+    if (ret == 0) {
+        secondary_failover_complete(bs);
+    } else {
+        error_setg_errno(&err, -ret, "The failover of replication node '%s' "
+                         "failed to merge its overlays into the secondary "
+                         "disk", bdrv_get_node_name(bs));
+        error_report("%s", error_get_pretty(err));
+        secondary_failover_failed(bs, err);
+    }
+    bdrv_drained_end(bs);
+}
+
+static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *disk = s->secondary.disk->bs;
+    BlockBackend *pin = secondary_pin_context(bs, errp);
+    BlockDriverState *active;
+
+    if (!pin) {
+        return false;
+    }
+
+    bdrv_graph_rdlock_main_loop();
+    active = secondary_active(bs);
+    assert(bdrv_chain_contains(active, disk));
+    bdrv_graph_rdunlock_main_loop();
+
+    s->secondary.commit_job =
+        commit_active_start(NULL, active, disk, JOB_INTERNAL, 0,
+                            BLOCKDEV_ON_ERROR_REPORT, NULL,
+                            secondary_commit_done, bs, true, errp);
+    blk_unref(pin);
+
+    return s->secondary.commit_job;
+}
+
+static void secondary_failover(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *hidden;
+
+    /*
+     * No write of the primary may come between the end of the backup job, which
+     * saves what it overwrites, and the start of the merge.
+     */
+    hidden = secondary_quiesce(bs);
+    secondary_end_backup(bs);
+    secondary_unblock_top(bs);
+    secondary_unfreeze(bs);
+    if (secondary_start_commit(bs, errp)) {
+        secondary_set_error(bs, NULL);
+        replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
+    } else {
+        error_prepend(errp, "The failover of replication node '%s' could not "
+                      "start to merge its overlays into the secondary disk: ",
+                      bdrv_get_node_name(bs));
+        secondary_failover_failed(bs, error_copy(*errp));
+    }
+    secondary_resume(hidden);
+}
+
+static void secondary_get_error(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->secondary.error) {
+        error_propagate(errp, error_copy(s->secondary.error));
+        return;
+    }
+    secondary_in_sync(bs, errp);
+}
+
+static void secondary_init(BlockDriverState *bs, const char *top_id)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->secondary.top_id = g_strdup(top_id);
+    qemu_co_mutex_init(&s->secondary.split_lock);
+}
+
+static void secondary_cleanup(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    g_free(s->secondary.top_id);
+    error_free(s->secondary.error);
+}
+
+const ReplicationRole replication_secondary_role = {
+    .init               = secondary_init,
+    .cleanup            = secondary_cleanup,
+    .child_perm         = secondary_child_perm,
+    .check_parents      = secondary_check_parents,
+
+    .start              = secondary_start,
+    .checkpoint         = secondary_checkpoint,
+    .stop               = secondary_stop,
+    .failover           = secondary_failover,
+    .get_error          = secondary_get_error,
+    .release            = secondary_release,
+
+    .serves_reads       = secondary_serves,
+    .co_pwritev         = secondary_co_pwritev,
+    .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,
+    .co_pdiscard        = secondary_co_pdiscard,
+    .co_flush           = secondary_co_flush,
+};

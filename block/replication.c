@@ -1,0 +1,528 @@
+/*
+ * Block replication filter
+ *
+ * Keeps the disk of a protected VM (the primary) usable on a second host (the
+ * secondary), such that both sides agree at every checkpoint.  This file has
+ * the options, the stages of a node and what they allow; the two roles are in
+ * replication-primary.c and replication-secondary.c.
+ *
+ * See docs/block-replication.txt.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/util.h"
+#include "qemu/cutils.h"
+#include "qemu/main-loop.h"
+#include "qemu/module.h"
+#include "qemu/option.h"
+#include "qobject/qdict.h"
+#include "replication-int.h"
+
+#define REPLICATION_OPT_MODE   "mode"
+#define REPLICATION_OPT_TOP_ID "top-id"
+
+typedef enum ReplicationOp {
+    REPLICATION_OP_START,
+    REPLICATION_OP_CHECKPOINT,
+    REPLICATION_OP_STOP,
+    REPLICATION_OP_FAILOVER,
+    REPLICATION_OP__MAX,
+} ReplicationOp;
+
+static const char *const replication_op_names[REPLICATION_OP__MAX] = {
+    [REPLICATION_OP_START]      = "start",
+    [REPLICATION_OP_CHECKPOINT] = "checkpoint",
+    [REPLICATION_OP_STOP]       = "stop",
+    [REPLICATION_OP_FAILOVER]   = "fail over",
+};
+
+typedef enum ReplicationVerdict {
+    REFUSE,
+    ACCEPT,
+    /* Succeed without doing anything */
+    IGNORE,
+} ReplicationVerdict;
+
+/* What each stage allows, and what to tell the user whom it refuses */
+static const struct {
+    ReplicationVerdict verdict[REPLICATION_OP__MAX];
+    const char *reason;
+    const char *hint;
+} replication_stages[REPLICATION_STAGE__MAX] = {
+    [REPLICATION_STAGE_NONE] = {
+        .verdict[REPLICATION_OP_START] = ACCEPT,
+        .reason = "it is not running",
+        .hint = "Start replication first.\n",
+    },
+    [REPLICATION_STAGE_RUNNING] = {
+        .verdict[REPLICATION_OP_CHECKPOINT] = ACCEPT,
+        .verdict[REPLICATION_OP_STOP] = ACCEPT,
+        .verdict[REPLICATION_OP_FAILOVER] = ACCEPT,
+        .reason = "it is running already",
+        .hint = "Stop replication first.\n",
+    },
+    [REPLICATION_STAGE_BROKEN] = {
+        .verdict[REPLICATION_OP_STOP] = ACCEPT,
+        .reason = "its overlays do not stand for one checkpoint any more",
+        .hint = "The primary has to survive. Stop replication without "
+                "failover, remove the node, resynchronise the disk and start "
+                "again with new overlays.\n",
+    },
+    [REPLICATION_STAGE_STOPPED] = {
+        .verdict[REPLICATION_OP_START] = ACCEPT,
+        .verdict[REPLICATION_OP_STOP] = IGNORE,
+        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+        .reason = "it was stopped",
+        .hint = "Start replication first.\n",
+    },
+    [REPLICATION_STAGE_FAILOVER] = {
+        .verdict[REPLICATION_OP_START] = IGNORE,
+        .verdict[REPLICATION_OP_CHECKPOINT] = IGNORE,
+        .verdict[REPLICATION_OP_STOP] = IGNORE,
+        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+    },
+    [REPLICATION_STAGE_FAILOVER_FAILED] = {
+        .verdict[REPLICATION_OP_FAILOVER] = ACCEPT,
+        .reason = "its failover has failed",
+        .hint = "Remove the cause, then stop replication with failover "
+                "again.\n",
+    },
+    [REPLICATION_STAGE_DONE] = {
+        .verdict[REPLICATION_OP_START] = IGNORE,
+        .verdict[REPLICATION_OP_CHECKPOINT] = IGNORE,
+        .verdict[REPLICATION_OP_STOP] = IGNORE,
+        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+    },
+};
+
+static QemuOptsList replication_runtime_opts = {
+    .name = "replication",
+    .head = QTAILQ_HEAD_INITIALIZER(replication_runtime_opts.head),
+    .desc = {
+        {
+            .name = REPLICATION_OPT_MODE,
+            .type = QEMU_OPT_STRING,
+            .help = "Role of this host: primary or secondary",
+        },
+        {
+            .name = REPLICATION_OPT_TOP_ID,
+            .type = QEMU_OPT_STRING,
+            .help = "Device or node at the root above this node (secondary)",
+        },
+        { /* end of list */ }
+    },
+};
+
+void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    assert(qatomic_read(&bs->quiesce_counter) > 0);
+
+    qatomic_set(&s->stage, stage);
+}
+
+void replication_pass_flags(BlockDriverState *bs)
+{
+    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA;
+    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
+                               BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+}
+
+/* Whether to go on with @op; if the node's stage refuses it, @errp says why */
+static bool replication_may(BlockDriverState *bs, ReplicationOp op,
+                            Error **errp)
+{
+    ReplicationStage stage = replication_stage(bs);
+    ReplicationVerdict verdict = replication_stages[stage].verdict[op];
+
+    if (verdict == REFUSE) {
+        error_setg(errp, "Cannot %s replication node '%s': %s",
+                   replication_op_names[op], bdrv_get_node_name(bs),
+                   replication_stages[stage].reason);
+        error_append_hint(errp, "%s", replication_stages[stage].hint);
+    }
+
+    return verdict == ACCEPT;
+}
+
+/*
+ * Around everything that may change the stage: no request is in flight, and
+ * @bs outlives the operation even if that drops the last node above it.
+ */
+static void replication_op_begin(BlockDriverState *bs)
+{
+    bdrv_ref(bs);
+    bdrv_drained_begin(bs);
+}
+
+static void replication_op_end(BlockDriverState *bs)
+{
+    bdrv_drained_end(bs);
+    bdrv_unref(bs);
+}
+
+static void replication_start(ReplicationState *rs, ReplicationMode mode,
+                              Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (!replication_may(bs, REPLICATION_OP_START, errp)) {
+        return;
+    }
+    if (mode != s->mode) {
+        error_setg(errp, "Cannot start replication node '%s' as %s: "
+                   "it was opened as %s", bdrv_get_node_name(bs),
+                   ReplicationMode_str(mode), ReplicationMode_str(s->mode));
+        return;
+    }
+
+    replication_op_begin(bs);
+    if (s->role->start(bs, errp)) {
+        s->stage_before_start = s->stage;
+        replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
+    }
+    replication_op_end(bs);
+}
+
+static void replication_undo_start(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->stage != REPLICATION_STAGE_RUNNING) {
+        return;
+    }
+
+    replication_op_begin(bs);
+    s->role->release(bs);
+    replication_set_stage(bs, s->stage_before_start);
+    replication_op_end(bs);
+}
+
+static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    ReplicationOp op = failover ? REPLICATION_OP_FAILOVER : REPLICATION_OP_STOP;
+
+    GLOBAL_STATE_CODE();
+
+    if (!replication_may(bs, op, errp)) {
+        return;
+    }
+
+    replication_op_begin(bs);
+    if (failover) {
+        s->role->failover(bs, errp);
+    } else {
+        s->role->stop(bs, errp);
+    }
+    replication_op_end(bs);
+}
+
+static void replication_checkpoint(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (!replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
+        return;
+    }
+
+    replication_op_begin(bs);
+    s->role->checkpoint(bs, errp);
+    replication_op_end(bs);
+}
+
+static void replication_get_error(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->stage == REPLICATION_STAGE_NONE) {
+        error_setg(errp, "Replication node '%s' is not running",
+                   bdrv_get_node_name(bs));
+        return;
+    }
+    s->role->get_error(bs, errp);
+}
+
+static ReplicationOps replication_ops = {
+    .start      = replication_start,
+    .undo_start = replication_undo_start,
+    .stop       = replication_stop,
+    .checkpoint = replication_checkpoint,
+    .get_error  = replication_get_error,
+};
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                           QEMUIOVector *qiov, size_t qiov_offset,
+                           BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (!s->role->serves_reads(bs)) {
+        return -EIO;
+    }
+
+    return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
+                               flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_block_status(BlockDriverState *bs, bool want_zero,
+                            int64_t offset, int64_t bytes, int64_t *pnum,
+                            int64_t *map, BlockDriverState **file)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    *pnum = bytes;
+
+    /* Whoever was told that there are zeroes would not try to read */
+    if (!s->role->serves_reads(bs)) {
+        return BDRV_BLOCK_DATA;
+    }
+
+    *map = offset;
+    *file = bs->file->bs;
+    return BDRV_BLOCK_RAW | BDRV_BLOCK_OFFSET_VALID;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                            QEMUIOVector *qiov, size_t qiov_offset,
+                            BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->co_pwritev(bs, offset, bytes, qiov, qiov_offset, flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
+                             int64_t bytes, BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->co_pwrite_zeroes(bs, offset, bytes, flags);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->co_pdiscard(bs, offset, bytes);
+}
+
+static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->co_flush(bs);
+}
+
+static int64_t coroutine_fn GRAPH_RDLOCK
+replication_co_getlength(BlockDriverState *bs)
+{
+    return bdrv_co_getlength(bs->file->bs);
+}
+
+/*
+ * While a node is in use on both sides, a new length here would be another one
+ * than there, and than that of the nodes below.
+ */
+static bool replication_may_resize(ReplicationStage stage)
+{
+    return stage == REPLICATION_STAGE_NONE ||
+           stage == REPLICATION_STAGE_STOPPED ||
+           stage == REPLICATION_STAGE_DONE;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                        PreallocMode prealloc, BdrvRequestFlags flags,
+                        Error **errp)
+{
+    if (!replication_may_resize(replication_stage(bs))) {
+        error_setg(errp, "Cannot resize replication node '%s' while it "
+                   "replicates", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Stop replication, resize the disk on both "
+                          "sides, resynchronise it and start again.\n");
+        return -EBUSY;
+    }
+
+    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+}
+
+static void GRAPH_RDLOCK replication_refresh_filename(BlockDriverState *bs)
+{
+    pstrcpy(bs->exact_filename, sizeof(bs->exact_filename),
+            bs->file->bs->filename);
+}
+
+static void GRAPH_RDLOCK
+replication_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                       BlockReopenQueue *reopen_queue,
+                       uint64_t perm, uint64_t shared,
+                       uint64_t *nperm, uint64_t *nshared)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->role->child_perm(bs, c, role, reopen_queue, perm, shared, nperm,
+                        nshared);
+}
+
+static int GRAPH_RDLOCK
+replication_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
+                       Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->check_parents(bs, errp) ? 0 : -EBUSY;
+}
+
+/* Parse our options into @bs.  On failure nothing is left allocated. */
+static int replication_parse_options(BlockDriverState *bs, QDict *options,
+                                     Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+    QemuOpts *opts = qemu_opts_create(&replication_runtime_opts, NULL, 0,
+                                      &error_abort);
+    const char *mode, *top_id;
+    int ret = -EINVAL;
+
+    if (!qemu_opts_absorb_qdict(opts, options, errp)) {
+        goto out;
+    }
+
+    mode = qemu_opt_get(opts, REPLICATION_OPT_MODE);
+    if (!mode) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_MODE "' is missing");
+        error_append_hint(errp, "It is 'primary' or 'secondary'.\n");
+        goto out;
+    }
+    s->mode = qapi_enum_parse(&ReplicationMode_lookup, mode, -1, NULL);
+    if (s->mode == -1) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_MODE "' expects "
+                   "'primary' or 'secondary', not '%s'", mode);
+        goto out;
+    }
+
+    top_id = qemu_opt_get(opts, REPLICATION_OPT_TOP_ID);
+    if (s->mode == REPLICATION_MODE_SECONDARY && !top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is missing");
+        error_append_hint(errp, "In secondary mode it names the root node "
+                          "above this one.\n");
+        goto out;
+    }
+    if (s->mode == REPLICATION_MODE_PRIMARY && top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is only for "
+                   "secondary mode");
+        goto out;
+    }
+
+    if (s->mode == REPLICATION_MODE_PRIMARY) {
+        s->role = &replication_primary_role;
+    } else {
+        s->role = &replication_secondary_role;
+    }
+    s->role->init(bs, top_id);
+    ret = 0;
+
+out:
+    qemu_opts_del(opts);
+    return ret;
+}
+
+static int replication_open(BlockDriverState *bs, QDict *options, int flags,
+                            Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    ret = replication_parse_options(bs, options, errp);
+    if (ret < 0) {
+        return ret;
+    }
+
+    ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
+    if (ret < 0) {
+        s->role->cleanup(bs);
+        return ret;
+    }
+
+    replication_pass_flags(bs);
+    bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
+
+    s->rs = replication_new(bs, &replication_ops);
+    return 0;
+}
+
+static void replication_close(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    replication_remove(s->rs);
+    s->role->release(bs);
+    s->role->cleanup(bs);
+}
+
+static const char *const replication_strong_runtime_opts[] = {
+    REPLICATION_OPT_MODE,
+    REPLICATION_OPT_TOP_ID,
+
+    NULL
+};
+
+static BlockDriver bdrv_replication = {
+    .format_name                = "replication",
+    .instance_size              = sizeof(BDRVReplicationState),
+
+    .bdrv_open                  = replication_open,
+    .bdrv_close                 = replication_close,
+
+    .bdrv_co_preadv_part        = replication_co_preadv_part,
+    .bdrv_co_pwritev_part       = replication_co_pwritev_part,
+    .bdrv_co_pwrite_zeroes      = replication_co_pwrite_zeroes,
+    .bdrv_co_pdiscard           = replication_co_pdiscard,
+    .bdrv_co_flush              = replication_co_flush,
+    .bdrv_co_block_status       = replication_co_block_status,
+    .bdrv_co_getlength          = replication_co_getlength,
+    .bdrv_co_truncate           = replication_co_truncate,
+
+    .bdrv_refresh_filename      = replication_refresh_filename,
+
+    .bdrv_child_perm            = replication_child_perm,
+    .bdrv_check_perm            = replication_check_perm,
+
+    .is_filter                  = true,
+    .strong_runtime_opts        = replication_strong_runtime_opts,
+};
+
+static void bdrv_replication_init(void)
+{
+    bdrv_register(&bdrv_replication);
+}
+
+block_init(bdrv_replication_init);

@@ -1,0 +1,99 @@
+/*
+ * Registry of the nodes that replicate a disk
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * A block driver that replicates a disk registers each of its nodes here.
+ * Those who decide when the two sides of a VM have to agree (migration/colo.c
+ * and the xen-* QMP commands) know nothing of the nodes: they start, checkpoint
+ * and stop all of them with one call.
+ *
+ * Everything here is global state: it is called under the BQL, outside of
+ * coroutines.  start and checkpoint are called while the VM is stopped, stop
+ * while it is stopped or about to be.
+ */
+
+#ifndef REPLICATION_H
+#define REPLICATION_H
+
+#include "qapi/qapi-types-block-core.h"
+#include "qemu/queue.h"
+
+typedef struct ReplicationOps ReplicationOps;
+typedef struct ReplicationState ReplicationState;
+
+/* One registered node.  Only the registry touches the members below @ops. */
+struct ReplicationState {
+    /* What the driver gave to replication_new() */
+    void *opaque;
+    ReplicationOps *ops;
+
+    /* The last call to all nodes that has visited this one */
+    uint64_t round;
+    QTAILQ_ENTRY(ReplicationState) node;
+};
+
+/*
+ * What a driver offers for each of its nodes.  An error always names the node.
+ */
+struct ReplicationOps {
+    /*
+     * Begin to replicate in @mode.  All or nothing: after an error everything
+     * is as it was, and start may be called again.  A node that has failed over
+     * accepts the call and does nothing.
+     */
+    void (*start)(ReplicationState *rs, ReplicationMode mode, Error **errp);
+
+    /*
+     * End replication.  With @failover the other side is lost and this one goes
+     * on alone, otherwise the pair ends in peace and may start again.
+     */
+    void (*stop)(ReplicationState *rs, bool failover, Error **errp);
+
+    /*
+     * From now on the disk as it stands is what a failover goes back to.  An
+     * error means that it is not, and that the node cannot be relied on.
+     */
+    void (*checkpoint)(ReplicationState *rs, Error **errp);
+
+    /* Report the error that keeps the node from protecting its disk, if any */
+    void (*get_error)(ReplicationState *rs, Error **errp);
+
+    /*
+     * Optional.  Take back a start that has just succeeded, because another
+     * node of the VM could not start.  A start that did nothing is not undone.
+     */
+    void (*undo_start)(ReplicationState *rs);
+};
+
+/*
+ * Register a node.  @opaque is what the functions of @ops find in
+ * ReplicationState.opaque, and @ops has to stay valid until
+ * replication_remove().
+ */
+ReplicationState *replication_new(void *opaque, ReplicationOps *ops);
+
+/* Unregister and free @rs.  Allowed from within a call of its own ops. */
+void replication_remove(ReplicationState *rs);
+
+/*
+ * Start all nodes in @mode, or none: when one refuses, those that this call
+ * has started are put back.  @errp gets the error of the node that refused.
+ */
+void replication_start_all(ReplicationMode mode, Error **errp);
+
+/*
+ * The functions below visit every node, whether or not one before it failed.
+ * @errp gets the first error, with the others as its hint.
+ */
+
+/* Make all nodes forget the previous checkpoint in favour of the present */
+void replication_do_checkpoint_all(Error **errp);
+
+/* Find out whether any node has ceased to protect its disk */
+void replication_get_error_all(Error **errp);
+
+/* End replication on all nodes, see ReplicationOps.stop */
+void replication_stop_all(bool failover, Error **errp);
+
+#endif /* REPLICATION_H */

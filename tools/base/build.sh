@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# shellcheck shell=bash
+#
+# Build one flavour of QEMU (see overlay.py) in the cache: $WORK/tree is its
+# source, $WORK/build is where it is built. Needs common.sh, $BASE (this
+# folder) and $CACHE.
+
+# The python3 on PATH may be another one, without Debian's modules.
+PYTHON=/usr/bin/python3
+
+CONFIGURE=(
+    --target-list=x86_64-softmmu
+    --without-default-features
+    --enable-system
+    --enable-tools
+    --enable-replication
+    --enable-kvm
+    --enable-tcg
+    --enable-linux-aio
+    --enable-linux-io-uring
+    --enable-colo-proxy
+    --disable-docs
+    --disable-download
+    --disable-install-blobs
+)
+
+# What the tests and the demo run.
+TARGETS=(
+    qemu-system-x86_64
+    qemu-img
+    qemu-io
+    qemu-nbd
+    storage-daemon/qemu-storage-daemon
+    tests/unit/test-replication
+)
+
+# Set PRISTINE, the source to build from, and WORK, where to build it.
+choose_source() {
+    local flavour=$1
+    WORK=$CACHE/$flavour
+    if [ -z "${QEMU_SRC:-}" ]; then
+        PRISTINE=$("$BASE/source.sh" qemu "$CACHE")
+        return
+    fi
+    PRISTINE=$(readlink -f "$QEMU_SRC")
+    [ -x "$PRISTINE/configure" ] ||
+        die "QEMU_SRC=$QEMU_SRC is not a QEMU source tree"
+    WORK+=-$(sha256sum <<<"$PRISTINE" | cut -c1-8)
+    say "QEMU of $PRISTINE, copied"
+}
+
+overlay() {
+    "$PYTHON" "$BASE/overlay.py" --flavour "$1" --pristine "$PRISTINE" \
+        --tree "$WORK/tree" "${@:2}"
+}
+
+# Whatever makes a configured build useless when it changes.
+configuration() {
+    echo "${CONFIGURE[@]}"
+    echo "$PRISTINE"
+    cc --version
+    "$PYTHON" --version
+    "$PYTHON" -m mesonbuild.mesonmain --version
+}
+
+is_configured() {
+    [ "$(configuration)" = "$(cat "$WORK/configuration" 2>/dev/null)" ]
+}
+
+configure() {
+    rm -rf "$WORK/build" "$WORK/configuration"
+    mkdir -p "$WORK/build"
+    (
+        cd "$WORK/build" || exit
+        logged "$WORK/configure.log" configuring \
+            ../tree/configure --python="$PYTHON" "${CONFIGURE[@]}"
+    )
+    configuration >"$WORK/configuration"
+}
+
+# ninja itself cannot say: QEMU's build always has something to run.
+is_built() {
+    [ "${TARGETS[*]}" = "$(cat "$WORK/built" 2>/dev/null)" ] &&
+        is_configured && overlay "$1" --check 2>/dev/null
+}
+
+# A warning in a file of ours or one that we patch is an error. Its file is
+# made to look new, so that the next build says it again.
+refuse_warnings() {
+    local ours warned
+    ours=$(overlay "$1" --list)
+    warned=$(sed -n 's#^\(\.\./\)*tree/\(.*\):[0-9]*:[0-9]*: warning: .*#\2#p' \
+                 "$WORK/build.log" | sort -u | grep -Fx "$ours") || return 0
+    grep -A 6 'warning:' "$WORK/build.log" >&2
+    (cd "$WORK/tree" && xargs -d '\n' touch) <<<"$warned"
+    die "the compiler warns about: ${warned//$'\n'/, }"
+}
+
+# Build with nobody else in $WORK.
+build_exclusively() {
+    rm -f "$WORK/built"
+    overlay "$1" || die "the tree in $WORK/tree could not be made"
+    is_configured || configure
+    NINJA_STATUS='[%f/%t] ' logged "$WORK/build.log" compiling \
+        ninja -C "$WORK/build" "${TARGETS[@]}"
+    refuse_warnings "$1"
+    echo "${TARGETS[*]}" >"$WORK/built"
+}
+
+lock() {
+    flock -n "$@" || {
+        say "waiting for another run in $WORK to end"
+        flock "$@"
+    }
+}
+
+# Build a flavour, and hold it unchanged until this process ends. Two locks:
+# who builds holds the first alone; who runs what was built holds the second
+# together with others, and gets it only while holding the first.
+build() {
+    local flavour=$1 meson
+    # shellcheck disable=SC2034 # common.sh uses it
+    STEP=build
+    mkdir -p "$CACHE"
+    choose_source "$flavour"
+    meson=$("$BASE/source.sh" meson "$CACHE")
+    export PYTHONPATH=$meson${meson:+${PYTHONPATH:+:}}${PYTHONPATH:-}
+    mkdir -p "$WORK"
+    exec 8>"$WORK/build.lock" 9>"$WORK/use.lock"
+    lock 8
+    if ! is_built "$flavour"; then
+        lock 9
+        build_exclusively "$flavour"
+    fi
+    lock -s 9
+    exec 8>&-
+}
