@@ -12,7 +12,9 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-events-block-core.h"
 #include "qemu/cutils.h"
+#include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qobject/qdict.h"
@@ -20,6 +22,9 @@
 #include "replication-int.h"
 
 typedef struct ReplicationGuard {
+    /* Node name of the replication node that inserted us */
+    char *owner;
+
     /* The first failure: a negative errno, or 0.  Atomic operations. */
     int error;
 
@@ -34,8 +39,11 @@ static int guard_result(BlockDriverState *bs, int ret)
 
     IO_CODE();
 
-    if (ret < 0) {
-        qatomic_cmpxchg(&g->error, 0, ret);
+    if (ret < 0 && !qatomic_cmpxchg(&g->error, 0, ret)) {
+        error_report("Replication node '%s': a write of the primary to the "
+                     "secondary disk failed: %s", g->owner, strerror(-ret));
+        qapi_event_send_replication_error(
+            g->owner, REPLICATION_ERROR_REASON_SECONDARY_WRITE, strerror(-ret));
     }
 
     return ret;
@@ -105,7 +113,12 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 
     GLOBAL_STATE_CODE();
 
-    g->cut_off |= g->had_blk && !has_blk;
+    if (g->had_blk && !has_blk && !g->cut_off) {
+        g->cut_off = true;
+        qapi_event_send_replication_error(
+            g->owner, REPLICATION_ERROR_REASON_CUT_OFF,
+            "the export of the secondary disk was removed");
+    }
     g->had_blk |= has_blk;
 }
 
@@ -122,11 +135,19 @@ static int guard_open(BlockDriverState *bs, QDict *options, int flags,
     return 0;
 }
 
+static void guard_close(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    g_free(g->owner);
+}
+
 static BlockDriver bdrv_replication_guard = {
     .format_name                = "replication-guard",
     .instance_size              = sizeof(ReplicationGuard),
 
     .bdrv_open                  = guard_open,
+    .bdrv_close                 = guard_close,
 
     .bdrv_co_preadv_part        = guard_co_preadv_part,
     .bdrv_co_pwritev_part       = guard_co_pwritev_part,
@@ -143,16 +164,25 @@ static BlockDriver bdrv_replication_guard = {
     .is_filter                  = true,
 };
 
-BlockDriverState *replication_guard_insert(BlockDriverState *bs, Error **errp)
+BlockDriverState *replication_guard_insert(BlockDriverState *bs,
+                                           const char *owner, Error **errp)
 {
     QDict *options = qdict_new();
+    BlockDriverState *guard_bs;
+    ReplicationGuard *g;
 
     GLOBAL_STATE_CODE();
 
     qdict_put_str(options, "driver", bdrv_replication_guard.format_name);
     qdict_put_str(options, "file", bdrv_get_node_name(bs));
 
-    return bdrv_insert_node(bs, options, BDRV_O_RDWR | BDRV_O_UNMAP, errp);
+    guard_bs = bdrv_insert_node(bs, options, BDRV_O_RDWR | BDRV_O_UNMAP, errp);
+    if (guard_bs) {
+        g = guard_bs->opaque;
+        g->owner = g_strdup(owner);
+    }
+
+    return guard_bs;
 }
 
 int replication_guard_error(BlockDriverState *bs)
@@ -176,8 +206,12 @@ bool replication_guard_is_cut_off(BlockDriverState *bs)
 
 void replication_guard_drop(BlockDriverState *bs)
 {
+    ReplicationGuard *g = bs->opaque;
+
     GLOBAL_STATE_CODE();
 
+    /* Those above move on to the child: that is no loss */
+    g->had_blk = false;
     bdrv_drop_filter(bs, &error_abort);
     bdrv_unref(bs);
 }

@@ -175,10 +175,11 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
 void replication_pass_flags(BlockDriverState *bs);
 
 /*
- * Insert a filter above @bs that remembers failed writes.  To be called with
- * the AioContext of @bs pinned.
+ * Insert a filter above @bs that remembers failed writes, for the replication
+ * node that is called @owner.  To be called with the AioContext of @bs pinned.
  */
-BlockDriverState *replication_guard_insert(BlockDriverState *bs, Error **errp);
+BlockDriverState *replication_guard_insert(BlockDriverState *bs,
+                                           const char *owner, Error **errp);
 
 /* The first failure of a write that came through: a negative errno, or 0 */
 int replication_guard_error(BlockDriverState *bs);

@@ -10,6 +10,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "replication-int.h"
@@ -66,6 +67,9 @@ static void primary_forwarded(BlockDriverState *bs, const char *what, int ret)
     }
     error_report("Replication node '%s' failed to forward a %s to the "
                  "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
+    qapi_event_send_replication_error(bdrv_get_node_name(bs),
+                                      REPLICATION_ERROR_REASON_FORWARD,
+                                      strerror(-ret));
 }
 
 /* Note that a write was not forwarded, because nothing is in this stage */

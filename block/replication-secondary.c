@@ -12,6 +12,7 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "system/block-backend.h"
@@ -581,7 +582,8 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     job_start(&s->secondary.backup_job->job);
 
     /* The job has put its filter between the disk and all who write to it */
-    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs, errp);
+    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs,
+                                                  bdrv_get_node_name(bs), errp);
     return s->secondary.guard;
 }
 
@@ -771,6 +773,9 @@ static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 
     ok = secondary_in_sync(bs, errp);
     if (ok && !secondary_renew(bs, errp)) {
+        qapi_event_send_replication_error(bdrv_get_node_name(bs),
+                                          REPLICATION_ERROR_REASON_CHECKPOINT,
+                                          error_get_pretty(*errp));
         secondary_break(bs, error_copy(*errp));
         ok = false;
     }
@@ -890,6 +895,9 @@ static void secondary_stop(BlockDriverState *bs, Error **errp)
 /* The overlays are whole and guard the guest's data until another attempt */
 static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
+    qapi_event_send_replication_error(bdrv_get_node_name(bs),
+                                      REPLICATION_ERROR_REASON_FAILOVER,
+                                      error_get_pretty(err));
     secondary_set_error(bs, err);
     secondary_freeze(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);

@@ -10,7 +10,7 @@ node, through NBD exports of the QEMU under test.
 import os
 import subprocess
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from qemu.machine.machine import AbnormalShutdown
 
@@ -166,6 +166,14 @@ class VM(iotests.VM):
             if names[edge['parent']] == parent and edge['name'] == name:
                 return str(names[edge['child']])
         raise KeyError(f'{parent} has no child {name}')
+
+    def replication_errors(self) -> List[Tuple[str, str]]:
+        """Node and reason of each error that an event has told of since"""
+        # what came before the reply to a command is here by now
+        self.status()
+        return [(event['data']['node-name'], event['data']['reason'])
+                for event in self.get_qmp_events()
+                if event['event'] == 'REPLICATION_ERROR']
 
     def is_job_running(self) -> bool:
         graph = self.query('x-debug-query-block-graph')
