@@ -376,6 +376,14 @@ static void GRAPH_RDLOCK replication_refresh_filename(BlockDriverState *bs)
             bs->file->bs->filename);
 }
 
+/* The other children come and go with start and stop, and are no options */
+static void GRAPH_RDLOCK
+replication_gather_child_options(BlockDriverState *bs, QDict *target,
+                                 bool backing_overridden)
+{
+    qdict_put(target, "file", qobject_ref(bs->file->bs->full_open_options));
+}
+
 static void GRAPH_RDLOCK
 replication_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                        BlockReopenQueue *reopen_queue,
@@ -512,6 +520,7 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_truncate           = replication_co_truncate,
 
     .bdrv_refresh_filename      = replication_refresh_filename,
+    .bdrv_gather_child_options  = replication_gather_child_options,
 
     .bdrv_child_perm            = replication_child_perm,
     .bdrv_check_perm            = replication_check_perm,
