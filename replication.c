@@ -7,9 +7,10 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
+#include "block/block.h"
 #include "block/replication.h"
 
-typedef void ReplicationVisitor(ReplicationState *rs, bool failover,
+typedef void ReplicationVisitor(ReplicationState *rs, void *opaque,
                                 Error **errp);
 
 /* In the order in which the nodes were opened, as a user would count them */
@@ -42,23 +43,18 @@ void replication_remove(ReplicationState *rs)
     g_free(rs);
 }
 
-static void replication_new_round(void)
-{
-    replication_round++;
-}
-
 /*
- * The next node that this round has not come to, or NULL.  A callback may run
- * the event loop, and nodes may come and go there, so that a position in the
- * list would not survive it.
+ * The next node that @round has not come to, or NULL.  A callback may run the
+ * event loop, and nodes may come and go there, so that a position in the list
+ * would not survive it.
  */
-static ReplicationState *replication_next(void)
+static ReplicationState *replication_next(uint64_t round)
 {
     ReplicationState *rs;
 
     QTAILQ_FOREACH(rs, &replication_states, node) {
-        if (rs->round != replication_round) {
-            rs->round = replication_round;
+        if (rs->round < round) {
+            rs->round = round;
             return rs;
         }
     }
@@ -66,51 +62,18 @@ static ReplicationState *replication_next(void)
     return NULL;
 }
 
-static void replication_undo_start(GPtrArray *started)
-{
-    ReplicationState *rs;
-
-    QTAILQ_FOREACH(rs, &replication_states, node) {
-        if (g_ptr_array_find(started, rs, NULL) && rs->ops->undo_start) {
-            rs->ops->undo_start(rs);
-        }
-    }
-}
-
-void replication_start_all(ReplicationMode mode, Error **errp)
-{
-    g_autoptr(GPtrArray) started = g_ptr_array_new();
-    ReplicationState *rs;
-    Error *local_err = NULL;
-
-    GLOBAL_STATE_CODE();
-
-    replication_new_round();
-    while ((rs = replication_next())) {
-        rs->ops->start(rs, mode, &local_err);
-        if (local_err) {
-            replication_undo_start(started);
-            error_propagate(errp, local_err);
-            return;
-        }
-        g_ptr_array_add(started, rs);
-    }
-}
-
 /* Keep the first error of a round for the caller, and lose none of the rest */
-static void replication_visit_all(ReplicationVisitor *visit, bool failover,
+static void replication_visit_all(ReplicationVisitor *visit, void *opaque,
                                   Error **errp)
 {
+    uint64_t round = ++replication_round;
     ReplicationState *rs;
     Error *first = NULL;
 
-    GLOBAL_STATE_CODE();
-
-    replication_new_round();
-    while ((rs = replication_next())) {
+    while ((rs = replication_next(round))) {
         Error *local_err = NULL;
 
-        visit(rs, failover, &local_err);
+        visit(rs, opaque, &local_err);
         if (local_err && first) {
             error_append_hint(&first, "%s\n", error_get_pretty(local_err));
             error_free(local_err);
@@ -121,18 +84,93 @@ static void replication_visit_all(ReplicationVisitor *visit, bool failover,
     error_propagate(errp, first);
 }
 
-static void replication_checkpoint_one(ReplicationState *rs, bool failover,
+static void replication_undo_start_one(ReplicationState *rs, void *opaque,
+                                       Error **errp)
+{
+    uint64_t *start_round = opaque;
+
+    if (rs->started == *start_round && rs->ops->undo_start) {
+        rs->ops->undo_start(rs);
+    }
+}
+
+static void replication_begin_one(ReplicationState *rs, void *opaque,
+                                  Error **errp)
+{
+    uint64_t *start_round = opaque;
+
+    if (rs->started == *start_round && rs->ops->begin) {
+        rs->ops->begin(rs, errp);
+    }
+}
+
+void replication_start_all(ReplicationMode mode, Error **errp)
+{
+    uint64_t round = ++replication_round;
+    ReplicationState *rs;
+    Error *local_err = NULL;
+
+    GLOBAL_STATE_CODE();
+
+    while (!local_err && (rs = replication_next(round))) {
+        rs->started = round;
+        rs->ops->start(rs, mode, &local_err);
+        if (local_err) {
+            rs->started = 0;
+        }
+    }
+    if (!local_err) {
+        replication_visit_all(replication_begin_one, &round, &local_err);
+    }
+    if (local_err) {
+        replication_visit_all(replication_undo_start_one, &round, NULL);
+        error_propagate(errp, local_err);
+    }
+}
+
+static void replication_check_one(ReplicationState *rs, void *opaque,
+                                  Error **errp)
+{
+    if (rs->ops->check) {
+        rs->ops->check(rs, errp);
+    }
+}
+
+static void replication_checkpoint_one(ReplicationState *rs, void *opaque,
                                        Error **errp)
 {
     rs->ops->checkpoint(rs, errp);
 }
 
-void replication_do_checkpoint_all(Error **errp)
+static void replication_disown_one(ReplicationState *rs, void *opaque,
+                                   Error **errp)
 {
-    replication_visit_all(replication_checkpoint_one, false, errp);
+    if (rs->ops->disown) {
+        rs->ops->disown(rs, opaque);
+    }
 }
 
-static void replication_get_error_one(ReplicationState *rs, bool failover,
+void replication_do_checkpoint_all(Error **errp)
+{
+    Error *local_err = NULL;
+
+    GLOBAL_STATE_CODE();
+
+    /* So that no request fails between the check and the checkpoint */
+    bdrv_drain_all_begin();
+    replication_visit_all(replication_check_one, NULL, &local_err);
+    if (!local_err) {
+        replication_visit_all(replication_checkpoint_one, NULL, &local_err);
+        if (local_err) {
+            replication_visit_all(replication_disown_one, local_err, NULL);
+        }
+    }
+    bdrv_drain_all_end();
+
+    error_propagate(errp, local_err);
+}
+
+static void replication_get_error_one(ReplicationState *rs, void *opaque,
                                       Error **errp)
 {
     rs->ops->get_error(rs, errp);
@@ -140,16 +178,22 @@ static void replication_get_error_one(ReplicationState *rs, bool failover,
 
 void replication_get_error_all(Error **errp)
 {
-    replication_visit_all(replication_get_error_one, false, errp);
+    GLOBAL_STATE_CODE();
+
+    replication_visit_all(replication_get_error_one, NULL, errp);
 }
 
-static void replication_stop_one(ReplicationState *rs, bool failover,
+static void replication_stop_one(ReplicationState *rs, void *opaque,
                                  Error **errp)
 {
-    rs->ops->stop(rs, failover, errp);
+    bool *failover = opaque;
+
+    rs->ops->stop(rs, *failover, errp);
 }
 
 void replication_stop_all(bool failover, Error **errp)
 {
-    replication_visit_all(replication_stop_one, failover, errp);
+    GLOBAL_STATE_CODE();
+
+    replication_visit_all(replication_stop_one, &failover, errp);
 }

@@ -60,6 +60,8 @@ typedef struct ReplicationSecondary {
     bool owns_active;
     /* The links from this node to the secondary disk are frozen */
     bool frozen;
+    /* Nobody else may write to the disk that a failover has swapped in */
+    bool exclusive;
     /* Referenced, because a node must not go away with op blockers on it */
     BlockDriverState *top;
     Error *top_blocker;
@@ -91,8 +93,11 @@ typedef struct BDRVReplicationState {
      */
     ReplicationStage stage;
 
-    /* Stage before the last start that did something, for undo_start */
-    ReplicationStage stage_before_start;
+    /*
+     * Where undo_start goes back to: the stage before start, or NONE once the
+     * first checkpoint may have thrown away what the guest saw there.
+     */
+    ReplicationStage undo_stage;
 
     union {
         ReplicationPrimary primary;
@@ -124,7 +129,17 @@ struct ReplicationRole {
     /* Take what is needed to run.  On failure nothing is left taken. */
     bool (*start)(BlockDriverState *bs, Error **errp);
 
+    /* All nodes have started: do the first checkpoint */
+    bool (*begin)(BlockDriverState *bs, Error **errp);
+
+    /* Whether everything that the primary's guest wrote has arrived */
+    bool (*in_sync)(BlockDriverState *bs, Error **errp);
+
+    /* The node is in sync.  Sets the stage on failure. */
     bool (*checkpoint)(BlockDriverState *bs, Error **errp);
+
+    /* The node's checkpoint is not that of the VM's other disks */
+    void (*disown)(BlockDriverState *bs, const Error *reason);
 
     /* End in peace.  Sets the stage, also on failure. */
     void (*stop)(BlockDriverState *bs, Error **errp);
@@ -150,6 +165,9 @@ struct ReplicationRole {
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_pdiscard)(
         BlockDriverState *bs, int64_t offset, int64_t bytes);
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_flush)(BlockDriverState *bs);
+
+    /* Whether the node may be made inactive now */
+    bool (*may_inactivate)(BlockDriverState *bs);
 };
 
 extern const ReplicationRole replication_primary_role;

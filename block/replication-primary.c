@@ -32,13 +32,10 @@ static bool primary_forwards(BlockDriverState *bs)
 
 /* What is written to an overlay above this node would not be forwarded */
 static bool GRAPH_RDLOCK
-primary_check_parents(BlockDriverState *bs, Error **errp)
+primary_refuse_overlays(BlockDriverState *bs, Error **errp)
 {
     BdrvChild *c;
 
-    if (!primary_forwards(bs)) {
-        return true;
-    }
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
             error_setg(errp, "Replication node '%s' forwards writes and cannot "
@@ -50,6 +47,12 @@ primary_check_parents(BlockDriverState *bs, Error **errp)
     }
 
     return true;
+}
+
+static bool GRAPH_RDLOCK
+primary_check_parents(BlockDriverState *bs, Error **errp)
+{
+    return !primary_forwards(bs) || primary_refuse_overlays(bs, errp);
 }
 
 /*
@@ -201,13 +204,23 @@ static void primary_get_error(BlockDriverState *bs, Error **errp)
 
 static bool primary_start(BlockDriverState *bs, Error **errp)
 {
-    return primary_in_sync(bs, errp);
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    return primary_refuse_overlays(bs, errp) && primary_in_sync(bs, errp);
 }
 
-/* The caller has drained the node: what the guest wrote has arrived by now */
+/*
+ * The node is drained and in sync: what the guest wrote has arrived, and there
+ * is nothing to do.
+ */
 static bool primary_checkpoint(BlockDriverState *bs, Error **errp)
 {
-    return primary_in_sync(bs, errp);
+    return true;
+}
+
+/* The primary has its own disk, and no checkpoint to go back to */
+static void primary_disown(BlockDriverState *bs, const Error *reason)
+{
 }
 
 static void primary_stop(BlockDriverState *bs, Error **errp)
@@ -225,6 +238,11 @@ static void primary_init(BlockDriverState *bs, const char *top_id)
     assert(!top_id);
 }
 
+static bool primary_may_inactivate(BlockDriverState *bs)
+{
+    return true;
+}
+
 /* A primary node takes nothing beyond its child */
 static void primary_nothing(BlockDriverState *bs)
 {
@@ -237,7 +255,10 @@ const ReplicationRole replication_primary_role = {
     .check_parents      = primary_check_parents,
 
     .start              = primary_start,
+    .begin              = primary_checkpoint,
+    .in_sync            = primary_in_sync,
     .checkpoint         = primary_checkpoint,
+    .disown             = primary_disown,
     .stop               = primary_stop,
     .failover           = primary_failover,
     .get_error          = primary_get_error,
@@ -248,4 +269,6 @@ const ReplicationRole replication_primary_role = {
     .co_pwrite_zeroes   = primary_co_pwrite_zeroes,
     .co_pdiscard        = primary_co_pdiscard,
     .co_flush           = primary_co_flush,
+
+    .may_inactivate     = primary_may_inactivate,
 };

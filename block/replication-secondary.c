@@ -62,7 +62,9 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
      * The overlays pass on to the nodes below what we share here, and there the
      * primary writes to the disk and its pre-images to the hidden overlay.
      */
-    *nshared |= BLK_PERM_WRITE;
+    if (!s->secondary.exclusive) {
+        *nshared |= BLK_PERM_WRITE;
+    }
     if (s->secondary.owns_active) {
         *nperm |= BLK_PERM_WRITE;
         *nshared &= ~BLK_PERM_RESIZE;
@@ -374,6 +376,12 @@ secondary_check_overlays(BlockDriverState *bs, Error **errp)
 {
     BlockDriverState *active = secondary_active(bs);
 
+    if (bdrv_is_inactive(bs)) {
+        error_setg(errp, "it is inactive");
+        error_append_hint(errp, "Wait for the migration to end, or activate it "
+                          "with blockdev-set-active.\n");
+        return false;
+    }
     if (!secondary_check_overlay(active, "active overlay", "hidden overlay",
                                  errp)) {
         return false;
@@ -584,7 +592,13 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     /* The job has put its filter between the disk and all who write to it */
     s->secondary.guard = replication_guard_insert(s->secondary.disk->bs,
                                                   bdrv_get_node_name(bs), errp);
-    return s->secondary.guard;
+    if (!s->secondary.guard) {
+        return false;
+    }
+
+    /* Whatever came between would take the primary's writes past the guard */
+    s->secondary.disk->frozen = true;
+    return true;
 }
 
 static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
@@ -612,6 +626,7 @@ static void secondary_end_backup(BlockDriverState *bs)
         assert(!s->secondary.backup_job);
     }
     if (s->secondary.guard) {
+        s->secondary.disk->frozen = false;
         replication_guard_drop(s->secondary.guard);
         s->secondary.guard = NULL;
     }
@@ -695,24 +710,34 @@ secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
 }
 
 /*
- * Stop the guest and the primary: both write through nodes above the hidden
- * overlay.  Returns what to give to secondary_resume().
+ * Stop the guest and the primary: both write through nodes above the secondary
+ * disk, and that stays so when filters come and go.  Returns what to give to
+ * secondary_resume().
  */
 static BlockDriverState *secondary_quiesce(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *hidden = s->secondary.hidden->bs;
+    BlockDriverState *disk;
 
-    bdrv_ref(hidden);
-    bdrv_drained_begin(hidden);
+    bdrv_graph_rdlock_main_loop();
+    if (s->secondary.disk && !s->secondary.guard) {
+        disk = s->secondary.disk->bs;
+    } else {
+        /* Our own link leads to the guard, and not through the overlays */
+        disk = secondary_disk(bs);
+    }
+    bdrv_graph_rdunlock_main_loop();
 
-    return hidden;
+    bdrv_ref(disk);
+    bdrv_drained_begin(disk);
+
+    return disk;
 }
 
-static void secondary_resume(BlockDriverState *hidden)
+static void secondary_resume(BlockDriverState *disk)
 {
-    bdrv_drained_end(hidden);
-    bdrv_unref(hidden);
+    bdrv_drained_end(disk);
+    bdrv_unref(disk);
 }
 
 /* Must not meet a request in flight: the caller has secondary_quiesce()d */
@@ -744,6 +769,8 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *guard = s->secondary.guard;
 
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
     if (!guard) {
         return true;
     }
@@ -756,6 +783,10 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
         error_setg(errp, "The secondary disk of replication node '%s' is cut "
                    "off from the primary: its export was removed",
                    bdrv_get_node_name(bs));
+    } else if (!node_is_below(bs, s->secondary.top)) {
+        error_setg(errp, "Replication node '%s' is cut off from node '%s', "
+                   "which the guest uses", bdrv_get_node_name(bs),
+                   bdrv_get_node_name(s->secondary.top));
     } else {
         return true;
     }
@@ -765,23 +796,42 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
     return false;
 }
 
+static bool secondary_begin(BlockDriverState *bs, Error **errp)
+{
+    BlockDriverState *disk = secondary_quiesce(bs);
+    bool ok = secondary_renew(bs, errp);
+
+    secondary_resume(disk);
+
+    return ok;
+}
+
 static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
-    BlockDriverState *hidden = secondary_quiesce(bs);
-    bool ok;
 
-    ok = secondary_in_sync(bs, errp);
-    if (ok && !secondary_renew(bs, errp)) {
+    if (!secondary_begin(bs, errp)) {
         qapi_event_send_replication_error(bdrv_get_node_name(bs),
                                           REPLICATION_ERROR_REASON_CHECKPOINT,
                                           error_get_pretty(*errp));
         secondary_break(bs, error_copy(*errp));
-        ok = false;
+        return false;
     }
-    secondary_resume(hidden);
 
-    return ok;
+    return true;
+}
+
+static void secondary_disown(BlockDriverState *bs, const Error *reason)
+{
+    Error *err = NULL;
+
+    error_setg(&err, "Replication node '%s' does not stand for the same "
+               "checkpoint as the VM's other disks: %s", bdrv_get_node_name(bs),
+               error_get_pretty(reason));
+    qapi_event_send_replication_error(bdrv_get_node_name(bs),
+                                      REPLICATION_ERROR_REASON_CHECKPOINT,
+                                      error_get_pretty(err));
+    secondary_break(bs, err);
 }
 
 /* Take what it needs to empty the overlays */
@@ -824,27 +874,11 @@ static bool secondary_take(BlockDriverState *bs, Error **errp)
            secondary_block_top(bs, errp);
 }
 
-static bool secondary_do_start(BlockDriverState *bs, Error **errp)
-{
-    BlockDriverState *hidden;
-    bool ok;
-
-    if (!secondary_take(bs, errp)) {
-        return false;
-    }
-
-    hidden = secondary_quiesce(bs);
-    ok = secondary_renew(bs, errp);
-    secondary_resume(hidden);
-
-    return ok;
-}
-
 static bool secondary_start(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
 
-    if (!secondary_do_start(bs, errp)) {
+    if (!secondary_take(bs, errp)) {
         secondary_release(bs);
         error_prepend(errp, "Cannot start replication node '%s': ",
                       bdrv_get_node_name(bs));
@@ -860,7 +894,7 @@ static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *hidden;
+    BlockDriverState *disk;
     bool ok;
 
     /* A broken node has given back everything */
@@ -870,10 +904,10 @@ static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    hidden = secondary_quiesce(bs);
+    disk = secondary_quiesce(bs);
     secondary_end_backup(bs);
     ok = secondary_empty_overlays(bs, errp);
-    secondary_resume(hidden);
+    secondary_resume(disk);
 
     return ok;
 }
@@ -903,6 +937,22 @@ static void secondary_failover_failed(BlockDriverState *bs, Error *err)
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
 }
 
+/* From now on the disk is shared only if the guest's device wants it so */
+static void secondary_make_exclusive(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    Error *local_err = NULL;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    s->secondary.exclusive = true;
+    if (bdrv_child_refresh_perms(bs, bs->file, &local_err) < 0) {
+        s->secondary.exclusive = false;
+        warn_reportf_err(local_err, "Others can still write to the disk of "
+                         "replication node '%s': ", bdrv_get_node_name(bs));
+    }
+}
+
 /* The commit job has put the disk in the place of the active overlay */
 static void secondary_failover_complete(BlockDriverState *bs)
 {
@@ -911,6 +961,7 @@ static void secondary_failover_complete(BlockDriverState *bs)
     /* It is the guest's disk now */
     s->secondary.disk_was_ro = false;
     secondary_release(bs);
+    secondary_make_exclusive(bs);
     secondary_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
@@ -943,6 +994,7 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
     BlockDriverState *disk = s->secondary.disk->bs;
     BlockBackend *pin = secondary_pin_context(bs, errp);
     BlockDriverState *active;
+    bool in_chain;
 
     if (!pin) {
         return false;
@@ -950,8 +1002,16 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
 
     bdrv_graph_rdlock_main_loop();
     active = secondary_active(bs);
-    assert(bdrv_chain_contains(active, disk));
+    in_chain = bdrv_chain_contains(active, disk);
     bdrv_graph_rdunlock_main_loop();
+
+    /* The links are frozen while it runs, but not while a merge is under way */
+    if (!in_chain) {
+        error_setg(errp, "node '%s' is not in the backing chain of node '%s'",
+                   bdrv_get_node_name(disk), bdrv_get_node_name(active));
+        blk_unref(pin);
+        return false;
+    }
 
     s->secondary.commit_job =
         commit_active_start(NULL, active, disk, JOB_INTERNAL, 0,
@@ -965,13 +1025,14 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
 static void secondary_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
-    BlockDriverState *hidden;
+    BlockDriverState *disk;
 
     /*
      * No write of the primary may come between the end of the backup job, which
-     * saves what it overwrites, and the start of the merge.
+     * saves what it overwrites, and the start of the merge.  Later ones cannot
+     * be told from others: the export has to be gone by then.
      */
-    hidden = secondary_quiesce(bs);
+    disk = secondary_quiesce(bs);
     secondary_end_backup(bs);
     secondary_unblock_top(bs);
     secondary_unfreeze(bs);
@@ -984,7 +1045,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
                       bdrv_get_node_name(bs));
         secondary_failover_failed(bs, error_copy(*errp));
     }
-    secondary_resume(hidden);
+    secondary_resume(disk);
 }
 
 static void secondary_get_error(BlockDriverState *bs, Error **errp)
@@ -996,6 +1057,14 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
         return;
     }
     secondary_in_sync(bs, errp);
+}
+
+/* What is taken for the overlays is writable, and has to stay so */
+static bool secondary_may_inactivate(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return !s->secondary.hidden;
 }
 
 static void secondary_init(BlockDriverState *bs, const char *top_id)
@@ -1021,7 +1090,10 @@ const ReplicationRole replication_secondary_role = {
     .check_parents      = secondary_check_parents,
 
     .start              = secondary_start,
+    .begin              = secondary_begin,
+    .in_sync            = secondary_in_sync,
     .checkpoint         = secondary_checkpoint,
+    .disown             = secondary_disown,
     .stop               = secondary_stop,
     .failover           = secondary_failover,
     .get_error          = secondary_get_error,
@@ -1032,4 +1104,6 @@ const ReplicationRole replication_secondary_role = {
     .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,
     .co_pdiscard        = secondary_co_pdiscard,
     .co_flush           = secondary_co_flush,
+
+    .may_inactivate     = secondary_may_inactivate,
 };

@@ -14,7 +14,6 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qapi/util.h"
-#include "qemu/cutils.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
@@ -166,6 +165,21 @@ static void replication_op_end(BlockDriverState *bs)
     bdrv_unref(bs);
 }
 
+static bool replication_check_mode(BlockDriverState *bs, ReplicationMode mode,
+                                   Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (mode != s->mode) {
+        error_setg(errp, "Cannot start replication node '%s' as %s: "
+                   "it was opened as %s", bdrv_get_node_name(bs),
+                   ReplicationMode_str(mode), ReplicationMode_str(s->mode));
+        return false;
+    }
+
+    return true;
+}
+
 static void replication_start(ReplicationState *rs, ReplicationMode mode,
                               Error **errp)
 {
@@ -174,20 +188,27 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_may(bs, REPLICATION_OP_START, errp)) {
-        return;
+    replication_op_begin(bs);
+    if (replication_may(bs, REPLICATION_OP_START, errp) &&
+        replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
+        s->undo_stage = s->stage;
+        replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
     }
-    if (mode != s->mode) {
-        error_setg(errp, "Cannot start replication node '%s' as %s: "
-                   "it was opened as %s", bdrv_get_node_name(bs),
-                   ReplicationMode_str(mode), ReplicationMode_str(s->mode));
-        return;
-    }
+    replication_op_end(bs);
+}
+
+static void replication_begin(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
 
     replication_op_begin(bs);
-    if (s->role->start(bs, errp)) {
-        s->stage_before_start = s->stage;
-        replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
+    /* A node that has failed over did not start */
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        s->undo_stage = REPLICATION_STAGE_NONE;
+        s->role->begin(bs, errp);
     }
     replication_op_end(bs);
 }
@@ -199,13 +220,11 @@ static void replication_undo_start(ReplicationState *rs)
 
     GLOBAL_STATE_CODE();
 
-    if (s->stage != REPLICATION_STAGE_RUNNING) {
-        return;
-    }
-
     replication_op_begin(bs);
-    s->role->release(bs);
-    replication_set_stage(bs, s->stage_before_start);
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        s->role->release(bs);
+        replication_set_stage(bs, s->undo_stage);
+    }
     replication_op_end(bs);
 }
 
@@ -217,15 +236,27 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_may(bs, op, errp)) {
-        return;
+    replication_op_begin(bs);
+    if (replication_may(bs, op, errp)) {
+        if (failover) {
+            s->role->failover(bs, errp);
+        } else {
+            s->role->stop(bs, errp);
+        }
     }
+    replication_op_end(bs);
+}
+
+static void replication_check(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
 
     replication_op_begin(bs);
-    if (failover) {
-        s->role->failover(bs, errp);
-    } else {
-        s->role->stop(bs, errp);
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
+        s->role->in_sync(bs, errp);
     }
     replication_op_end(bs);
 }
@@ -237,12 +268,25 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
-        return;
+    replication_op_begin(bs);
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp) &&
+        s->role->in_sync(bs, errp)) {
+        s->role->checkpoint(bs, errp);
     }
+    replication_op_end(bs);
+}
+
+static void replication_disown(ReplicationState *rs, const Error *reason)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
 
     replication_op_begin(bs);
-    s->role->checkpoint(bs, errp);
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        s->role->disown(bs, reason);
+    }
     replication_op_end(bs);
 }
 
@@ -263,9 +307,12 @@ static void replication_get_error(ReplicationState *rs, Error **errp)
 
 static ReplicationOps replication_ops = {
     .start      = replication_start,
+    .begin      = replication_begin,
     .undo_start = replication_undo_start,
     .stop       = replication_stop,
+    .check      = replication_check,
     .checkpoint = replication_checkpoint,
+    .disown     = replication_disown,
     .get_error  = replication_get_error,
 };
 
@@ -370,12 +417,6 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
 
-static void GRAPH_RDLOCK replication_refresh_filename(BlockDriverState *bs)
-{
-    pstrcpy(bs->exact_filename, sizeof(bs->exact_filename),
-            bs->file->bs->filename);
-}
-
 /* The other children come and go with start and stop, and are no options */
 static void GRAPH_RDLOCK
 replication_gather_child_options(BlockDriverState *bs, QDict *target,
@@ -403,6 +444,14 @@ replication_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
     BDRVReplicationState *s = bs->opaque;
 
     return s->role->check_parents(bs, errp) ? 0 : -EBUSY;
+}
+
+/* Called before the node is marked inactive, unlike its permission callbacks */
+static int GRAPH_RDLOCK replication_inactivate(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->may_inactivate(bs) ? 0 : -EBUSY;
 }
 
 /* Parse our options into @bs.  On failure nothing is left allocated. */
@@ -519,11 +568,11 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
 
-    .bdrv_refresh_filename      = replication_refresh_filename,
     .bdrv_gather_child_options  = replication_gather_child_options,
 
     .bdrv_child_perm            = replication_child_perm,
     .bdrv_check_perm            = replication_check_perm,
+    .bdrv_inactivate            = replication_inactivate,
 
     .is_filter                  = true,
     .strong_runtime_opts        = replication_strong_runtime_opts,

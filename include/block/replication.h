@@ -30,6 +30,8 @@ struct ReplicationState {
 
     /* The last call to all nodes that has visited this one */
     uint64_t round;
+    /* The last one that has started it, if it may still have to be undone */
+    uint64_t started;
     QTAILQ_ENTRY(ReplicationState) node;
 };
 
@@ -60,10 +62,29 @@ struct ReplicationOps {
     void (*get_error)(ReplicationState *rs, Error **errp);
 
     /*
+     * Optional.  Called when all nodes have started: what is done here cannot
+     * be taken back without a loss.
+     */
+    void (*begin)(ReplicationState *rs, Error **errp);
+
+    /*
      * Optional.  Take back a start that has just succeeded, because another
-     * node of the VM could not start.  A start that did nothing is not undone.
+     * node of the VM could not start or begin.  A start that did nothing is not
+     * undone.
      */
     void (*undo_start)(ReplicationState *rs);
+
+    /*
+     * Optional.  Whether a checkpoint would be refused, without doing anything.
+     * No node does a checkpoint if one of them refuses.
+     */
+    void (*check)(ReplicationState *rs, Error **errp);
+
+    /*
+     * Optional.  The checkpoint of another node, whose error is @reason, failed
+     * half-way: this one does not stand for the same checkpoint.
+     */
+    void (*disown)(ReplicationState *rs, const Error *reason);
 };
 
 /*
@@ -87,7 +108,11 @@ void replication_start_all(ReplicationMode mode, Error **errp);
  * @errp gets the first error, with the others as its hint.
  */
 
-/* Make all nodes forget the previous checkpoint in favour of the present */
+/*
+ * Make all nodes forget the previous checkpoint in favour of the present.  If
+ * any of them refuses, none does it; if one fails half-way, all of them say
+ * that they do not stand for one checkpoint.
+ */
 void replication_do_checkpoint_all(Error **errp);
 
 /* Find out whether any node has ceased to protect its disk */

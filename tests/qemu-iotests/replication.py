@@ -10,7 +10,7 @@ node, through NBD exports of the QEMU under test.
 import os
 import subprocess
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from qemu.machine.machine import AbnormalShutdown
 
@@ -288,7 +288,7 @@ class Secondary:
                     {'driver': 'raw', 'node-name': self.node('disk'),
                      'file': self.file_options('disk'), **options})
 
-    def add_top(self, replication: Optional[Json] = None) -> None:
+    def add_top(self, replication: Union[None, str, Json] = None) -> None:
         self.vm.cmd('blockdev-add',
                     {'driver': 'quorum', 'node-name': self.node('top'),
                      'vote-threshold': 1, 'read-pattern': 'fifo',
