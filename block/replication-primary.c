@@ -127,14 +127,6 @@ primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     }
 
     ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
-    if (ret == -ENOTSUP && (flags & BDRV_REQ_NO_FALLBACK)) {
-        /*
-         * The caller would fall back if it knew, but a quorum above us hides
-         * our result when the local disk can do what the secondary cannot.
-         */
-        ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes,
-                                    flags & ~BDRV_REQ_NO_FALLBACK);
-    }
     primary_forwarded(bs, "write of zeroes", ret);
     return 0;
 }
@@ -236,6 +228,13 @@ static void primary_failover(BlockDriverState *bs, Error **errp)
 static void primary_init(BlockDriverState *bs, const char *top_id)
 {
     assert(!top_id);
+
+    /*
+     * A write of zeroes that must not fall back to data could succeed on one
+     * side and be refused on the other, and a quorum above us would hide which:
+     * let it be refused before either is touched.
+     */
+    bs->supported_zero_flags &= ~BDRV_REQ_NO_FALLBACK;
 }
 
 static bool primary_may_inactivate(BlockDriverState *bs)

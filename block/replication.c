@@ -500,6 +500,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
     } else {
         s->role = &replication_secondary_role;
     }
+    replication_pass_flags(bs);
     s->role->init(bs, top_id);
     ret = 0;
 
@@ -527,7 +528,6 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
         return ret;
     }
 
-    replication_pass_flags(bs);
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
 
     s->rs = replication_new(bs, &replication_ops);
