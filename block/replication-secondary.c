@@ -763,7 +763,7 @@ static bool secondary_renew(BlockDriverState *bs, Error **errp)
     return !*errp && secondary_empty_overlays(bs, errp);
 }
 
-/* Set @errp if the disk does not have, or will not get, what the primary has */
+/* Set @errp if the disk does not have what the primary wrote */
 static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -779,10 +779,6 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
                          "The secondary disk of replication node '%s' is out "
                          "of date and has to be resynchronised: a write of the "
                          "primary failed", bdrv_get_node_name(bs));
-    } else if (replication_guard_is_cut_off(guard)) {
-        error_setg(errp, "The secondary disk of replication node '%s' is cut "
-                   "off from the primary: its export was removed",
-                   bdrv_get_node_name(bs));
     } else if (!node_is_below(bs, s->secondary.top)) {
         error_setg(errp, "Replication node '%s' is cut off from node '%s', "
                    "which the guest uses", bdrv_get_node_name(bs),
@@ -1056,7 +1052,18 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
         error_propagate(errp, error_copy(s->secondary.error));
         return;
     }
-    secondary_in_sync(bs, errp);
+    if (secondary_in_sync(bs, errp) && s->secondary.guard &&
+        replication_guard_is_cut_off(s->secondary.guard)) {
+        /*
+         * No reason to refuse a checkpoint: the disk has everything up to here,
+         * and what the primary writes from now on fails there.  In COLO the
+         * memory may be past the last checkpoint already.
+         */
+        error_setg(errp, "The secondary disk of replication node '%s' is cut "
+                   "off from the primary: its export was removed",
+                   bdrv_get_node_name(bs));
+        error_append_hint(errp, "A failover is possible.\n");
+    }
 }
 
 /* What is taken for the overlays is writable, and has to stay so */
