@@ -56,11 +56,14 @@ def mypy(args: argparse.Namespace) -> bool:
     """All of our Python: each folder is a program of its own."""
     python = str(args.tree / 'python')
     good = True
-    for folder in sorted((ROOT / 'tools').iterdir()):
+    folders = sorted((ROOT / 'tools').iterdir())
+    # they use modules of each other
+    path = ':'.join(str(folder) for folder in [python, *folders])
+    for folder in folders:
         files = scripts(f'tools/{folder.name}', 'python', '.py')
         if files:
             good &= run(['mypy', '--strict', '--follow-imports=silent']
-                        + files, {'MYPYPATH': f'{python}:{folder}'})
+                        + files, {'MYPYPATH': path})
     tests = args.tree / IOTESTS
     for file in scripts(IOTESTS, 'python', '.py'):
         good &= run(['mypy', '--config-file', str(tests / 'mypy.ini'),

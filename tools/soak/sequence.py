@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A sequence of random steps: QEMU does them, the model foretells them."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from random import Random
+from typing import Dict, List, Optional
+
+from disk import DISK, LOCAL, VIEW, Disk, check
+from host import Difference, Host, named_node
+from layout import Image, Images, Layout
+from model import Maybe, Node, Op, Stage, Verdict, Write
+
+# Bytes in a second
+SLOW = 4000000
+OUT_OF_DATE = 'out of date', 'cut off'
+
+
+@dataclass
+class Stats:
+    """What has been done."""
+    sequences: int = 0
+    steps: int = 0
+    refused: int = 0
+    faults: int = 0
+    hits: int = 0
+    failovers: int = 0
+    checkpoints: int = 0
+    checks: int = 0
+    compared: int = 0
+
+    def add(self, other: 'Stats') -> None:
+        """Take another's counts in."""
+        for field in fields(self):
+            name = field.name
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def __str__(self) -> str:
+        names = {'refused': 'refused operations', 'faults': 'injected faults',
+                 'hits': 'requests that failed for one',
+                 'compared': 'compared bytes'}
+        return ', '.join(f'{count} {names.get(name, name)}'
+                         for name, count in asdict(self).items())
+
+
+class Sequence:
+    """The disks and hosts of a sequence, and what can be done with them."""
+
+    def __init__(self, hosts: Dict[str, Host], images: Images, folder: Path,
+                 seed: str) -> None:
+        self.hosts = hosts
+        self.images = images
+        self.seed = seed
+        self.rng = Random(seed)
+        self.stats = Stats()
+        self.trace: List[str] = []
+        self.disks = self._random_disks(folder)
+
+    def _random_disks(self, folder: Path) -> List[Disk]:
+        """Any topology, mostly of one disk."""
+        kind = self.rng.choice(['secondary', 'secondary', 'pair', 'pair',
+                                'remote', 'local'])
+        first, second = self.hosts['a'], self.hosts['b']
+        disks = []
+        for number in range(self.rng.choice([1, 1, 1, 2])):
+            disks.append(Disk(
+                number, Layout.random(self.rng), self.images, folder,
+                self.rng, first if kind == 'local' else second,
+                None if kind == 'secondary' else first,
+                kind in ('secondary', 'pair')))
+            self.log(f'{kind}: {disks[-1].layout}')
+        return disks
+
+    def log(self, text: str) -> None:
+        """Remember what was done."""
+        self.trace.append(text)
+
+    def new_step(self, number: int) -> None:
+        """One step's random numbers do not depend on how others ended."""
+        self.rng = Random(f'{self.seed}/{number}')
+        self.stats.steps += 1
+
+    def expect(self, expected: Maybe, found: bool, what: str) -> None:
+        """Compare how something ended with how it had to."""
+        self.stats.checks += 1
+        if expected is None:
+            self.stats.hits += not found
+        elif expected != found:
+            raise Difference(f"{what} {'succeeded' if found else 'failed'}, "
+                             'but must not')
+
+    # The registry
+
+    def call(self, host: Host, op: Op, mode: str) -> bool:
+        """Call the registry of a host; return whether that succeeded."""
+        allowed = {node: node.allows(op, mode) for node in host.nodes}
+        certain = False not in allowed.values()
+        strict = all(allowed.values())
+        before = host.graph() if not certain and op is Op.START else None
+        error = host.call(op, mode)
+        self.log(f'{host.name}: {op.value} {mode}: {error or "done"}')
+        expected = True if strict else None if certain else False
+        if op is Op.FAILOVER:
+            expected = True
+        self.expect(expected, error is None,
+                    f'{host.name}: {op.value} {mode} ({error})')
+        self.stats.refused += error is not None
+        self._called(host, op, error, allowed)
+        if before is not None:
+            self.check_graph(host, before)
+        return error is None
+
+    def _called(self, host: Host, op: Op, error: Optional[str],
+                allowed: Dict[Node, Maybe]) -> None:
+        """Tell the models how a call has ended."""
+        culprit = None
+        if error is not None:
+            culprit = self._find(host, error)
+            if allowed[culprit]:
+                raise Difference(f'{host.name}: {op.value}: no reason for '
+                                 f'"{error}"')
+        self._count(op, error, host)
+        if error is not None and op is Op.START:
+            assert culprit
+            self._start_failed(host, culprit, allowed[culprit], error)
+            return
+        if culprit and op is Op.CHECKPOINT and self._out_of_date(
+                culprit, allowed[culprit], str(error)):
+            # all disks go on to stand at the last checkpoint
+            return
+        before = True
+        for node in host.nodes:
+            if node is culprit:
+                before = False
+                if allowed[node] is None:
+                    node.called(op, False)
+            elif before:
+                self._done(node, op, allowed[node])
+            else:
+                # the error does not tell, and only one disk has faults
+                assert allowed[node] is not None
+                if allowed[node]:
+                    node.called(op, True)
+        if culprit and op is Op.CHECKPOINT:
+            for node in host.nodes:
+                node.disowned()
+
+    def _count(self, op: Op, error: Optional[str], host: Host) -> None:
+        accepted = any(node.verdict(op) is Verdict.ACCEPT
+                       for node in host.nodes)
+        if accepted and error is None:
+            self.stats.checkpoints += op is Op.CHECKPOINT
+            self.stats.failovers += op is Op.FAILOVER
+
+    def _start_failed(self, host: Host, culprit: Node, allowed: Maybe,
+                      error: str) -> None:
+        """Nothing has changed, unless a first checkpoint failed."""
+        if (allowed is None and culprit.mode == 'secondary'
+                and 'Cannot start' not in error):
+            for node in host.nodes:
+                if node.verdict(Op.START) is Verdict.ACCEPT:
+                    node.start_lost()
+        elif allowed is None:
+            culprit.called(Op.START, False)
+
+    def _done(self, node: Node, op: Op, allowed: Maybe) -> None:
+        # QMP does not tell that a failover was refused
+        if allowed is False and op is not Op.FAILOVER:
+            raise Difference(f'{node.name}: {op.value} must not succeed')
+        node.called(op, True)
+
+    def _out_of_date(self, node: Node, allowed: Maybe, error: str) -> bool:
+        """Whether a checkpoint was refused before anything was done."""
+        if allowed is False:
+            return True
+        if not any(words in error for words in OUT_OF_DATE):
+            return False
+        if node.missed_a_write() is False:
+            raise Difference(f'{node.name}: {error}: no reason for that')
+        node.status_was(True)
+        return True
+
+    def _find(self, host: Host, error: str) -> Node:
+        """The node that an error is about."""
+        name = named_node(error)
+        for node in host.nodes:
+            if node.name == name:
+                return node
+        raise Difference(f'{host.name}: "{error}" names no replication node')
+
+    def check_status(self) -> None:
+        """Compare what all hosts say about themselves with the model."""
+        for host in self.hosts.values():
+            if host.is_running() and host.nodes:
+                self._check_status(host)
+
+    def _check_status(self, host: Host) -> None:
+        error = host.status()
+        culprit = self._find(host, error) if error else None
+        self.stats.checks += 1
+        for node in host.nodes:
+            bad = node.is_bad()
+            if bad is not None and bad is not (node is culprit):
+                raise Difference(
+                    f'{host.name}: {node.name} ({node.stage.value}) must '
+                    f"{'' if bad else 'not '}be reported, but status says "
+                    f'{error}')
+            if bad is None:
+                node.status_was(node is culprit)
+            node.status_done()
+            if node is culprit:
+                # the status tells no more
+                return
+
+    def settle(self, disk: Disk) -> None:
+        """Wait for the end of a failover, unless it is to last."""
+        model = disk.secondary.model if disk.secondary else None
+        if (not model or model.stage is not Stage.FAILOVER
+                or disk.disk_image.slow):
+            return
+        host = disk.disk_host
+        host.wait_until(lambda: not host.has_job(disk.node(DISK)),
+                        'end of the merge')
+        self._check_status(host)
+        if model.stage is Stage.FAILOVER:
+            model.merge_ended(True)
+        self.log(f'{host.name}: {model.name} is {model.stage.value}')
+
+    # Requests
+
+    def request(self, disk: Disk, side: str, write: Write,
+                flag: str = '') -> None:
+        """Write and look at the result from everywhere."""
+        expected = self.may_write(disk, side, write)
+        error = disk.clients[side].write(write, flag)
+        self.log(f'{side}{disk.number}: {write.kind} {flag} {write.offset} '
+                 f'+{len(write.data)}: {error or "done"}')
+        done: Maybe = error is None
+        if flag == 'fast' and disk.forwards(side):
+            # refused before either side was touched
+            self.expect(False, error is None, f'{side}: fast zeroes')
+            return
+        if flag == 'fast' and error:
+            # not a failure, but what there is now nobody says
+            expected, done = None, None
+        self.expect(expected, error is None, f'{side}: {write.kind}')
+        self.wrote(disk, side, write, done)
+        if write.kind == 'trim' and flag == 'fua':
+            # quorum ends the discard, but the flush goes on
+            self.wrote(disk, side, Write('flush'), done)
+        self.check_status()
+        self.check_range(disk, write.offset, len(write.data))
+
+    def may_write(self, disk: Disk, side: str, write: Write) -> Maybe:
+        """Whether a write from this side succeeds."""
+        if side == VIEW:
+            assert disk.secondary
+            serves = disk.secondary.model.serves()
+            # quorum ends discards, and not each flush has anything to do
+            idle = write.kind in ('trim', 'flush')
+            return serves or (None if idle else serves)
+        return True if side == LOCAL else disk.target.primary_may_write()
+
+    def wrote(self, disk: Disk, side: str, write: Write, done: Maybe) -> None:
+        """Tell the models that a write has ended."""
+        if side == DISK:
+            disk.target.primary_wrote(write, done)
+        elif side == LOCAL:
+            assert disk.primary
+            write.apply(disk.primary.local, True)
+            if disk.primary.attached:
+                disk.primary.model.guest_wrote(write)
+        else:
+            assert disk.secondary
+            disk.secondary.model.guest_wrote(write, bool(done))
+            if disk.secondary.next:
+                disk.secondary.next.guest_wrote(write)
+
+    # Comparing
+
+    def check_range(self, disk: Disk, offset: int, length: int) -> None:
+        """Where a write has left it open what is there now, find out."""
+        for side in disk.clients:
+            content, _ = disk.expected(side)
+            if length and not content.is_exact(offset, length):
+                self.compare(disk, side, offset, length)
+
+    def compare(self, disk: Disk, side: str, offset: int,
+                length: int) -> None:
+        """Read from a side, and compare."""
+        if side == DISK and not disk.target.disk_is_known():
+            return
+        content, expected = disk.expected(side)
+        data = disk.read(side, offset, length)
+        what = f'{side}{disk.number}: read {offset} +{length}'
+        self.expect(expected, data is not None, what)
+        if data is not None:
+            self.stats.compared += length
+            check(what, content, offset, data)
+        elif disk.primary and disk.primary.model.link:
+            # the other host's NBD server has hung up, perhaps
+            disk.primary.model.link = None
+
+    def compare_all(self, disk: Disk) -> None:
+        """Compare every byte from every side."""
+        for side in disk.sides():
+            self.compare(disk, side, 0, disk.layout.size)
+
+    # Faults
+
+    def host_of(self, disk: Disk, image: Image) -> Host:
+        """Where an image is open."""
+        if disk.primary and image is disk.primary.image:
+            return disk.primary.host
+        return disk.disk_host
+
+    def switch_fault(self, disk: Disk, kind: str) -> None:
+        """Break the image, or mend it."""
+        image = disk.images_of()[kind]
+        host = self.host_of(disk, image)
+        host.add({'driver': 'raw', 'node-name': 'door', 'read-only': True,
+                  'file': f'{image.name}-fault'})
+        host.qemu_io('door', 'read 0 512')
+        host.delete('door')
+        image.failing = not image.failing
+        self.log(f"{image.name}: {image.kinds} "
+                 f"{'fail' if image.failing else 'work'}")
+        self.stats.faults += image.failing
+        if kind != 'local':
+            disk.target.set_fault(kind, image.failing)
+
+    def switch_speed(self, disk: Disk) -> None:
+        """Make writes to the disk slow, or fast again."""
+        image = disk.disk_image
+        image.slow = not image.slow
+        disk.disk_host.cmd('qom-set', {
+            'path': f'/objects/{image.name}', 'property': 'limits',
+            'value': {'bps-write': SLOW if image.slow else 0}})
+        self.log(f"{image.name} is {'slow' if image.slow else 'fast'}")
+
+    def mend(self) -> None:
+        """End all faults, and what they have delayed."""
+        for disk in self.disks:
+            if disk.disk_image.slow:
+                self.switch_speed(disk)
+            self.settle(disk)
+            for kind, image in disk.images_of().items():
+                if image.failing:
+                    self.switch_fault(disk, kind)
+            if disk.secondary and disk.secondary.held:
+                disk.secondary.hold(False)
+
+    def may_break(self, disk: Disk) -> bool:
+        """Whether a fault of this disk would be seen in the status.
+
+        Only the first node that has an error is told of.
+        """
+        mine = disk.nodes()
+        return not any(
+            other.is_troubled() for other in self.disks if other is not disk
+        ) and all(node.is_bad() is False for host in self.hosts.values()
+                  for node in host.nodes if node not in mine)
+
+    def is_healthy(self) -> bool:
+        """Whether there is no fault at all."""
+        return not any(disk.is_troubled() for disk in self.disks)
+
+    def is_alone(self, disk: Disk) -> bool:
+        """Whether the primary may still write to the disk."""
+        return (not disk.secondary or disk.secondary.model.stage not in
+                (Stage.FAILOVER, Stage.FAILED, Stage.DONE))
+
+    def check_graph(self, host: Host, before: List[str]) -> None:
+        """What was refused must not leave a trace."""
+        after = host.graph()
+        lines = [f'-{line}' for line in before if line not in after]
+        lines += [f'+{line}' for line in after if line not in before]
+        if lines:
+            raise Difference(f'{host.name}: the graph is another one:\n'
+                             + '\n'.join(lines))

@@ -1,0 +1,464 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can happen to a pair, and how likely it is to happen next."""
+
+from random import Random
+from typing import Callable, List, NamedTuple, Optional, Tuple
+
+from disk import DISK, LOCAL, VIEW, Disk
+from disturb import disturb
+from host import Host
+from layout import KIB, MIB
+from model import (Maybe, Op, PrimaryNode, SecondaryNode, Stage, Verdict,
+                   Write)
+from nbdio import Request, pumped
+from sequence import Sequence
+
+KINDS = ['write', 'write', 'write', 'write', 'zero', 'zero', 'trim', 'flush']
+ALIGNMENTS = [1, 1, 512, 4 * KIB, 64 * KIB]
+LENGTHS = [1, 100, 512, 4 * KIB, 4 * KIB, 64 * KIB, 64 * KIB, 300 * KIB, MIB]
+SLOTS = 16
+
+Weight = Callable[[Sequence, Disk], float]
+Run = Callable[[Sequence, Disk], None]
+
+
+class Step(NamedTuple):
+    """Something that can happen."""
+    weight: Weight
+    run: Run
+
+
+STEPS: List[Step] = []
+
+
+def step(weight: Weight) -> Callable[[Run], Run]:
+    """Make a function a step that is so likely, or impossible with 0."""
+    def add(run: Run) -> Run:
+        STEPS.append(Step(weight, run))
+        return run
+    return add
+
+
+def choose(seq: Sequence, disk: Disk) -> Run:
+    """Any step that is possible now."""
+    weights = [step.weight(seq, disk) for step in STEPS]
+    return seq.rng.choices(STEPS, weights)[0].run
+
+
+def model(disk: Disk) -> Optional[SecondaryNode]:
+    """The secondary, if there is one."""
+    return disk.secondary.model if disk.secondary else None
+
+
+def stage(disk: Disk) -> Optional[Stage]:
+    """The secondary's stage."""
+    secondary = model(disk)
+    return secondary.stage if secondary else None
+
+
+def accepts(host: Host, op: Op) -> bool:
+    """Whether a node of the host would do something."""
+    return any(node.verdict(op) is Verdict.ACCEPT for node in host.nodes)
+
+
+def hosts(seq: Sequence) -> List[Host]:
+    """The hosts that have replication nodes, the primary first."""
+    return [host for _, host in sorted(seq.hosts.items()) if host.nodes]
+
+
+def mode_of(host: Host) -> str:
+    """How this host is started."""
+    return host.nodes[-1].mode
+
+
+# Requests
+
+
+def random_range(rng: Random, size: int) -> Tuple[int, int]:
+    """Offset and length of a request, of any alignment."""
+    align = rng.choice(ALIGNMENTS)
+    offset = rng.randrange(size) // align * align
+    length = rng.randrange(rng.choice(LENGTHS)) + 1
+    length = (length + align - 1) // align * align
+    return offset, min(length, size - offset)
+
+
+def random_write(rng: Random, offset: int, length: int) -> Write:
+    """A request of any kind."""
+    kind = rng.choice(KINDS)
+    if kind == 'flush':
+        return Write(kind)
+    data = rng.randbytes(length) if kind == 'write' else bytes(length)
+    return Write(kind, offset, data)
+
+
+def random_flag(rng: Random, write: Write) -> str:
+    """FUA, or a flag that only writes of zeroes know."""
+    flags = ['', '', 'fua']
+    if write.kind == 'zero':
+        flags += ['no-hole', 'fast']
+    return '' if write.kind == 'flush' else rng.choice(flags)
+
+
+def primary_writes(disk: Disk) -> Optional[str]:
+    """From where the primary writes.
+
+    Not where it could reach the disk of a secondary that has taken over.
+    """
+    alone = stage(disk) not in (Stage.FAILOVER, Stage.FAILED, Stage.DONE)
+    if disk.primary:
+        node = disk.primary.model
+        apart = (not disk.primary.attached or not node.forwards()
+                 or node.link is False)
+        return LOCAL if alone or apart else None
+    return DISK if disk.exported and alone else None
+
+
+def one_request(seq: Sequence, disk: Disk, side: str) -> None:
+    """A request from one side."""
+    write = random_write(seq.rng, *random_range(seq.rng, disk.layout.size))
+    seq.request(disk, side, write, random_flag(seq.rng, write))
+
+
+@step(lambda _seq, disk: 0 if not disk.secondary else
+      1 if disk.secondary.model.serves() is False else 6)
+def guest_writes(seq: Sequence, disk: Disk) -> None:
+    """The secondary guest does."""
+    one_request(seq, disk, VIEW)
+
+
+@step(lambda _seq, disk: 6 if primary_writes(disk) else 0)
+def primary_guest_writes(seq: Sequence, disk: Disk) -> None:
+    """The primary guest does."""
+    side = primary_writes(disk)
+    assert side
+    one_request(seq, disk, side)
+
+
+@step(lambda _seq, _disk: 2)
+def read(seq: Sequence, disk: Disk) -> None:
+    """Somebody reads."""
+    side = seq.rng.choice(disk.sides())
+    offset, length = random_range(seq.rng, disk.layout.size)
+    seq.log(f'read {side}{disk.number} {offset} +{length}')
+    seq.compare(disk, side, offset, length)
+
+
+@step(lambda _seq, _disk: 1)
+def read_all(seq: Sequence, disk: Disk) -> None:
+    """Everybody reads everything."""
+    seq.log('read all')
+    seq.compare_all(disk)
+
+
+# The registry
+
+
+def some_hosts(seq: Sequence) -> List[Host]:
+    """All, or one."""
+    some = hosts(seq)
+    return some if seq.rng.random() < 0.7 else [seq.rng.choice(some)]
+
+
+@step(lambda seq, _disk: 6 if any(accepts(host, Op.START)
+                                  for host in hosts(seq)) else 1)
+def start(seq: Sequence, _disk: Disk) -> None:
+    """Start, as COLO does, or by mistake in the wrong mode."""
+    for host in reversed(some_hosts(seq)):
+        mode = mode_of(host)
+        if seq.rng.random() < 0.1:
+            mode = 'primary' if mode == 'secondary' else 'secondary'
+        seq.call(host, Op.START, mode)
+
+
+@step(lambda seq, _disk: 4 if any(accepts(host, Op.CHECKPOINT)
+                                  for host in hosts(seq)) else 1)
+def checkpoint(seq: Sequence, _disk: Disk) -> None:
+    """A checkpoint, by a primary that gives up when its own part fails."""
+    for host in some_hosts(seq):
+        if not seq.call(host, Op.CHECKPOINT, mode_of(host)):
+            return
+
+
+@step(lambda _seq, disk: 4 if stage(disk) is Stage.BROKEN else 0.7)
+def stop(seq: Sequence, _disk: Disk) -> None:
+    """An orderly end."""
+    for host in some_hosts(seq):
+        seq.call(host, Op.STOP, mode_of(host))
+
+
+def part(seq: Sequence, survivor: Host) -> None:
+    """Before a failover: see that the primary writes there no more."""
+    remote = [disk for disk in seq.disks
+              if disk.primary and disk.primary.attached
+              and disk.disk_host is survivor]
+    cut = seq.rng.random() < 0.7
+    for disk in seq.disks:
+        if cut and disk.exported:
+            seq.log(f'unexport disk{disk.number}')
+            disk.unexport_disk()
+    if remote and not cut:
+        seq.call(seq.hosts['a'], Op.FAILOVER, 'primary')
+    if any(disk.primary and primary_writes(disk) and
+           disk.primary.model.forwards() and disk.primary.model.link
+           is not False for disk in remote):
+        # its nodes were not running, and go on to forward
+        for disk in remote:
+            if disk.exported:
+                disk.unexport_disk()
+
+
+@step(lambda _seq, disk: 0 if not disk.secondary else
+      4 if stage(disk) is Stage.FAILED else 1)
+def fail_over(seq: Sequence, _disk: Disk) -> None:
+    """The primary is lost."""
+    host = seq.hosts['b']
+    if accepts(host, Op.FAILOVER):
+        part(seq, host)
+    seq.call(host, Op.FAILOVER, 'secondary')
+
+
+@step(lambda _seq, disk: 0.4 if disk.primary else 0)
+def go_on_alone(seq: Sequence, _disk: Disk) -> None:
+    """The secondary is lost."""
+    seq.call(seq.hosts['a'], Op.FAILOVER, 'primary')
+
+
+# Writes that race a call
+
+
+class Racer(NamedTuple):
+    """A write under way."""
+    side: str
+    write: Write
+    request: Request
+    expected: Maybe
+
+
+def begin(seq: Sequence, disk: Disk, side: str, slot: int) -> Racer:
+    """Send a write within one part of the disk, and do not wait."""
+    size = disk.layout.size // SLOTS
+    start_, length = random_range(seq.rng, size)
+    write = random_write(seq.rng, slot * size + start_, length)
+    seq.log(f'race {side}{disk.number}: {write.kind} {write.offset} '
+            f'+{len(write.data)}')
+    expected = seq.may_write(disk, side, write)
+    if side == VIEW:
+        assert disk.secondary
+        write.apply(disk.secondary.model.view, None)
+    elif side == LOCAL:
+        assert disk.primary
+        write.apply(disk.primary.local, None)
+        if disk.primary.attached:
+            disk.primary.model.guest_began(write)
+    else:
+        disk.target.primary_began(write)
+    return Racer(side, write, disk.clients[side].submit(write), expected)
+
+
+def finish(seq: Sequence, disk: Disk, racer: Racer,
+           renewed: Optional[Op]) -> None:
+    """Wait for a write that may have come before or after a call.
+
+    If the call was one that empties the overlays, it is in renewed.
+    """
+    error = disk.clients[racer.side].wait(racer.request)
+    now = seq.may_write(disk, racer.side, racer.write)
+    expected = now if now is racer.expected else None
+    what = f'{racer.side}: {racer.write.kind} {racer.write.offset}'
+    seq.log(f'{what}: {error or "done"}')
+    seq.expect(expected, error is None, what)
+    if racer.side == VIEW and renewed:
+        # the call may have thrown it away
+        view = disk.target
+        assert isinstance(view, SecondaryNode)
+        racer.write.apply(view.view, None)
+        view.shadowed |= view.stage is Stage.STOPPED
+    else:
+        # what failed before the start is not held against the secondary
+        failed = None if renewed is Op.START else False
+        seq.wrote(disk, racer.side, racer.write, error is None or failed)
+    if racer.side != VIEW and renewed and disk.secondary:
+        racer.write.apply(disk.secondary.model.view, None)
+
+
+def race_calls(seq: Sequence, disk: Disk) -> List[Tuple[Host, Op]]:
+    """Calls that may meet writes under way.
+
+    Not those by which a write could be forwarded or not, as it happens.
+    """
+    calls: List[Tuple[Host, Op]] = []
+    primaries: List[Tuple[Host, PrimaryNode]] = []
+    if disk.primary:
+        primaries.append((disk.primary.host, disk.primary.model))
+    if disk.secondary and disk.secondary.next:
+        primaries.append((disk.disk_host, disk.secondary.next))
+    elif disk.secondary:
+        ops = [Op.START, Op.CHECKPOINT, Op.CHECKPOINT, Op.STOP, Op.FAILOVER]
+        calls = [(disk.disk_host, op) for op in ops]
+    for host, node in primaries:
+        if node.forwards():
+            calls += [(host, Op.START), (host, Op.CHECKPOINT)]
+    return [call for call in calls if accepts(*call)]
+
+
+@step(lambda seq, disk: 4 if race_calls(seq, disk) else 0)
+def race(seq: Sequence, disk: Disk) -> None:
+    """Writes are in flight when a call is made."""
+    host, op = seq.rng.choice(race_calls(seq, disk))
+    if op is Op.FAILOVER:
+        part(seq, host)
+    sides = [VIEW] if disk.secondary and VIEW in disk.clients else []
+    primary = primary_writes(disk)
+    if primary and op is not Op.FAILOVER:
+        sides.append(primary)
+    slots = seq.rng.sample(range(SLOTS), seq.rng.randrange(1, 8))
+    slow = seq.rng.random() < 0.3 and not disk.disk_image.slow
+    if slow:
+        seq.switch_speed(disk)
+    racers = [begin(seq, disk, seq.rng.choice(sides), slot)
+              for slot in slots if sides]
+    secondary = model(disk)
+    epoch = secondary.epoch if secondary else 0
+    clients = {racer.side: disk.clients[racer.side] for racer in racers}
+    with pumped(clients.values()):
+        seq.call(host, op, mode_of(host))
+    renewed = secondary is not None and secondary.epoch != epoch
+    for racer in racers:
+        finish(seq, disk, racer, op if renewed else None)
+    if slow:
+        seq.switch_speed(disk)
+    seq.settle(disk)
+    seq.check_status()
+    for racer in racers:
+        seq.check_range(disk, racer.write.offset, len(racer.write.data))
+
+
+# Faults
+
+
+def breakable(disk: Disk) -> List[str]:
+    """What could fail now, and has a consequence.
+
+    A quorum hides that its local disk fails to write.
+    """
+    images = disk.images_of()
+    if disk.secondary and disk.secondary.next:
+        del images['disk']
+    return sorted(kind for kind in images if not images[kind].failing)
+
+
+@step(lambda seq, disk: 1.2 if seq.may_break(disk) and breakable(disk) else 0)
+def break_image(seq: Sequence, disk: Disk) -> None:
+    """Something fails from now on."""
+    seq.switch_fault(disk, seq.rng.choice(breakable(disk)))
+
+
+@step(lambda _seq, disk: 2 * sum(image.failing for image
+                                 in disk.images_of().values()))
+def mend_image(seq: Sequence, disk: Disk) -> None:
+    """Something works again."""
+    failing = [kind for kind, image in disk.images_of().items()
+               if image.failing]
+    seq.switch_fault(disk, seq.rng.choice(failing))
+
+
+@step(lambda _seq, disk: 2 if disk.disk_image.slow else
+      0.6 if disk.secondary else 0)
+def change_speed(seq: Sequence, disk: Disk) -> None:
+    """A merge takes long, or no more."""
+    seq.switch_speed(disk)
+
+
+@step(lambda seq, disk: 0.6 if disk.primary and disk.primary.attached
+      and disk.primary.is_remote() and disk.primary.model.link
+      and seq.may_break(disk) else 0)
+def break_link(seq: Sequence, disk: Disk) -> None:
+    """The connection breaks; the client makes a new one."""
+    assert disk.primary
+    seq.log(f'yank link{disk.number}')
+    disk.primary.host.cmd('yank', instances=[
+        {'type': 'block-node', 'node-name': disk.node('link')}])
+    disk.primary.model.link = None
+    seq.stats.faults += 1
+
+
+@step(lambda seq, disk: 0.5 if disk.exported and seq.may_break(disk) else 0)
+def unexport(seq: Sequence, disk: Disk) -> None:
+    """The way to the secondary's disk is gone."""
+    seq.log(f'unexport disk{disk.number}')
+    disk.unexport_disk()
+    seq.stats.faults += 1
+
+
+@step(lambda seq, disk: 0 if disk.exported or not seq.is_alone(disk)
+      or (disk.primary and not disk.primary.is_remote()) else 3)
+def export(seq: Sequence, disk: Disk) -> None:
+    """It is there again, unless that would go past the checkpoint."""
+    seq.log(f'export disk{disk.number}')
+    if stage(disk) is not Stage.RUNNING:
+        disk.export_disk()
+        return
+    error = disk.disk_host.attempt('block-export-add', {
+        'type': 'nbd', 'id': 'export-past', 'name': 'past',
+        'node-name': disk.node(DISK), 'writable': True})
+    seq.expect(False, error is None, 'a second way to the disk')
+
+
+@step(lambda seq, disk: 0 if not disk.secondary or
+      stage(disk) in (Stage.DONE, Stage.FAILOVER, None) else
+      3 if disk.secondary.held else 0.4 if seq.may_break(disk) else 0)
+def hold(seq: Sequence, disk: Disk) -> None:
+    """Somebody else uses hidden, or lets go."""
+    assert disk.secondary
+    disk.secondary.hold(not disk.secondary.held)
+    seq.log(f'hold hidden{disk.number}: {disk.secondary.held}')
+
+
+# The graph
+
+
+@step(lambda _seq, disk: 1.5 if stage(disk) in (Stage.RUNNING, Stage.FAILED)
+      else 0)
+def take_apart(seq: Sequence, disk: Disk) -> None:
+    """A command that would take the chain apart."""
+    disturb(seq, disk)
+
+
+def resynchronise(seq: Sequence, disk: Disk) -> None:
+    """Copy the primary's disk to the target."""
+    assert disk.primary
+    seq.compare(disk, LOCAL, 0, disk.layout.size)
+    write = Write('write', 0, bytes(disk.primary.local.data))
+    seq.log(f'resynchronise disk{disk.number}')
+    disk.overwrite(write)
+
+
+@step(lambda seq, disk: 0 if not seq.is_healthy() or disk.disk_image.slow
+      or stage(disk) is Stage.RUNNING and not disk.primary else
+      3 if any(node.is_bad() for node in disk.nodes()) else 0.5)
+def rebuild(seq: Sequence, disk: Disk) -> None:
+    """New nodes, new overlays, and all data copied anew."""
+    seq.log(f'rebuild {disk.number}')
+    if disk.primary and disk.primary.attached:
+        disk.detach()
+    if disk.secondary and stage(disk) is not Stage.RUNNING:
+        disk.replace_secondary()
+    if stage(disk) is Stage.RUNNING and not disk.exported:
+        # it can be protected again after a stop
+        return
+    if not disk.exported:
+        disk.export_disk()
+    if disk.primary:
+        resynchronise(seq, disk)
+        disk.attach()
+
+
+@step(lambda seq, disk: 2 if disk.secondary and disk.layout.top == 'quorum'
+      and stage(disk) is Stage.DONE and not disk.secondary.next
+      and seq.is_healthy() else 0)
+def swap_roles(seq: Sequence, disk: Disk) -> None:
+    """The promoted secondary becomes a primary."""
+    assert disk.secondary
+    seq.log(f'next primary {disk.number}')
+    disk.secondary.attach_next()
