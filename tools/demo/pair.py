@@ -366,6 +366,7 @@ class ColoPair:
                     and bool(side.seen('RESUME', since)))
 
         side.wait_until(running, 'the failover')
+        side.pump()
         resumed = side.seen('RESUME')[-1]['when']
 
         def speaks() -> bool:

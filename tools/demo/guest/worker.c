@@ -11,8 +11,9 @@
  * ways (COLO's checkpoints and the replication driver), so any difference
  * between the two is a lost, old or foreign block.
  *
- * On CHANNEL a line is written every BEAT_MS; "finish" read from it ends the
- * work: each process then checks all that it ever wrote and reports.
+ * On CHANNEL a line is written every BEAT_MS.  "check" read from it makes each
+ * process check all that it ever wrote, and go on; "finish" ends the work with
+ * such a check and a report.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,6 +50,7 @@ struct region {
     _Atomic uint64_t writes;
     _Atomic uint64_t reads;
     _Atomic uint64_t wrong;
+    _Atomic uint64_t checks;
     uint32_t digest;
 };
 
@@ -58,6 +60,8 @@ struct shared {
     _Atomic bool sql_ready;
     _Atomic uint64_t tx;
     _Atomic uint64_t sql_wrong;
+    _Atomic uint64_t sql_checks;
+    _Atomic uint64_t checks_wanted;
     int regions;
     struct region region[MAX_REGIONS];
 };
@@ -195,6 +199,14 @@ static void check(struct region *r, int fd, uint32_t number,
     }
 }
 
+static void check_all(struct region *r, int fd, const uint32_t *generation,
+                      uint64_t *have, uint64_t *want)
+{
+    for (uint32_t i = 0; i < r->blocks; i++) {
+        check(r, fd, i, generation[i], have, want);
+    }
+}
+
 static void first_fill(struct region *r, int fd, uint32_t *generation)
 {
     uint64_t *buffer = aligned(FILL_BLOCKS * BLOCK);
@@ -244,13 +256,15 @@ static void block_work(struct region *r)
             check(r, fd, number, generation[number], have, want);
             atomic_fetch_add(&r->reads, 1);
         }
+        if (atomic_load(&r->checks) < atomic_load(&shared->checks_wanted)) {
+            check_all(r, fd, generation, have, want);
+            atomic_fetch_add(&r->checks, 1);
+        }
         /* Two guests and two QEMUs may share two CPUs: leave some of them. */
         nanosleep(&pause, NULL);
     }
 
-    for (uint32_t i = 0; i < r->blocks; i++) {
-        check(r, fd, i, generation[i], have, want);
-    }
+    check_all(r, fd, generation, have, want);
     if (fsync(fd)) {
         die("fsync");
     }
@@ -431,6 +445,11 @@ static void sql_work(const char *database)
             random = mix(random);
             sqlite_read_back(&s, 1 + random % id);
         }
+        if (atomic_load(&shared->sql_checks) <
+            atomic_load(&shared->checks_wanted)) {
+            sql_verify(database, id);
+            atomic_fetch_add(&shared->sql_checks, 1);
+        }
     }
     sqlite_end(&s);
     sql_verify(database, id);
@@ -472,7 +491,7 @@ static void beat(uint64_t number)
         (unsigned long long)(wrong + atomic_load(&shared->sql_wrong)));
 }
 
-/* True once the host has sent "finish". */
+/* Take what the host has sent; true once that was "finish". */
 static bool told_to_finish(void)
 {
     static char line[LINE];
@@ -486,11 +505,37 @@ static bool told_to_finish(void)
             if (!strcmp(line, "finish")) {
                 return true;
             }
+            if (!strcmp(line, "check")) {
+                atomic_fetch_add(&shared->checks_wanted, 1);
+            }
         } else if (length < sizeof(line) - 1) {
             line[length++] = c;
         }
     }
     return false;
+}
+
+/* Say it when all processes have made a check that the host asked for. */
+static void report_checks(void)
+{
+    static uint64_t reported;
+    uint64_t done = atomic_load(&shared->sql_checks);
+    uint64_t wrong = atomic_load(&shared->sql_wrong);
+    uint64_t blocks = 0;
+
+    for (int i = 0; i < shared->regions; i++) {
+        struct region *r = &shared->region[i];
+        uint64_t checks = atomic_load(&r->checks);
+
+        done = checks < done ? checks : done;
+        wrong += atomic_load(&r->wrong);
+        blocks += r->blocks;
+    }
+    if (done > reported) {
+        reported = done;
+        say("CHECKED n=%llu blocks=%llu wrong=%llu", (unsigned long long)done,
+            (unsigned long long)blocks, (unsigned long long)wrong);
+    }
 }
 
 static void beat_until_finish(void)
@@ -503,6 +548,7 @@ static void beat_until_finish(void)
 
         if (now >= next) {
             beat(++number);
+            report_checks();
             next = now + BEAT_MS;
         }
         if (poll(&in, 1, next - now_ms() > BEAT_MS ? 0 : next - now_ms()) > 0

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One round: a protected guest, a blow to it, and what is left of it."""
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional
+
+from chaos_plan import Cut, Kind, Moment, RoundPlan
+from console import Beat, fields
+from machine import Json, MIB, PairError, Setup, Side, STEP_TIMEOUT
+from pair import ColoPair, Failover
+
+EVENT_TIMEOUT = 60
+# A silent side that COLO still waits for is killed after this time.
+RESCUE = 20.0
+# The primary is held up for so long at most.
+HOLD_UP = 2.0
+# How long a side that woke too late stays.
+AWAKE = 1.0
+# Speed of a slow merge in bytes a second, and for how many seconds: the guest
+# dirties the overlays faster than that, so that it would never end.
+SLOW = 4 * MIB
+SLOW_FOR = 4.0
+
+
+class ChaosPair(ColoPair):
+    """A pair whose merge can be slowed down."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.merge_slowly = False
+
+    def _own_disk(self, side: Side, disk: int) -> Json:
+        node = super()._own_disk(side, disk)
+        side.vm.add_args('-object', f'throttle-group,id=speed{disk}')
+        node['file'] = {'driver': 'throttle', 'throttle-group': f'speed{disk}',
+                        'file': node['file']}
+        return node
+
+    def _limit_writes(self, side: Side, bytes_a_second: int) -> None:
+        for disk in self.disks:
+            side.cmd('qom-set', {'path': f'/objects/speed{disk}',
+                                 'property': 'limits',
+                                 'value': {'bps-write': bytes_a_second}})
+
+    def fail_over_to_secondary(self,
+                               since: Optional[float] = None) -> Failover:
+        """Go on with the secondary, whose disks may be slow for a while."""
+        if self.merge_slowly:
+            self._limit_writes(self.secondary, SLOW)
+        return super().fail_over_to_secondary(since)
+
+    def _wait_for_merge(self, side: Side) -> float:
+        if self.merge_slowly:
+            let_pass(SLOW_FOR, side)
+            self._limit_writes(side, 0)
+            self.merge_slowly = False
+        return super()._wait_for_merge(side)
+
+
+@dataclass
+class Result:
+    """What a round led to."""
+    plan: RoundPlan
+    checkpoints: int = 0
+    running_ms: Optional[float] = None
+    wrong: int = 0
+    blocks: int = 0
+    gave_up: str = ''
+    notes: List[str] = field(default_factory=list)
+    problems: List[str] = field(default_factory=list)
+
+    @property
+    def took_over(self) -> bool:
+        """Whether the guest ran again."""
+        return self.running_ms is not None
+
+
+class Round:
+    """Carries out a plan on a pair that has a primary and no secondary."""
+
+    def __init__(self, pair: ChaosPair, plan: RoundPlan) -> None:
+        self.pair = pair
+        self.plan = plan
+        self.result = Result(plan)
+        # Which side must go on, once the blow has fallen.
+        self.survivor: Optional[Side] = None
+
+    def run(self) -> None:
+        """Protect the guest, break something, and look at the survivor."""
+        blows: Dict[Kind, Callable[[], Failover]] = {
+            Kind.PRIMARY: self._kill_primary,
+            Kind.SECONDARY: self._kill_secondary,
+            Kind.MUTE_PRIMARY: self._mute_primary,
+            Kind.MUTE_SECONDARY: self._mute_secondary,
+            Kind.LINK: self._cut_link,
+            Kind.LINK_THEN_PRIMARY: self._cut_link_then_kill_primary,
+            Kind.LINK_EXIT_PRIMARY: self._kill_primary_at_exit,
+        }
+        pair = self.pair
+        pair.start_secondary()
+        pair.sync(lambda _parts: None)
+        pair.protect()
+        self._await_checkpoints()
+        self._reach_moment()
+        failover = blows[self.plan.kind]()
+        self.result.running_ms = failover.running_ms
+        self._look_at(pair.primary, failover.beat)
+
+    # Up to the blow
+
+    def _step(self, side: Side, wait: float) -> None:
+        """Wait for an event of a side, or less; both sides must be well."""
+        side.pump(wait)
+        for each in (self.pair.primary, self.pair.secondary):
+            each.pump()
+            each.check_alive('the blow')
+            if each.seen('COLO_EXIT', self.pair.protected_at):
+                raise PairError(f'{each.name}: COLO ended by itself')
+
+    def _await_checkpoints(self) -> None:
+        deadline = time.monotonic() + STEP_TIMEOUT
+        while len(self.pair.checkpoints()) < self.plan.checkpoints:
+            if time.monotonic() > deadline:
+                raise PairError('there were no checkpoints')
+            self._step(self.pair.primary, 0.5)
+
+    def _reach_moment(self) -> None:
+        primary, secondary = self.pair.primary, self.pair.secondary
+        side, name = {
+            Moment.BETWEEN: (primary, 'RESUME'),
+            Moment.SECONDARY_STOPS: (secondary, 'STOP'),
+            Moment.PRIMARY_STOPS: (primary, 'STOP'),
+            Moment.SECONDARY_RESUMES: (secondary, 'RESUME'),
+            Moment.PRIMARY_RESUMES: (primary, 'RESUME'),
+            Moment.SLOW_MERGE: (primary, 'RESUME'),
+        }[self.plan.moment]
+        since = time.time()
+        deadline = time.monotonic() + EVENT_TIMEOUT
+        while not side.seen(name, since):
+            if time.monotonic() > deadline:
+                raise PairError(f'{side.name}: no {name} event')
+            self._step(side, 0.5)
+        let_pass(self.plan.delay, side)
+
+    def _note_state(self) -> None:
+        """Note in which state the blow met the two guests."""
+        states = []
+        for name, side in (('primary', self.pair.primary),
+                           ('secondary', self.pair.secondary)):
+            side.pump()
+            last = [event['event'] for event in side.events
+                    if event['event'] in ('STOP', 'RESUME')][-1]
+            states.append(f'{name} {"stopped" if last == "STOP" else "runs"}')
+        self.result.notes.append(', '.join(states))
+        self.result.checkpoints = len(self.pair.checkpoints())
+
+    # Going on after it
+
+    def _to_secondary(self, since: Optional[float] = None) -> Failover:
+        pair = self.pair
+        self.survivor = pair.secondary
+        pair.primary.pump()
+        done = pair.checkpoints()
+        self.result.checkpoints = len(done)
+        safe = pair.primary.console.last_before(done[-1].stopped)
+        failover = pair.fail_over_to_secondary(since)
+        self._demand_kept(failover, safe)
+        return failover
+
+    def _to_primary(self, since: Optional[float] = None) -> Failover:
+        pair = self.pair
+        self.survivor = pair.primary
+        safe = pair.primary.console.beat
+        failover = pair.fail_over_to_primary(since)
+        self._demand_kept(failover, safe)
+        return failover
+
+    def _demand_kept(self, failover: Failover, safe: Optional[Beat]) -> None:
+        if safe and failover.beat.tx < safe.tx:
+            self.result.problems.append(
+                f'the survivor knows {failover.beat.tx} transactions, but '
+                f'{safe.tx} were safe')
+
+    # The blows
+
+    def _kill_primary(self) -> Failover:
+        pair, slow = self.pair, self.plan.moment is Moment.SLOW_MERGE
+        self.survivor = pair.secondary
+        pair.primary.sigkill()
+        self._note_state()
+        pair.merge_slowly = slow
+        failover = self._to_secondary()
+        last = pair.primary.console.beat
+        if slow and last and failover.merged_ms:
+            self.result.notes.append(
+                f'merged after {failover.merged_ms / 1000:.1f} s beside '
+                f'{last.writes - failover.beat.writes} writes of the guest')
+        return failover
+
+    def _kill_secondary(self) -> Failover:
+        self.survivor = self.pair.primary
+        self.pair.secondary.sigkill()
+        self._note_state()
+        return self._to_primary()
+
+    def _mute_primary(self) -> Failover:
+        pair, victim = self.pair, self.pair.primary
+        self.survivor = pair.secondary
+        victim.send_signal(signal.SIGSTOP)
+        since = time.time()
+        self._note_state()
+        let_pass(self.plan.silence, pair.secondary)
+        if self.plan.moment is Moment.PRIMARY_STOPS:
+            # The secondary reads the memory from it, under the lock that its
+            # monitor needs: COLO can only take over once that ends.
+            victim.sigkill()
+            return self._to_secondary(since)
+        return self._take_over_from_silent(
+            victim, lambda: self._to_secondary(since))
+
+    def _mute_secondary(self) -> Failover:
+        pair, victim = self.pair, self.pair.secondary
+        self.survivor = pair.primary
+        victim.send_signal(signal.SIGSTOP)
+        since = time.time()
+        self._note_state()
+        let_pass(self.plan.silence, pair.primary)
+        # Its connections are alive: without this the guest's writes would
+        # wait for it.
+        pair.primary.yank(
+            [{'type': 'block-node', 'node-name': f'link{disk}'}
+             for disk in pair.disks] + [{'type': 'migration'}])
+        return self._take_over_from_silent(
+            victim, lambda: self._to_primary(since))
+
+    def _take_over_from_silent(
+            self, victim: Side, take_over: Callable[[], Failover]) -> Failover:
+        """Go on beside a silent side, which may wake up, then dies."""
+        rescue = threading.Timer(RESCUE, victim.sigkill)
+        rescue.start()
+        try:
+            failover = take_over()
+        finally:
+            rescue.cancel()
+            rescue.join()
+        if not victim.vm.is_running():
+            self.result.notes.append(f'only after {RESCUE:.0f} s and the '
+                                     'death of the silent side')
+            return failover
+        if self.plan.wakes:
+            victim.send_signal(signal.SIGCONT)
+            let_pass(AWAKE, victim, self.pair.primary)
+            victim.cmd('query-status')
+            self._put_down(victim)
+            self.result.notes.append('the silent side woke up')
+        else:
+            victim.sigkill()
+        return failover
+
+    @staticmethod
+    def _put_down(side: Side) -> None:
+        """Kill a side that must have been alive until now."""
+        side.check_alive('its death')
+        side.sigkill()
+
+    def _cut(self) -> float:
+        """Cut the link that carries the disk writes; return when."""
+        pair, cut = self.pair, self.plan.cut
+        self._note_state()
+        self.result.notes.append(f'by {cut.value}')
+        since = time.time()
+        if cut is Cut.YANK:
+            pair.primary.yank([{'type': 'block-node',
+                                'node-name': f'link{self.plan.disk}'}])
+        elif self.plan.held_up:
+            self._hold_up_primary(self._cut_at_secondary)
+        else:
+            self._cut_at_secondary()
+        return since
+
+    def _cut_at_secondary(self) -> None:
+        if self.plan.cut is Cut.SERVER:
+            self.pair.stop_exports()
+        else:
+            self.pair.secondary.cmd('block-export-del', mode='hard',
+                                    id=f'export{self.plan.disk}')
+
+    def _hold_up_primary(self, action: Callable[[], None]) -> None:
+        """Do something while the primary stands still.
+
+        Not for long: a secondary that is reading a checkpoint from it answers
+        no command until it has got that.
+        """
+        primary = self.pair.primary
+        release = threading.Timer(HOLD_UP, primary.send_signal,
+                                  [signal.SIGCONT])
+        primary.send_signal(signal.SIGSTOP)
+        release.start()
+        try:
+            action()
+        finally:
+            release.cancel()
+            release.join()
+            primary.send_signal(signal.SIGCONT)
+        self.result.notes.append('the primary held up')
+
+    def _await_exit(self, since: float) -> float:
+        """Wait until COLO ends on a side; return when."""
+        pair = self.pair
+        deadline = time.monotonic() + EVENT_TIMEOUT
+        while time.monotonic() < deadline:
+            for name, side in (('primary', pair.primary),
+                               ('secondary', pair.secondary)):
+                side.check_alive('the end of COLO')
+                ended = side.seen('COLO_EXIT', since)
+                if ended:
+                    self.result.notes.append(f'COLO_EXIT on the {name}')
+                    when: float = ended[0]['when']
+                    return when
+            let_pass(0.1, pair.primary, pair.secondary)
+        raise PairError(f'COLO went on for {EVENT_TIMEOUT} s without the link')
+
+    def _cut_link(self) -> Failover:
+        pair, victim = self.pair, self.pair.secondary
+        self.survivor = pair.primary
+        failover = self._to_primary(self._await_exit(self._cut()))
+        self._put_down(victim)
+        return failover
+
+    def _cut_link_then_kill_primary(self) -> Failover:
+        pair, victim = self.pair, self.pair.primary
+        self.survivor = pair.secondary
+        self._cut()
+        let_pass(self.plan.gap, pair.primary, pair.secondary)
+        self._put_down(victim)
+        return self._to_secondary()
+
+    def _kill_primary_at_exit(self) -> Failover:
+        pair, victim = self.pair, self.pair.primary
+        self.survivor = pair.secondary
+        self._await_exit(self._cut())
+        self._put_down(victim)
+        return self._to_secondary()
+
+    # Afterwards
+
+    def _look_at(self, side: Side, first: Beat) -> None:
+        """Have the survivor's guest check all that it ever wrote."""
+        console = side.console
+        before = len(console.lines('CHECKED'))
+        console.send('check')
+        side.wait_until(lambda: len(console.lines('CHECKED')) > before,
+                        "the guest's check")
+        report = fields(console.lines('CHECKED')[-1])
+        self.result.blocks = int(report['blocks'])
+        # It must be able to write, too.
+        side.wait_until(lambda: bool(
+            console.beat and console.beat.writes > first.writes
+            and console.beat.tx > first.tx + 1), "the survivor's work")
+        self.result.wrong = wrong_blocks(self.pair)
+        self.result.problems += [
+            f'{each.name}: the guest says: {line}' for each in self.pair.sides
+            for line in complaints(each)]
+
+
+def complaints(side: Side) -> List[str]:
+    """Return the lines in which a guest says that something is wrong."""
+    bad_sql = [line for line in side.console.lines('SQL')
+               if fields(line).get('integrity') != 'ok']
+    return (side.console.lines('FAIL') + side.console.lines('WRONG')
+            + bad_sql)
+
+
+def let_pass(seconds: float, *sides: Side) -> None:
+    """Take the events of some sides for some time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        sides[0].pump(end - time.monotonic())
+        for side in sides[1:]:
+            side.pump()
+
+
+def wrong_blocks(pair: ColoPair) -> int:
+    """Return how many wrong blocks any guest of a pair has seen.
+
+    A guest tells of the first few and counts the rest.
+    """
+    counts = [max((beat.wrong for beat in side.console.beats()), default=0)
+              for side in pair.sides]
+    told = sum(len(side.console.lines('WRONG')) for side in pair.sides)
+    return max([told, *counts])
