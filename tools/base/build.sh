@@ -24,6 +24,14 @@ CONFIGURE=(
     --disable-install-blobs
 )
 
+# With shared libraries of gcc the reports of the undefined behaviour
+# sanitizer go to stderr, wherever they are told to go.
+SANITIZE=(
+    --enable-asan
+    --enable-ubsan
+    --extra-ldflags='-static-libasan -static-libubsan'
+)
+
 # What the tests and the demo run.
 TARGETS=(
     qemu-system-x86_64
@@ -34,10 +42,13 @@ TARGETS=(
     tests/unit/test-replication
 )
 
-# Set PRISTINE, the source to build from, and WORK, where to build it.
+# Set FLAVOUR, OPTIONS to configure it with, PRISTINE, the source to build
+# from, and WORK, where to build.
 choose_source() {
-    local flavour=$1
-    WORK=$CACHE/$flavour
+    FLAVOUR=$1
+    WORK=$CACHE/$FLAVOUR
+    OPTIONS=("${CONFIGURE[@]}")
+    [ "$FLAVOUR" != sanitize ] || OPTIONS+=("${SANITIZE[@]}")
     if [ -z "${QEMU_SRC:-}" ]; then
         PRISTINE=$("$BASE/source.sh" qemu "$CACHE")
         return
@@ -50,13 +61,13 @@ choose_source() {
 }
 
 overlay() {
-    "$PYTHON" "$BASE/overlay.py" --flavour "$1" --pristine "$PRISTINE" \
-        --tree "$WORK/tree" "${@:2}"
+    "$PYTHON" "$BASE/overlay.py" --flavour "$FLAVOUR" \
+        --pristine "$PRISTINE" --tree "$WORK/tree" "$@"
 }
 
 # Whatever makes a configured build useless when it changes.
 configuration() {
-    echo "${CONFIGURE[@]}"
+    echo "${OPTIONS[@]}"
     echo "$PRISTINE"
     cc --version
     "$PYTHON" --version
@@ -73,7 +84,7 @@ configure() {
     (
         cd "$WORK/build" || exit
         logged "$WORK/configure.log" configuring \
-            ../tree/configure --python="$PYTHON" "${CONFIGURE[@]}"
+            ../tree/configure --python="$PYTHON" "${OPTIONS[@]}"
     )
     configuration >"$WORK/configuration"
 }
@@ -81,14 +92,14 @@ configure() {
 # ninja itself cannot say: QEMU's build always has something to run.
 is_built() {
     [ "${TARGETS[*]}" = "$(cat "$WORK/built" 2>/dev/null)" ] &&
-        is_configured && overlay "$1" --check 2>/dev/null
+        is_configured && overlay --check 2>/dev/null
 }
 
 # A warning in a file of ours or one that we patch is an error. Its file is
 # made to look new, so that the next build says it again.
 refuse_warnings() {
     local ours warned
-    ours=$(overlay "$1" --list)
+    ours=$(overlay --list)
     warned=$(sed -n 's#^\(\.\./\)*tree/\(.*\):[0-9]*:[0-9]*: warning: .*#\2#p' \
                  "$WORK/build.log" | sort -u | grep -Fx "$ours") || return 0
     grep -A 6 'warning:' "$WORK/build.log" >&2
@@ -99,11 +110,12 @@ refuse_warnings() {
 # Build with nobody else in $WORK.
 build_exclusively() {
     rm -f "$WORK/built"
-    overlay "$1" || die "the tree in $WORK/tree could not be made"
+    overlay || die "the tree in $WORK/tree could not be made"
     is_configured || configure
     NINJA_STATUS='[%f/%t] ' logged "$WORK/build.log" compiling \
         ninja -C "$WORK/build" "${TARGETS[@]}"
-    refuse_warnings "$1"
+    # the sanitizers' code confuses gcc: it warns of what cannot be
+    [ "$FLAVOUR" = sanitize ] || refuse_warnings
     echo "${TARGETS[*]}" >"$WORK/built"
 }
 
@@ -118,19 +130,19 @@ lock() {
 # who builds holds the first alone; who runs what was built holds the second
 # together with others, and gets it only while holding the first.
 build() {
-    local flavour=$1 meson
+    local meson
     # shellcheck disable=SC2034 # common.sh uses it
     STEP=build
     mkdir -p "$CACHE"
-    choose_source "$flavour"
+    choose_source "$1"
     meson=$("$BASE/source.sh" meson "$CACHE")
     export PYTHONPATH=$meson${meson:+${PYTHONPATH:+:}}${PYTHONPATH:-}
     mkdir -p "$WORK"
     exec 8>"$WORK/build.lock" 9>"$WORK/use.lock"
     lock 8
-    if ! is_built "$flavour"; then
+    if ! is_built; then
         lock 9
-        build_exclusively "$flavour"
+        build_exclusively
     fi
     lock -s 9
     exec 8>&-

@@ -10,17 +10,23 @@ import os
 from pathlib import Path
 import re
 import select
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple, TextIO
 
+import sanitize
+
 ROOT = Path(__file__).resolve().parents[2]
 MESON = [sys.executable, '-m', 'mesonbuild.mesonmain']
 
 # Say that tests still run after so long without a word from them.
 QUIET_SECONDS = 10
+
+# How many times longer a test may take in a build with sanitizers.
+SANITIZE_TIMES = 5
 
 
 class Result(NamedTuple):
@@ -47,7 +53,8 @@ def setup(folder: Path, args: argparse.Namespace) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     command = [*MESON, 'setup', str(folder), str(ROOT),
                f'-Dqemu_build={args.build}', f'-Dqemu_tree={args.tree}',
-               f'-Dqemu_pristine={args.pristine}', f'-Dcache={args.cache}']
+               f'-Dqemu_pristine={args.pristine}', f'-Dcache={args.cache}',
+               f'-Dseed={args.seed}']
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT, check=False)
     if result.returncode:
@@ -69,12 +76,26 @@ def relay(source: int) -> None:
         sys.stdout.buffer.flush()
 
 
-def run_tests(folder: Path, suites: List[str]) -> None:
+def sanitizing(folder: Path, build: Path) -> List[str]:
+    """Options of meson test for a build with sanitizers."""
+    wrapper = [sys.executable, sanitize.__file__,
+               '--reports', str(folder / 'sanitizers')]
+    reason = sanitize.why_no_leaks(build)
+    if reason:
+        print(f'[check] leaks are not looked for: {reason}', flush=True)
+        wrapper.append('--no-leaks')
+    return ['--wrapper', shlex.join(wrapper),
+            '--timeout-multiplier', str(SANITIZE_TIMES)]
+
+
+def run_tests(folder: Path, args: argparse.Namespace) -> None:
     """Run meson test; its verdict is read from its log afterwards."""
     command = [*MESON, 'test', '-C', str(folder), '--print-errorlogs',
                '--no-rebuild']
-    for suite in suites:
+    for suite in args.suites:
         command += ['--suite', suite]
+    if args.sanitize:
+        command += sanitizing(folder, args.build)
     if sys.stdout.isatty():
         # meson shows its own progress there
         subprocess.run(command, check=False)
@@ -116,8 +137,9 @@ def results(entry: Dict[str, Any]) -> List[Result]:
 
 def summarise(folder: Path) -> int:
     """Print what was skipped and how many passed and failed."""
-    log = folder / 'meson-logs/testlog.json'
-    lines = log.read_text('utf-8').splitlines() if log.exists() else []
+    # the log is called after the wrapper too, if there is one
+    lines = [line for log in folder.glob('meson-logs/testlog*.json')
+             for line in log.read_text('utf-8').splitlines()]
     cases = [case for line in lines for case in results(json.loads(line))]
     count = {outcome: sum(case.outcome == outcome for case in cases)
              for outcome in ('passed', 'failed', 'skipped')}
@@ -138,6 +160,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ('--build', '--tree', '--pristine', '--cache'):
         parser.add_argument(name, type=Path, required=True)
+    parser.add_argument('--seed', default='')
+    parser.add_argument('--sanitize', action='store_true',
+                        help='the build is one with sanitizers')
     parser.add_argument('suites', nargs='+')
     args = parser.parse_args()
 
@@ -146,7 +171,7 @@ def main() -> int:
     folder = args.cache / f'check-{digest}'
     with lock(args.cache / f'check-{digest}.lock'):
         setup(folder, args)
-        run_tests(folder, args.suites)
+        run_tests(folder, args)
         return summarise(folder)
 
 

@@ -51,6 +51,7 @@ class Flavour(NamedTuple):
 
 FLAVOURS = {
     'ours': Flavour(overlay=True, patches='*.patch'),
+    'sanitize': Flavour(overlay=True, patches='*.patch'),
     # QEMU's own driver, for comparisons. COLO under TCG deadlocks at the
     # first checkpoint unless QEMU itself is mended: that is no difference
     # between the drivers, so this tree gets that patch, and only that.

@@ -38,7 +38,11 @@ mirror() {
         uri=$(private_apt_get "$cache/apt-own" own indextargets \
                   --format "$format" 'Created-By: Packages' | awk "$filter")
     fi
-    [ -n "$uri" ] && echo "$uri"
+    [ -n "$uri" ] || {
+        echo "no mirror of Debian is among apt's sources" >&2
+        return 1
+    }
+    echo "$uri"
 }
 
 keyring() {
