@@ -37,11 +37,18 @@ def reopens(disk: Disk) -> List[Json]:
             {**replication, 'file': active, 'mode': 'primary'}]
 
 
-def commands(disk: Disk) -> List[Command]:
-    """All of them.
+def inserts(node: str) -> List[Command]:
+    """Jobs that put a filter above the node."""
+    return [
+        Command('blockdev-backup', {
+            'job-id': JOB, 'device': node, 'target': SPARE, 'sync': 'full'},
+            None),
+        Command('block-stream', {'job-id': JOB, 'device': node}, None),
+    ]
 
-    Not block-stream: with nodes in an iothread it crashes, replicated or not.
-    """
+
+def commands(disk: Disk, in_iothread: bool) -> List[Command]:
+    """All of them."""
     top = disk.node(VIEW)
     lower = [disk.nodes()[0].name,
              *(disk.node(kind) for kind in ('active', 'hidden', DISK))]
@@ -51,9 +58,6 @@ def commands(disk: Disk) -> List[Command]:
         result += [
             Command('blockdev-del', {'node-name': node}),
             Command('block_resize', {'node-name': node, 'size': 8 * MIB}),
-            Command('blockdev-backup', {
-                'job-id': JOB, 'device': node, 'target': SPARE,
-                'sync': 'full'}, None),
             Command('blockdev-mirror', {
                 'job-id': JOB, 'device': node, 'target': SPARE,
                 'sync': 'full'}, None),
@@ -62,6 +66,9 @@ def commands(disk: Disk) -> List[Command]:
             Command('x-blockdev-set-iothread', {
                 'node-name': node, 'iothread': None}, None),
         ]
+        if not in_iothread:
+            # There QEMU 10.0 crashes in bdrv_insert_node(), replicated or not
+            result += inserts(node)
     result += [
         Command('block-commit', {
             'job-id': JOB, 'device': top, 'top-node': disk.node('active'),
@@ -80,11 +87,12 @@ def disturb(seq: Sequence, disk: Disk) -> None:
     host.add({'driver': 'null-co', 'node-name': SPARE, 'read-zeroes': True,
               'size': disk.layout.size})
     before = host.graph()
-    command = seq.rng.choice(commands(disk))
+    command = seq.rng.choice(commands(disk, seq.uses_iothread()))
     seq.log(f'{command.name} {command.args}')
     error = host.attempt(command.name, command.args)
     seq.log(f'{command.name}: {error or "done"}')
     seq.stats.refused += error is not None
+    seq.moved |= command.name == 'x-blockdev-set-iothread'
     seq.expect(command.expected, error is None, command.name)
     host.end_job(JOB)
     seq.check_graph(host, before)

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from qemu.machine import QEMUMachine
 from qemu.machine.machine import AbnormalShutdown
 
+from autopsy import backtrace
 from model import Node, Op
 from nbdio import Client, Hang
 
@@ -62,6 +63,8 @@ class Host:
         self.nodes.clear()
         self.served = 0
         self.vm.launch()
+        # Each command has to end in time; QEMUMachine cannot be told so
+        self.vm._qmp.settimeout(SECONDS)  # pylint: disable=protected-access
         self.cmd('nbd-server-start', addr={
             'type': 'unix', 'data': {'path': self.socket}})
 
@@ -85,6 +88,11 @@ class Host:
         if self.vm.is_running():
             self.vm.kill()
         return self.vm.get_log() or ''
+
+    def stacks(self) -> str:
+        """What its threads are doing, if it still runs."""
+        pid = self.vm.get_pid()
+        return backtrace(pid) if pid and self.vm.is_running() else ''
 
     # Commands
 

@@ -246,6 +246,8 @@ class PrimaryNode(Node):
         self.link: Maybe = True
         # Writes of which we will hear whether all of them have arrived
         self.pending: List[Write] = []
+        # Writes under way that may have failed before what is wrong now ended
+        self.doubtful: List[Write] = []
 
     def forwards(self) -> bool:
         """Whether writes go to the target in this stage."""
@@ -259,6 +261,9 @@ class PrimaryNode(Node):
             self.missed |= write.kind != 'flush'
             return
         done = self.arrives()
+        if write in self.doubtful:
+            self.doubtful.remove(write)
+            done = None if done else done
         if done is None and self.failed is False:
             self.failed = None
         if done is None and self.failed is None:
@@ -272,6 +277,8 @@ class PrimaryNode(Node):
         """A write is under way that guest_wrote() will tell of."""
         arrives = self.arrives()
         if self.forwards() and write.kind != 'trim':
+            if not arrives:
+                self.doubtful.append(write)
             if not arrives and self.failed is False:
                 self.failed = None
             if arrives is not False:

@@ -4,7 +4,7 @@
 import threading
 import time
 from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, Optional
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 import nbd  # type: ignore
 
@@ -19,12 +19,10 @@ class Hang(Exception):
     """An answer did not come in time."""
 
 
-class Request:
-    """A request under way."""
-
-    def __init__(self, cookie: int, buffer: Optional[nbd.Buffer]) -> None:
-        self.cookie = cookie
-        self.buffer = buffer
+class Request(NamedTuple):
+    """A request under way, with its data, which has to stay."""
+    cookie: int
+    buffer: bytearray = bytearray()
 
 
 class Client:
@@ -64,17 +62,17 @@ class Client:
     def submit(self, write: Write, flag: str = '') -> Request:
         """Begin a request that changes the disk."""
         conn, flags = self._connected(), FLAGS.get(flag, 0)
-        buffer = None
+        # Not in an nbd.Buffer: libnbd 1.14 does not free those
+        data = bytearray(write.data)
         if write.kind == 'flush':
             cookie = conn.aio_flush()
         elif write.kind == 'trim':
-            cookie = conn.aio_trim(len(write.data), write.offset, flags=flags)
+            cookie = conn.aio_trim(len(data), write.offset, flags=flags)
         elif write.kind == 'zero':
-            cookie = conn.aio_zero(len(write.data), write.offset, flags=flags)
+            cookie = conn.aio_zero(len(data), write.offset, flags=flags)
         else:
-            buffer = nbd.Buffer.from_bytearray(bytearray(write.data))
-            cookie = conn.aio_pwrite(buffer, write.offset, flags=flags)
-        return Request(cookie, buffer)
+            cookie = conn.aio_pwrite(data, write.offset, flags=flags)
+        return Request(cookie, data)
 
     def wait(self, request: Request) -> Optional[str]:
         """Wait for the end of a request; return what failed, if it has."""
@@ -97,11 +95,11 @@ class Client:
 
     def read(self, offset: int, length: int) -> Optional[bytes]:
         """Return what is there, or nothing if that failed."""
-        buffer = nbd.Buffer(length)
-        cookie = self._connected().aio_pread(buffer, offset)
-        if self.wait(Request(cookie, buffer)) is not None:
+        data = bytearray(length)
+        cookie = self._connected().aio_pread(data, offset)
+        if self.wait(Request(cookie, data)) is not None:
             return None
-        return bytes(buffer.to_bytearray())
+        return bytes(data)
 
 
 @contextmanager

@@ -17,8 +17,6 @@ from sequence import Stats
 MINUTES = 3.0
 PROGRESS_SECONDS = 10.0
 REDRAW_SECONDS = 0.5
-# A sequence waits for each answer, but not for long
-QUIET_SECONDS = 300.0
 
 
 class Schedule:
@@ -54,7 +52,7 @@ class Schedule:
         for worker in workers:
             worker.start()
         try:
-            failure = self._collect(results, len(workers))
+            failure = self._collect(results, workers)
         finally:
             for worker in workers:
                 worker.terminate()
@@ -62,7 +60,7 @@ class Schedule:
                 worker.join(60)
         self._wipe()
         if failure:
-            self._tell_failure(failure)
+            print(failure, flush=True)
         print(self._stats, flush=True)
         return 1 if failure else 0
 
@@ -92,25 +90,31 @@ class Schedule:
         return (self._deadline is not None
                 and time.monotonic() > self._deadline)
 
-    def _collect(self, results: Any, running: int) -> Optional[Result]:
-        """Add up what the workers have done, until all end or one fails."""
-        heard = time.monotonic()
+    def _collect(self, results: Any, workers: List[Any]) -> Optional[str]:
+        """Add up what the workers do until all end; return a failure."""
+        running = len(workers)
         while running:
             self._tell_progress()
+            dead = [job for job, worker in enumerate(workers)
+                    if worker.exitcode]
             try:
                 result = results.get(timeout=REDRAW_SECONDS)
             except queue.Empty:
-                if time.monotonic() - heard > QUIET_SECONDS:
-                    raise
+                if dead:
+                    return self._post_mortem(dead[0])
                 continue
-            heard = time.monotonic()
             if result is None:
                 running -= 1
                 continue
             self._stats.add(result.stats)
             if result.failure is not None:
-                return Result(*result)
+                return self._describe(result)
         return None
+
+    def _post_mortem(self, job: int) -> str:
+        """What is known of a worker that ended in the middle."""
+        trace = self._work / str(job) / 'trace'
+        return f"the test itself has ended:\n{trace.read_text('utf-8')}"
 
     def _tell_progress(self) -> None:
         now = time.monotonic()
@@ -129,7 +133,7 @@ class Schedule:
         if self._tty:
             print(f"\r{'':<78}\r", end='', flush=True)
 
-    def _tell_failure(self, result: Result) -> None:
+    def _describe(self, result: Result) -> str:
         seed, number = self._options.seed, result.number
         lines: List[str] = [
             f'sequence {number} differs; to repeat it:',
@@ -139,5 +143,4 @@ class Schedule:
                 'if that shows nothing, with those before in the same QEMU:',
                 f'  --seed {seed} --sequence {number - result.before} '
                 f'--sequences {result.before + 1}']
-        lines += ['', str(result.failure), '']
-        print('\n'.join(lines), flush=True)
+        return '\n'.join([*lines, '', str(result.failure)])

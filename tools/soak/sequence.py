@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, TextIO
 
 from disk import DISK, LOCAL, VIEW, Disk, check
 from host import Difference, Host, named_node
@@ -47,13 +47,15 @@ class Sequence:
     """The disks and hosts of a sequence, and what can be done with them."""
 
     def __init__(self, hosts: Dict[str, Host], images: Images, folder: Path,
-                 seed: str) -> None:
+                 seed: str, trace: TextIO) -> None:
         self.hosts = hosts
         self.images = images
         self.seed = seed
         self.rng = Random(seed)
         self.stats = Stats()
-        self.trace: List[str] = []
+        self.trace = trace
+        # Some nodes were moved to an iothread in the middle
+        self.moved = False
         self.disks = self._random_disks(folder)
 
     def _random_disks(self, folder: Path) -> List[Disk]:
@@ -73,7 +75,8 @@ class Sequence:
 
     def log(self, text: str) -> None:
         """Remember what was done."""
-        self.trace.append(text)
+        self.trace.write(f'{text}\n')
+        self.trace.flush()
 
     def new_step(self, number: int) -> None:
         """One step's random numbers do not depend on how others ended."""
@@ -113,37 +116,41 @@ class Sequence:
     def _called(self, host: Host, op: Op, error: Optional[str],
                 allowed: Dict[Node, Maybe]) -> None:
         """Tell the models how a call has ended."""
-        culprit = None
-        if error is not None:
-            culprit = self._find(host, error)
-            if allowed[culprit]:
-                raise Difference(f'{host.name}: {op.value}: no reason for '
-                                 f'"{error}"')
         self._count(op, error, host)
-        if error is not None and op is Op.START:
-            assert culprit
+        if error is None:
+            for node in host.nodes:
+                node.called(op, True)
+            return
+        culprit = self._find(host, error)
+        if allowed[culprit]:
+            raise Difference(f'{host.name}: {op.value}: no reason for '
+                             f'"{error}"')
+        if op is Op.START:
             self._start_failed(host, culprit, allowed[culprit], error)
-            return
-        if culprit and op is Op.CHECKPOINT and self._out_of_date(
-                culprit, allowed[culprit], str(error)):
-            # all disks go on to stand at the last checkpoint
-            return
-        before = True
-        for node in host.nodes:
-            if node is culprit:
-                before = False
-                if allowed[node] is None:
-                    node.called(op, False)
-            elif before:
-                self._done(node, op, allowed[node])
-            else:
-                # the error does not tell, and only one disk has faults
-                assert allowed[node] is not None
-                if allowed[node]:
-                    node.called(op, True)
-        if culprit and op is Op.CHECKPOINT:
+        elif op is not Op.CHECKPOINT:
+            self._visited(host, op, culprit, allowed)
+        elif not self._out_of_date(culprit, allowed[culprit], error):
+            self._visited(host, op, culprit, allowed)
             for node in host.nodes:
                 node.disowned()
+
+    def _visited(self, host: Host, op: Op, culprit: Node,
+                 allowed: Dict[Node, Maybe]) -> None:
+        """All nodes were called, and the culprit is the first that failed."""
+        failed = False
+        for node in host.nodes:
+            if node is culprit:
+                failed = True
+                if allowed[node] is None:
+                    node.called(op, False)
+            elif allowed[node]:
+                node.called(op, True)
+            elif allowed[node] is None:
+                # only one disk has faults, so that it did not fail later
+                assert not failed
+                node.called(op, True)
+            elif not failed:
+                raise Difference(f'{node.name}: {op.value} must not succeed')
 
     def _count(self, op: Op, error: Optional[str], host: Host) -> None:
         accepted = any(node.verdict(op) is Verdict.ACCEPT
@@ -162,12 +169,6 @@ class Sequence:
                     node.start_lost()
         elif allowed is None:
             culprit.called(Op.START, False)
-
-    def _done(self, node: Node, op: Op, allowed: Maybe) -> None:
-        # QMP does not tell that a failover was refused
-        if allowed is False and op is not Op.FAILOVER:
-            raise Difference(f'{node.name}: {op.value} must not succeed')
-        node.called(op, True)
 
     def _out_of_date(self, node: Node, allowed: Maybe, error: str) -> bool:
         """Whether a checkpoint was refused before anything was done."""
@@ -360,6 +361,10 @@ class Sequence:
             other.is_troubled() for other in self.disks if other is not disk
         ) and all(node.is_bad() is False for host in self.hosts.values()
                   for node in host.nodes if node not in mine)
+
+    def uses_iothread(self) -> bool:
+        """Whether nodes may be outside of the main loop."""
+        return self.moved or any(disk.layout.iothread for disk in self.disks)
 
     def is_healthy(self) -> bool:
         """Whether there is no fault at all."""

@@ -187,25 +187,18 @@ def stop(seq: Sequence, _disk: Disk) -> None:
         seq.call(host, Op.STOP, mode_of(host))
 
 
-def part(seq: Sequence, survivor: Host) -> None:
+def part(seq: Sequence) -> None:
     """Before a failover: see that the primary writes there no more."""
-    remote = [disk for disk in seq.disks
-              if disk.primary and disk.primary.attached
-              and disk.disk_host is survivor]
     cut = seq.rng.random() < 0.7
+    if not cut and seq.hosts['a'].nodes:
+        seq.call(seq.hosts['a'], Op.FAILOVER, 'primary')
     for disk in seq.disks:
-        if cut and disk.exported:
+        primary = disk.primary
+        # one that was not running may forward now, or once it is started
+        if disk.exported and (cut or primary and primary.attached
+                              and primary.model.stage is not Stage.DONE):
             seq.log(f'unexport disk{disk.number}')
             disk.unexport_disk()
-    if remote and not cut:
-        seq.call(seq.hosts['a'], Op.FAILOVER, 'primary')
-    if any(disk.primary and primary_writes(disk) and
-           disk.primary.model.forwards() and disk.primary.model.link
-           is not False for disk in remote):
-        # its nodes were not running, and go on to forward
-        for disk in remote:
-            if disk.exported:
-                disk.unexport_disk()
 
 
 @step(lambda _seq, disk: 0 if not disk.secondary else
@@ -214,7 +207,7 @@ def fail_over(seq: Sequence, _disk: Disk) -> None:
     """The primary is lost."""
     host = seq.hosts['b']
     if accepts(host, Op.FAILOVER):
-        part(seq, host)
+        part(seq)
     seq.call(host, Op.FAILOVER, 'secondary')
 
 
@@ -307,7 +300,7 @@ def race(seq: Sequence, disk: Disk) -> None:
     """Writes are in flight when a call is made."""
     host, op = seq.rng.choice(race_calls(seq, disk))
     if op is Op.FAILOVER:
-        part(seq, host)
+        part(seq)
     sides = [VIEW] if disk.secondary and VIEW in disk.clients else []
     primary = primary_writes(disk)
     if primary and op is not Op.FAILOVER:
@@ -405,9 +398,10 @@ def export(seq: Sequence, disk: Disk) -> None:
     seq.expect(False, error is None, 'a second way to the disk')
 
 
-@step(lambda seq, disk: 0 if not disk.secondary or
-      stage(disk) in (Stage.DONE, Stage.FAILOVER, None) else
-      3 if disk.secondary.held else 0.4 if seq.may_break(disk) else 0)
+@step(lambda seq, disk: 0 if not disk.secondary else
+      3 if disk.secondary.held else
+      0.4 if seq.may_break(disk) and not disk.secondary.model.suspect
+      and stage(disk) not in (Stage.FAILOVER, Stage.DONE) else 0)
 def hold(seq: Sequence, disk: Disk) -> None:
     """Somebody else uses hidden, or lets go."""
     assert disk.secondary
