@@ -42,11 +42,17 @@ TARGETS=(
     tests/unit/test-replication
 )
 
+# The same for what QEMU does not have, so that the stock flavour does not.
+OUR_TARGETS=(
+    tests/unit/test-write-behind
+)
+
 # Set FLAVOUR, OPTIONS to configure it with, PRISTINE, the source to build
 # from, and WORK, where to build.
 choose_source() {
     FLAVOUR=$1
     WORK=$CACHE/$FLAVOUR
+    [ "$FLAVOUR" = stock ] || TARGETS+=("${OUR_TARGETS[@]}")
     OPTIONS=("${CONFIGURE[@]}")
     [ "$FLAVOUR" != sanitize ] || OPTIONS+=("${SANITIZE[@]}")
     if [ -z "${QEMU_SRC:-}" ]; then

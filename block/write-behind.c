@@ -1,0 +1,579 @@
+/*
+ * Write-behind queue
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "block/block-io.h"
+#include "block/block_int.h"
+#include "block/reqlist.h"
+#include "block/write-behind.h"
+#include "qemu/co-shared-resource.h"
+#include "qemu/interval-tree.h"
+#include "qemu/lockable.h"
+#include "qemu/memalign.h"
+#include "qemu/timer.h"
+
+/* As many requests as are in flight at the child at once */
+#define MAX_WORKERS 64
+
+/* A request that changes the disk */
+typedef struct WriteBehindReq {
+    WriteBehindType type;
+    int64_t offset;
+    int64_t bytes;
+    BdrvRequestFlags flags;
+    QEMUIOVector *qiov;
+    size_t qiov_offset;
+
+    /*
+     * If nobody waits for the request, it and its data are ours; this is the
+     * memory that they take.  Otherwise 0, and all of it is the caller's.
+     */
+    uint64_t room;
+    QEMUIOVector copy;
+    bool done;
+
+    /* Ascending, without gaps, in the order of arrival */
+    uint64_t seq;
+    int64_t since_ns;
+
+    /* While it is queued, in WriteBehind.fifo and .queued */
+    QTAILQ_ENTRY(WriteBehindReq) next;
+    IntervalTreeNode place;
+
+    /* While it is in flight, in WriteBehind.in_flight */
+    BlockReq in_flight;
+
+    /* Woken when the request ceases to be queued, and when it is done */
+    CoQueue waiters;
+} WriteBehindReq;
+
+struct WriteBehind {
+    BlockDriverState *bs;
+    uint64_t max_bytes;
+    WriteBehindErrorFunc *on_error;
+
+    /* The memory that is not taken */
+    SharedResource *room;
+
+    /* Held while waiting for room, lest small requests overtake large ones */
+    CoMutex admission;
+
+    /* Protects all that follows */
+    QemuMutex lock;
+
+    /* Requests that were not begun, by their age and by their place */
+    QTAILQ_HEAD(, WriteBehindReq) fifo;
+    IntervalTreeRoot queued;
+
+    BlockReqList in_flight;
+
+    /*
+     * Coroutines that send requests.  Each of them is a request in flight of
+     * @bs.  There is at least one while anything is queued or to be flushed.
+     */
+    unsigned workers;
+
+    uint64_t last_seq;
+
+    /*
+     * Whatever is not younger than @flush_wanted has to be flushed, than
+     * @flush_target is going to be with the next flush, and than @flushed is.
+     */
+    uint64_t flush_wanted;
+    uint64_t flush_target;
+    uint64_t flushed;
+    bool flushing;
+    CoQueue flush_waiters;
+
+    /* A negative errno: nothing is sent any more */
+    int error;
+
+    WriteBehindStats stats;
+};
+
+WriteBehind *write_behind_new(BlockDriverState *bs, uint64_t max_bytes,
+                              WriteBehindErrorFunc *on_error)
+{
+    WriteBehind *wb = g_new0(WriteBehind, 1);
+
+    wb->bs = bs;
+    wb->max_bytes = max_bytes;
+    wb->on_error = on_error;
+    wb->room = shres_create(max_bytes);
+    qemu_co_mutex_init(&wb->admission);
+    qemu_mutex_init(&wb->lock);
+    QTAILQ_INIT(&wb->fifo);
+    QLIST_INIT(&wb->in_flight);
+    qemu_co_queue_init(&wb->flush_waiters);
+
+    return wb;
+}
+
+void write_behind_free(WriteBehind *wb)
+{
+    assert(!wb->workers && QTAILQ_EMPTY(&wb->fifo));
+
+    qemu_mutex_destroy(&wb->lock);
+    shres_destroy(wb->room);
+    g_free(wb);
+}
+
+static void write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
+{
+    req->place.start = req->offset;
+    req->place.last = req->offset + req->bytes - 1;
+    interval_tree_insert(&req->place, &wb->queued);
+    QTAILQ_INSERT_TAIL(&wb->fifo, req, next);
+}
+
+static void coroutine_fn
+write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
+{
+    QTAILQ_REMOVE(&wb->fifo, req, next);
+    interval_tree_remove(&req->place, &wb->queued);
+    qemu_co_queue_restart_all(&req->waiters);
+}
+
+/* The request is neither queued nor in flight any more */
+static void coroutine_fn
+write_behind_finish(WriteBehind *wb, WriteBehindReq *req)
+{
+    wb->stats.pending_requests--;
+    wb->stats.pending_bytes -= req->room;
+
+    if (!req->room) {
+        req->done = true;
+        qemu_co_queue_restart_all(&req->waiters);
+        return;
+    }
+
+    co_put_to_shres(wb->room, req->room);
+    if (req->type == WRITE_BEHIND_WRITE) {
+        qemu_vfree(qemu_iovec_buf(&req->copy));
+    }
+    g_free(req);
+}
+
+static void coroutine_fn write_behind_drop_all(WriteBehind *wb)
+{
+    WriteBehindReq *req, *next;
+
+    QTAILQ_FOREACH_SAFE(req, &wb->fifo, next, next) {
+        write_behind_dequeue(wb, req);
+        wb->stats.dropped_requests++;
+        write_behind_finish(wb, req);
+    }
+
+    wb->flush_wanted = wb->flush_target = wb->flushed;
+    qemu_co_queue_restart_all(&wb->flush_waiters);
+}
+
+static void coroutine_fn
+write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
+{
+    if (!wb->error) {
+        wb->error = ret;
+        wb->on_error(wb->bs, type, ret);
+    }
+}
+
+/* Do not send what is queued and will be overwritten at once */
+static void coroutine_fn
+write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
+{
+    uint64_t start = req->offset;
+    uint64_t last = start + req->bytes - 1;
+    IntervalTreeNode *place, *next;
+
+    /* Nobody knows what is there after a discard */
+    if (req->type == WRITE_BEHIND_DISCARD) {
+        return;
+    }
+
+    for (place = interval_tree_iter_first(&wb->queued, start, last); place;
+         place = next) {
+        WriteBehindReq *old = container_of(place, WriteBehindReq, place);
+
+        next = interval_tree_iter_next(place, start, last);
+        if (place->start < start || place->last > last || !old->room) {
+            continue;
+        }
+
+        /* What makes the old request permanent has to wait for the new one */
+        req->flags |= old->flags & BDRV_REQ_FUA;
+        if (old->seq <= wb->flush_wanted) {
+            wb->flush_wanted = req->seq;
+        }
+
+        wb->stats.superseded_requests++;
+        wb->stats.superseded_bytes += old->bytes;
+        write_behind_dequeue(wb, old);
+        write_behind_finish(wb, old);
+    }
+}
+
+static WriteBehindReq *write_behind_oldest(WriteBehind *wb)
+{
+    WriteBehindReq *oldest = QTAILQ_FIRST(&wb->fifo);
+    BlockReq *r;
+
+    QLIST_FOREACH(r, &wb->in_flight, list) {
+        WriteBehindReq *req = container_of(r, WriteBehindReq, in_flight);
+
+        if (!oldest || req->seq < oldest->seq) {
+            oldest = req;
+        }
+    }
+
+    return oldest;
+}
+
+/* A flush under way stays as it is, so that newer ones cannot put it off */
+static bool write_behind_may_flush(WriteBehind *wb)
+{
+    WriteBehindReq *oldest;
+
+    if (wb->flushing || wb->flush_wanted == wb->flushed) {
+        return false;
+    }
+    if (wb->flush_target == wb->flushed) {
+        wb->flush_target = wb->flush_wanted;
+    }
+    oldest = write_behind_oldest(wb);
+
+    return !oldest || oldest->seq > wb->flush_target;
+}
+
+/*
+ * The request to send next, if there is one that needs not wait for another in
+ * flight.  Only the oldest is tried, which keeps overlapping ones in order.
+ */
+static WriteBehindReq *write_behind_next(WriteBehind *wb)
+{
+    WriteBehindReq *req = QTAILQ_FIRST(&wb->fifo);
+
+    if (!req ||
+        reqlist_find_conflict(&wb->in_flight, req->offset, req->bytes)) {
+        return NULL;
+    }
+
+    return req;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+write_behind_send(WriteBehind *wb, WriteBehindReq *req)
+{
+    BdrvChild *child = wb->bs->file;
+
+    switch (req->type) {
+    case WRITE_BEHIND_WRITE:
+        return bdrv_co_pwritev_part(child, req->offset, req->bytes, req->qiov,
+                                    req->qiov_offset, req->flags);
+    case WRITE_BEHIND_ZEROES:
+        return bdrv_co_pwrite_zeroes(child, req->offset, req->bytes,
+                                     req->flags);
+    case WRITE_BEHIND_DISCARD:
+        return bdrv_co_pdiscard(child, req->offset, req->bytes);
+    case WRITE_BEHIND_FLUSH:
+        return bdrv_co_flush(child->bs);
+    default:
+        g_assert_not_reached();
+    }
+}
+
+/* Without the lock while the child is at it */
+static int coroutine_fn
+write_behind_do(WriteBehind *wb, WriteBehindReq *req)
+{
+    int ret;
+
+    qemu_mutex_unlock(&wb->lock);
+    bdrv_graph_co_rdlock();
+    ret = write_behind_send(wb, req);
+    bdrv_graph_co_rdunlock();
+    qemu_mutex_lock(&wb->lock);
+
+    if (ret < 0) {
+        wb->stats.failed_requests++;
+        write_behind_fail(wb, req->type, ret);
+    }
+
+    return ret;
+}
+
+static void coroutine_fn write_behind_work(void *opaque);
+
+/* Called whenever something may have become possible to send */
+static void write_behind_kick(WriteBehind *wb)
+{
+    AioContext *ctx = bdrv_get_aio_context(wb->bs);
+
+    if (wb->workers == MAX_WORKERS ||
+        !(write_behind_next(wb) || write_behind_may_flush(wb))) {
+        return;
+    }
+
+    wb->workers++;
+    bdrv_inc_in_flight(wb->bs);
+    aio_co_enter(ctx, qemu_coroutine_create(write_behind_work, wb));
+}
+
+static void coroutine_fn
+write_behind_do_request(WriteBehind *wb, WriteBehindReq *req)
+{
+    write_behind_dequeue(wb, req);
+    reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
+    write_behind_kick(wb);
+
+    if (write_behind_do(wb, req) >= 0) {
+        wb->stats.sent_requests++;
+        if (req->type != WRITE_BEHIND_DISCARD) {
+            wb->stats.sent_bytes += req->bytes;
+        }
+    }
+    reqlist_remove_req(&req->in_flight);
+    write_behind_finish(wb, req);
+}
+
+static void coroutine_fn write_behind_do_flush(WriteBehind *wb)
+{
+    WriteBehindReq req = { .type = WRITE_BEHIND_FLUSH };
+
+    wb->flushing = true;
+    write_behind_kick(wb);
+
+    if (write_behind_do(wb, &req) >= 0) {
+        wb->stats.flushes++;
+        wb->flushed = wb->flush_target;
+    }
+    wb->flushing = false;
+    qemu_co_queue_restart_all(&wb->flush_waiters);
+}
+
+/* Send whatever can be sent, until all of it is done by others */
+static void coroutine_fn write_behind_work(void *opaque)
+{
+    WriteBehind *wb = opaque;
+
+    qemu_mutex_lock(&wb->lock);
+    for (;;) {
+        WriteBehindReq *req;
+
+        if (wb->error) {
+            write_behind_drop_all(wb);
+        }
+
+        req = write_behind_next(wb);
+        if (write_behind_may_flush(wb)) {
+            write_behind_do_flush(wb);
+        } else if (req) {
+            write_behind_do_request(wb, req);
+        } else {
+            break;
+        }
+    }
+    wb->workers--;
+    qemu_mutex_unlock(&wb->lock);
+
+    /* May be the last thing that keeps the queue from being freed */
+    bdrv_dec_in_flight(wb->bs);
+}
+
+/* With the lock.  Whether @req is queued: otherwise it is dropped. */
+static bool coroutine_fn
+write_behind_add(WriteBehind *wb, WriteBehindReq *req)
+{
+    WriteBehindStats *stats = &wb->stats;
+
+    stats->pending_requests++;
+    stats->pending_bytes += req->room;
+    stats->max_pending_bytes = MAX(stats->max_pending_bytes,
+                                   stats->pending_bytes);
+    qemu_co_queue_init(&req->waiters);
+
+    if (wb->error) {
+        stats->dropped_requests++;
+        write_behind_finish(wb, req);
+        return false;
+    }
+
+    req->seq = ++wb->last_seq;
+    req->since_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    write_behind_supersede(wb, req);
+    write_behind_enqueue(wb, req);
+    write_behind_kick(wb);
+
+    return true;
+}
+
+/* Queue @req, which is the caller's, and wait until it is done */
+static void coroutine_fn
+write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    write_behind_add(wb, req);
+    while (!req->done) {
+        qemu_co_queue_wait(&req->waiters, &wb->lock);
+    }
+}
+
+/*
+ * Wait for room, and make @req one that is ours, with a copy of its data.
+ * Returns NULL if there can never be room for it.
+ */
+static WriteBehindReq *coroutine_fn GRAPH_RDLOCK
+write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
+{
+    bool has_data = req->type == WRITE_BEHIND_WRITE;
+    uint64_t room = sizeof(*req) + (has_data ? req->bytes : 0);
+    WriteBehindReq *taken;
+    void *buf = NULL;
+
+    if (room > wb->max_bytes) {
+        return NULL;
+    }
+
+    WITH_QEMU_LOCK_GUARD(&wb->admission) {
+        co_get_from_shres(wb->room, room);
+    }
+
+    if (has_data) {
+        buf = qemu_try_blockalign(wb->bs->file->bs, req->bytes);
+        if (!buf) {
+            co_put_to_shres(wb->room, room);
+            return NULL;
+        }
+        qemu_iovec_to_buf(req->qiov, req->qiov_offset, buf, req->bytes);
+    }
+
+    taken = g_new(WriteBehindReq, 1);
+    *taken = *req;
+    taken->room = room;
+    taken->flags &= ~BDRV_REQ_REGISTERED_BUF;
+    if (has_data) {
+        qemu_iovec_init_buf(&taken->copy, buf, req->bytes);
+        taken->qiov = &taken->copy;
+        taken->qiov_offset = 0;
+    }
+
+    return taken;
+}
+
+static void coroutine_fn GRAPH_RDLOCK
+write_behind_co_request(WriteBehind *wb, WriteBehindReq req)
+{
+    WriteBehindReq *taken;
+
+    if (!req.bytes) {
+        return;
+    }
+
+    taken = write_behind_take(wb, &req);
+    if (taken) {
+        QEMU_LOCK_GUARD(&wb->lock);
+        write_behind_add(wb, taken);
+    } else {
+        write_behind_add_and_wait(wb, &req);
+    }
+}
+
+void coroutine_fn
+write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
+                        QEMUIOVector *qiov, size_t qiov_offset,
+                        BdrvRequestFlags flags)
+{
+    write_behind_co_request(wb, (WriteBehindReq) {
+        .type           = WRITE_BEHIND_WRITE,
+        .offset         = offset,
+        .bytes          = bytes,
+        .flags          = flags,
+        .qiov           = qiov,
+        .qiov_offset    = qiov_offset,
+    });
+}
+
+void coroutine_fn
+write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
+                              BdrvRequestFlags flags)
+{
+    write_behind_co_request(wb, (WriteBehindReq) {
+        .type           = WRITE_BEHIND_ZEROES,
+        .offset         = offset,
+        .bytes          = bytes,
+        .flags          = flags,
+    });
+}
+
+void coroutine_fn
+write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    write_behind_co_request(wb, (WriteBehindReq) {
+        .type           = WRITE_BEHIND_DISCARD,
+        .offset         = offset,
+        .bytes          = bytes,
+    });
+}
+
+void coroutine_fn write_behind_co_flush(WriteBehind *wb)
+{
+    uint64_t seq;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    seq = wb->last_seq;
+    if (wb->error || seq <= wb->flushed) {
+        return;
+    }
+
+    wb->flush_wanted = seq;
+    write_behind_kick(wb);
+    while (!wb->max_bytes && wb->flushed < seq && !wb->error) {
+        qemu_co_queue_wait(&wb->flush_waiters, &wb->lock);
+    }
+}
+
+void coroutine_fn
+write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    while (bytes) {
+        IntervalTreeNode *place =
+            interval_tree_iter_first(&wb->queued, offset, offset + bytes - 1);
+        BlockReq *r = reqlist_find_conflict(&wb->in_flight, offset, bytes);
+
+        if (place) {
+            qemu_co_queue_wait(&container_of(place, WriteBehindReq,
+                                             place)->waiters, &wb->lock);
+        } else if (r) {
+            qemu_co_queue_wait(&r->wait_queue, &wb->lock);
+        } else {
+            break;
+        }
+    }
+}
+
+void write_behind_abandon(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    /* If anything is queued, there is a worker that will see this */
+    if (!wb->error) {
+        wb->error = -ECANCELED;
+    }
+}
+
+void write_behind_get_stats(WriteBehind *wb, WriteBehindStats *stats)
+{
+    WriteBehindReq *oldest;
+
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    *stats = wb->stats;
+    oldest = write_behind_oldest(wb);
+    stats->oldest_ns = oldest ? oldest->since_ns : 0;
+}

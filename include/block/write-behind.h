@@ -1,0 +1,104 @@
+/*
+ * Write-behind queue
+ *
+ * Lets a filter complete a request that changes the disk before its child has
+ * done so.  The queue keeps a copy and sends it to bs->file later.
+ *
+ * - Requests that overlap reach the child in the order in which they were
+ *   queued.  Others may be in flight there at the same time.
+ * - A flush goes to the child behind everything that was queued before it.
+ * - A request that was not begun when a newer one covers all of it is not sent.
+ * - The first failure is reported once.  Then whatever is queued is dropped,
+ *   and so is everything that comes later, lest it end up on top of a hole.
+ * - Requests in the queue count as requests in flight on the node: when it is
+ *   drained, the queue is empty.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef BLOCK_WRITE_BEHIND_H
+#define BLOCK_WRITE_BEHIND_H
+
+#include "block/block-common.h"
+#include "block/graph-lock.h"
+
+typedef struct WriteBehind WriteBehind;
+
+typedef enum WriteBehindType {
+    WRITE_BEHIND_WRITE,
+    WRITE_BEHIND_ZEROES,
+    WRITE_BEHIND_DISCARD,
+    WRITE_BEHIND_FLUSH,
+} WriteBehindType;
+
+/* All counts start at 0 with write_behind_new() */
+typedef struct WriteBehindStats {
+    /* Done by the child; bytes without those of discards */
+    uint64_t sent_requests;
+    uint64_t sent_bytes;
+    uint64_t flushes;
+
+    /* Not sent, because a newer request covered them */
+    uint64_t superseded_requests;
+    uint64_t superseded_bytes;
+
+    /* Failed, flushes included, and not sent after that */
+    uint64_t failed_requests;
+    uint64_t dropped_requests;
+
+    /* Queued or in flight: now, and bytes of memory at most */
+    uint64_t pending_requests;
+    uint64_t pending_bytes;
+    uint64_t max_pending_bytes;
+
+    /* When the oldest of them was queued, in QEMU_CLOCK_REALTIME ns, or 0 */
+    int64_t oldest_ns;
+} WriteBehindStats;
+
+/*
+ * Called in a coroutine for the first request of a queue that fails, with a
+ * negative errno.  Must not yield, nor call any function of the queue.
+ */
+typedef void WriteBehindErrorFunc(BlockDriverState *bs, WriteBehindType type,
+                                  int ret);
+
+/*
+ * Create the queue of @bs, a node whose requests go to bs->file.  The requests
+ * in it take up to @max_bytes of memory.  When there is no room, or if a
+ * request is larger than that, it waits; with 0, all do.
+ */
+WriteBehind *write_behind_new(BlockDriverState *bs, uint64_t max_bytes,
+                              WriteBehindErrorFunc *on_error);
+
+/* To be called when @bs is drained */
+void write_behind_free(WriteBehind *wb);
+
+/*
+ * The requests.  They return when they are queued, or if they have to wait, as
+ * said above, when the child has done them.  None of them returns an error.
+ */
+void coroutine_fn GRAPH_RDLOCK
+write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
+                        QEMUIOVector *qiov, size_t qiov_offset,
+                        BdrvRequestFlags flags);
+void coroutine_fn GRAPH_RDLOCK
+write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
+                              BdrvRequestFlags flags);
+void coroutine_fn GRAPH_RDLOCK
+write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes);
+void coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb);
+
+/* Wait until nothing is queued or in flight that touches this range */
+void coroutine_fn GRAPH_RDLOCK
+write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes);
+
+/*
+ * Drop what is queued, without a call of the error function, because nobody
+ * will need it.  What is in flight goes on.
+ */
+void write_behind_abandon(WriteBehind *wb);
+
+/* May be called from any thread */
+void write_behind_get_stats(WriteBehind *wb, WriteBehindStats *stats);
+
+#endif /* BLOCK_WRITE_BEHIND_H */
