@@ -11,6 +11,7 @@
 #include "block/block_int.h"
 #include "block/blockjob.h"
 #include "block/replication.h"
+#include "block/write-behind.h"
 
 /*
  * Where a node stands.  replication_stages[] in block/replication.c says what
@@ -34,6 +35,9 @@ typedef enum ReplicationStage {
 } ReplicationStage;
 
 typedef struct ReplicationPrimary {
+    /* What the guest wrote and the secondary does not have yet */
+    WriteBehind *queue;
+
     /*
      * Why the first request that the secondary should have got did not reach
      * it: a negative errno, or 0.  Accessed with atomic operations.
@@ -112,7 +116,7 @@ typedef struct BDRVReplicationState {
  */
 struct ReplicationRole {
     /* Prepare our state before the first child is opened, and free it */
-    void (*init)(BlockDriverState *bs, const char *top_id);
+    bool (*init)(BlockDriverState *bs, QemuOpts *opts, Error **errp);
     void (*cleanup)(BlockDriverState *bs);
 
     void (*child_perm)(
@@ -144,6 +148,12 @@ struct ReplicationRole {
     /* End in peace.  Sets the stage, also on failure. */
     void (*stop)(BlockDriverState *bs, Error **errp);
 
+    /*
+     * A failover comes: do not wait for what nobody needs any more.  The only
+     * function that is called without draining the node first.
+     */
+    void (*abandon)(BlockDriverState *bs);
+
     /* Go on alone.  Sets the stage, also on failure. */
     void (*failover)(BlockDriverState *bs, Error **errp);
 
@@ -152,6 +162,10 @@ struct ReplicationRole {
 
     /* End every job and give back what start took; the stage stays */
     void (*release)(BlockDriverState *bs);
+
+    /* Wait until what the guest wrote in this range is where it is read from */
+    void GRAPH_RDLOCK_PTR coroutine_fn (*co_settle)(
+        BlockDriverState *bs, int64_t offset, int64_t bytes);
 
     /* Whether a read in the present stage gives the guest's data */
     bool (*serves_reads)(BlockDriverState *bs);
@@ -169,6 +183,10 @@ struct ReplicationRole {
     /* Whether the node may be made inactive now */
     bool (*may_inactivate)(BlockDriverState *bs);
 };
+
+#define REPLICATION_OPT_MODE            "mode"
+#define REPLICATION_OPT_TOP_ID          "top-id"
+#define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
 
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;

@@ -1,9 +1,9 @@
 /*
  * Block replication: the primary side
  *
- * Forwards what the guest changes to the secondary, and remembers what did not
- * get there.  The guest never sees an error of the secondary: it goes on, and
- * the next checkpoint fails instead.
+ * Forwards what the guest changes to the secondary, behind the guest's back, and
+ * remembers what did not get there.  The guest never sees an error of the
+ * secondary: it goes on, and the next checkpoint fails instead.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -13,7 +13,22 @@
 #include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
+#include "qemu/option.h"
+#include "qemu/units.h"
 #include "replication-int.h"
+
+/*
+ * As much as a link of 10 Gbit/s takes in 50 ms, which is what this may add to
+ * a checkpoint
+ */
+#define DEFAULT_WRITE_BEHIND (64 * MiB)
+
+static const char *const forward_names[] = {
+    [WRITE_BEHIND_WRITE]    = "write",
+    [WRITE_BEHIND_ZEROES]   = "write of zeroes",
+    [WRITE_BEHIND_DISCARD]  = "discard",
+    [WRITE_BEHIND_FLUSH]    = "flush",
+};
 
 /* From the moment the node is opened, lest a write before start be lost */
 static bool primary_forwards(BlockDriverState *bs)
@@ -56,20 +71,20 @@ primary_check_parents(BlockDriverState *bs, Error **errp)
 }
 
 /*
- * Take note of the result of a forwarded request.  Only the first failure is
- * reported: from then on the secondary is out of date, whatever follows.
+ * The queue failed to forward a request, and forwards nothing more: from now on
+ * the secondary is out of date.
  */
-static void primary_forwarded(BlockDriverState *bs, const char *what, int ret)
+static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
+                                   int ret)
 {
     BDRVReplicationState *s = bs->opaque;
 
     IO_CODE();
 
-    if (ret >= 0 || qatomic_cmpxchg(&s->primary.forward_error, 0, ret)) {
-        return;
-    }
+    qatomic_set(&s->primary.forward_error, ret);
     error_report("Replication node '%s' failed to forward a %s to the "
-                 "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
+                 "secondary: %s", bdrv_get_node_name(bs), forward_names[type],
+                 strerror(-ret));
     qapi_event_send_replication_error(bdrv_get_node_name(bs),
                                       REPLICATION_ERROR_REASON_FORWARD,
                                       strerror(-ret));
@@ -97,21 +112,28 @@ static bool primary_serves_reads(BlockDriverState *bs)
            !qatomic_read(&s->primary.forward_error);
 }
 
+static void coroutine_fn GRAPH_RDLOCK
+primary_co_settle(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    write_behind_co_settle(s->primary.queue, offset, bytes);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
                    QEMUIOVector *qiov, size_t qiov_offset,
                    BdrvRequestFlags flags)
 {
-    int ret;
+    BDRVReplicationState *s = bs->opaque;
 
-    if (!primary_forwards(bs)) {
+    if (primary_forwards(bs)) {
+        write_behind_co_pwritev(s->primary.queue, offset, bytes, qiov,
+                                qiov_offset, flags);
+    } else {
         primary_missed(bs);
-        return 0;
     }
 
-    ret = bdrv_co_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset,
-                               flags);
-    primary_forwarded(bs, "write", ret);
     return 0;
 }
 
@@ -119,44 +141,40 @@ static int coroutine_fn GRAPH_RDLOCK
 primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
                          BdrvRequestFlags flags)
 {
-    int ret;
+    BDRVReplicationState *s = bs->opaque;
 
-    if (!primary_forwards(bs)) {
+    if (primary_forwards(bs)) {
+        write_behind_co_pwrite_zeroes(s->primary.queue, offset, bytes, flags);
+    } else {
         primary_missed(bs);
-        return 0;
     }
 
-    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
-    primary_forwarded(bs, "write of zeroes", ret);
     return 0;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    int ret;
+    BDRVReplicationState *s = bs->opaque;
 
-    if (!primary_forwards(bs)) {
+    if (primary_forwards(bs)) {
+        write_behind_co_pdiscard(s->primary.queue, offset, bytes);
+    } else {
         primary_missed(bs);
-        return 0;
     }
 
-    ret = bdrv_co_pdiscard(bs->file, offset, bytes);
-    primary_forwarded(bs, "discard", ret);
     return 0;
 }
 
 static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 {
-    int ret;
+    BDRVReplicationState *s = bs->opaque;
 
     /* Where no write is forwarded there is nothing to flush, nor to miss */
-    if (!primary_forwards(bs)) {
-        return 0;
+    if (primary_forwards(bs)) {
+        write_behind_co_flush(s->primary.queue);
     }
 
-    ret = bdrv_co_flush(bs->file->bs);
-    primary_forwarded(bs, "flush", ret);
     return 0;
 }
 
@@ -220,14 +238,34 @@ static void primary_stop(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
+/* The secondary may have died without a word, and what is sent there hang */
+static void primary_abandon(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *link;
+
+    write_behind_abandon(s->primary.queue);
+
+    bdrv_graph_rdlock_main_loop();
+    link = bs->file->bs;
+    bdrv_graph_rdunlock_main_loop();
+    bdrv_cancel_in_flight(link);
+}
+
 static void primary_failover(BlockDriverState *bs, Error **errp)
 {
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
 
-static void primary_init(BlockDriverState *bs, const char *top_id)
+static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
-    assert(!top_id);
+    BDRVReplicationState *s = bs->opaque;
+    uint64_t write_behind = qemu_opt_get_size(opts,
+                                              REPLICATION_OPT_WRITE_BEHIND,
+                                              DEFAULT_WRITE_BEHIND);
+
+    s->primary.queue = write_behind_new(bs, write_behind,
+                                        primary_forward_failed);
 
     /*
      * A write of zeroes that must not fall back to data could succeed on one
@@ -235,6 +273,14 @@ static void primary_init(BlockDriverState *bs, const char *top_id)
      * let it be refused before either is touched.
      */
     bs->supported_zero_flags &= ~BDRV_REQ_NO_FALLBACK;
+    return true;
+}
+
+static void primary_cleanup(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    write_behind_free(s->primary.queue);
 }
 
 static bool primary_may_inactivate(BlockDriverState *bs)
@@ -242,14 +288,14 @@ static bool primary_may_inactivate(BlockDriverState *bs)
     return true;
 }
 
-/* A primary node takes nothing beyond its child */
+/* What a primary node has, it has from when it was opened */
 static void primary_nothing(BlockDriverState *bs)
 {
 }
 
 const ReplicationRole replication_primary_role = {
     .init               = primary_init,
-    .cleanup            = primary_nothing,
+    .cleanup            = primary_cleanup,
     .child_perm         = bdrv_default_perms,
     .check_parents      = primary_check_parents,
 
@@ -259,10 +305,12 @@ const ReplicationRole replication_primary_role = {
     .checkpoint         = primary_checkpoint,
     .disown             = primary_disown,
     .stop               = primary_stop,
+    .abandon            = primary_abandon,
     .failover           = primary_failover,
     .get_error          = primary_get_error,
     .release            = primary_nothing,
 
+    .co_settle          = primary_co_settle,
     .serves_reads       = primary_serves_reads,
     .co_pwritev         = primary_co_pwritev,
     .co_pwrite_zeroes   = primary_co_pwrite_zeroes,

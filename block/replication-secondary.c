@@ -15,6 +15,7 @@
 #include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
+#include "qemu/option.h"
 #include "system/block-backend.h"
 #include "block/block_backup.h"
 #include "replication-int.h"
@@ -1018,6 +1019,17 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
     return s->secondary.commit_job;
 }
 
+/* Both disks of a secondary stay in use */
+static void secondary_abandon(BlockDriverState *bs)
+{
+}
+
+/* What is written is read from where it was written to */
+static void coroutine_fn
+secondary_co_settle(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+}
+
 static void secondary_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
@@ -1074,12 +1086,21 @@ static bool secondary_may_inactivate(BlockDriverState *bs)
     return !s->secondary.hidden;
 }
 
-static void secondary_init(BlockDriverState *bs, const char *top_id)
+static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
+    const char *top_id = qemu_opt_get(opts, REPLICATION_OPT_TOP_ID);
+
+    if (!top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is missing");
+        error_append_hint(errp, "In secondary mode it names the root node "
+                          "above this one.\n");
+        return false;
+    }
 
     s->secondary.top_id = g_strdup(top_id);
     qemu_co_mutex_init(&s->secondary.split_lock);
+    return true;
 }
 
 static void secondary_cleanup(BlockDriverState *bs)
@@ -1102,10 +1123,12 @@ const ReplicationRole replication_secondary_role = {
     .checkpoint         = secondary_checkpoint,
     .disown             = secondary_disown,
     .stop               = secondary_stop,
+    .abandon            = secondary_abandon,
     .failover           = secondary_failover,
     .get_error          = secondary_get_error,
     .release            = secondary_release,
 
+    .co_settle          = secondary_co_settle,
     .serves_reads       = secondary_serves,
     .co_pwritev         = secondary_co_pwritev,
     .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,

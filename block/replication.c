@@ -20,9 +20,6 @@
 #include "qobject/qdict.h"
 #include "replication-int.h"
 
-#define REPLICATION_OPT_MODE   "mode"
-#define REPLICATION_OPT_TOP_ID "top-id"
-
 typedef enum ReplicationOp {
     REPLICATION_OP_START,
     REPLICATION_OP_CHECKPOINT,
@@ -111,8 +108,23 @@ static QemuOptsList replication_runtime_opts = {
             .type = QEMU_OPT_STRING,
             .help = "Device or node at the root above this node (secondary)",
         },
+        {
+            .name = REPLICATION_OPT_WRITE_BEHIND,
+            .type = QEMU_OPT_SIZE,
+            .help = "Memory for writes that the secondary does not have yet "
+                    "(primary)",
+        },
         { /* end of list */ }
     },
+};
+
+/* Options that only one of the modes has */
+static const struct {
+    const char *name;
+    ReplicationMode mode;
+} replication_mode_opts[] = {
+    { REPLICATION_OPT_TOP_ID,       REPLICATION_MODE_SECONDARY },
+    { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
 };
 
 void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
@@ -236,6 +248,10 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 
     GLOBAL_STATE_CODE();
 
+    if (failover && replication_may(bs, op, NULL)) {
+        s->role->abandon(bs);
+    }
+
     replication_op_begin(bs);
     if (replication_may(bs, op, errp)) {
         if (failover) {
@@ -323,6 +339,7 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     BDRVReplicationState *s = bs->opaque;
 
+    s->role->co_settle(bs, offset, bytes);
     if (!s->role->serves_reads(bs)) {
         return -EIO;
     }
@@ -339,6 +356,7 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
     BDRVReplicationState *s = bs->opaque;
 
     *pnum = bytes;
+    s->role->co_settle(bs, offset, bytes);
 
     /* Whoever was told that there are zeroes would not try to read */
     if (!s->role->serves_reads(bs)) {
@@ -406,6 +424,8 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                         PreallocMode prealloc, BdrvRequestFlags flags,
                         Error **errp)
 {
+    BDRVReplicationState *s = bs->opaque;
+
     if (!replication_may_resize(replication_stage(bs))) {
         error_setg(errp, "Cannot resize replication node '%s' while it "
                    "replicates", bdrv_get_node_name(bs));
@@ -413,6 +433,9 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                           "sides, resynchronise it and start again.\n");
         return -EBUSY;
     }
+
+    /* What was written where the disk ends now must not end up beyond it */
+    s->role->co_settle(bs, 0, BDRV_MAX_LENGTH);
 
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
@@ -454,6 +477,23 @@ static int GRAPH_RDLOCK replication_inactivate(BlockDriverState *bs)
     return s->role->may_inactivate(bs) ? 0 : -EBUSY;
 }
 
+static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
+                                        Error **errp)
+{
+    for (int i = 0; i < ARRAY_SIZE(replication_mode_opts); i++) {
+        const char *name = replication_mode_opts[i].name;
+        ReplicationMode wanted = replication_mode_opts[i].mode;
+
+        if (mode != wanted && qemu_opt_get(opts, name)) {
+            error_setg(errp, "Parameter '%s' is only for %s mode", name,
+                       ReplicationMode_str(wanted));
+            return false;
+        }
+    }
+
+    return true;
+}
+
 /* Parse our options into @bs.  On failure nothing is left allocated. */
 static int replication_parse_options(BlockDriverState *bs, QDict *options,
                                      Error **errp)
@@ -462,7 +502,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
     BDRVReplicationState *s = bs->opaque;
     QemuOpts *opts = qemu_opts_create(&replication_runtime_opts, NULL, 0,
                                       &error_abort);
-    const char *mode, *top_id;
+    const char *mode;
     int ret = -EINVAL;
 
     if (!qemu_opts_absorb_qdict(opts, options, errp)) {
@@ -482,16 +522,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         goto out;
     }
 
-    top_id = qemu_opt_get(opts, REPLICATION_OPT_TOP_ID);
-    if (s->mode == REPLICATION_MODE_SECONDARY && !top_id) {
-        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is missing");
-        error_append_hint(errp, "In secondary mode it names the root node "
-                          "above this one.\n");
-        goto out;
-    }
-    if (s->mode == REPLICATION_MODE_PRIMARY && top_id) {
-        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is only for "
-                   "secondary mode");
+    if (!replication_check_mode_opts(s->mode, opts, errp)) {
         goto out;
     }
 
@@ -501,8 +532,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         s->role = &replication_secondary_role;
     }
     replication_pass_flags(bs);
-    s->role->init(bs, top_id);
-    ret = 0;
+    ret = s->role->init(bs, opts, errp) ? 0 : -EINVAL;
 
 out:
     qemu_opts_del(opts);
@@ -548,6 +578,7 @@ static void replication_close(BlockDriverState *bs)
 static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_MODE,
     REPLICATION_OPT_TOP_ID,
+    REPLICATION_OPT_WRITE_BEHIND,
 
     NULL
 };

@@ -453,6 +453,7 @@ static void test_primary_fault_running(const void *opaque)
     start_ok(PRIMARY);
     checkpoint_ok();
     g_assert_cmpint(fault->request(p->guest), >=, 0);
+    blk_drain(p->guest);
     status_fails("repl-p");
     checkpoint_fails("out of date");
     checkpoint_fails("repl-p");
