@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     disk_format: str
     active: str
     hidden: str
-    # The secondary's top node: quorum, or one that passes discards on
+    # The secondary's top node: quorum, or another
     top: str
     discard: str
     # Request alignment below the disk

@@ -247,7 +247,7 @@ class Sequence:
         self.expect(expected, error is None, f'{side}: {write.kind}')
         self.wrote(disk, side, write, done)
         if write.kind == 'trim' and flag == 'fua':
-            # quorum ends the discard, but the flush goes on
+            # the discard may end at the quorum, but the flush goes on
             self.wrote(disk, side, Write('flush'), done)
         self.check_status()
         self.check_range(disk, write.offset, len(write.data))
@@ -257,7 +257,8 @@ class Sequence:
         if side == VIEW:
             assert disk.secondary
             serves = disk.secondary.model.serves()
-            # quorum ends discards, and not each flush has anything to do
+            # discards may end at the quorum, and not each flush has something
+            # to do
             idle = write.kind in ('trim', 'flush')
             return serves or (None if idle else serves)
         return True if side == LOCAL else disk.target.primary_may_write()
