@@ -48,6 +48,12 @@ typedef struct ReplicationPrimary {
     bool missed;
 } ReplicationPrimary;
 
+/* What tells whether an overlay was written to since it was emptied */
+typedef struct SecondaryEmptied {
+    bool valid;
+    unsigned int write_gen;
+} SecondaryEmptied;
+
 /* Except for @split_lock, all of this is protected by the BQL. */
 typedef struct ReplicationSecondary {
     char *top_id;
@@ -76,6 +82,9 @@ typedef struct ReplicationSecondary {
 
     /* We are ending @backup_job ourselves */
     bool ending_backup;
+
+    SecondaryEmptied active_emptied;
+    SecondaryEmptied hidden_emptied;
 
     /* Why the stage is BROKEN or FAILOVER_FAILED */
     Error *error;

@@ -645,6 +645,8 @@ static void secondary_release(BlockDriverState *bs)
         assert(!s->secondary.commit_job);
     }
     secondary_end_backup(bs);
+    s->secondary.active_emptied.valid = false;
+    s->secondary.hidden_emptied.valid = false;
     secondary_unfreeze(bs);
     secondary_own_active(bs, false, NULL);
     secondary_detach(bs, &s->secondary.hidden, &s->secondary.hidden_was_ro);
@@ -689,11 +691,14 @@ static void secondary_backup_done(void *opaque, int ret)
     bdrv_unref(bs);
 }
 
+/* Does nothing if nothing was written to @overlay since it was emptied */
 static bool GRAPH_RDLOCK
 secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
-                Error **errp)
+                SecondaryEmptied *emptied, Error **errp)
 {
     ERRP_GUARD();
+    /* No request is in flight: each has counted, whoever it came from */
+    unsigned int write_gen = qatomic_read(&overlay->bs->write_gen);
 
     if (!overlay->bs->drv) {
         error_setg(errp, "The %s '%s' of replication node '%s' is unusable",
@@ -701,11 +706,17 @@ secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
                    bdrv_get_node_name(bs));
         return false;
     }
+    if (emptied->valid && emptied->write_gen == write_gen) {
+        return true;
+    }
+
+    emptied->valid = false;
     if (bdrv_make_empty(overlay, errp) < 0) {
         error_prepend(errp, "The %s '%s' of replication node '%s': ", what,
                       bdrv_get_node_name(overlay->bs), bdrv_get_node_name(bs));
         return false;
     }
+    *emptied = (SecondaryEmptied) { .valid = true, .write_gen = write_gen };
 
     return true;
 }
@@ -750,8 +761,10 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
 
     assert(qatomic_read(&s->secondary.hidden->bs->quiesce_counter) > 0);
 
-    return secondary_empty(bs, bs->file, "active overlay", errp) &&
-           secondary_empty(bs, s->secondary.hidden, "hidden overlay", errp);
+    return secondary_empty(bs, bs->file, "active overlay",
+                           &s->secondary.active_emptied, errp) &&
+           secondary_empty(bs, s->secondary.hidden, "hidden overlay",
+                           &s->secondary.hidden_emptied, errp);
 }
 
 /* Make the secondary disk as it stands the checkpoint */
