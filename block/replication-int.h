@@ -54,9 +54,10 @@ typedef struct SecondaryEmptied {
     unsigned int write_gen;
 } SecondaryEmptied;
 
-/* Except for @split_lock, all of this is protected by the BQL. */
+/* What says nothing else is protected by the BQL. */
 typedef struct ReplicationSecondary {
     char *top_id;
+    bool overlay_flush;
 
     /*
      * What start takes and secondary_release() gives back.  Each is NULL or
@@ -85,6 +86,19 @@ typedef struct ReplicationSecondary {
 
     SecondaryEmptied active_emptied;
     SecondaryEmptied hidden_emptied;
+
+    /* Nodes that we have made scratch, referenced */
+    GSList *scratch;
+
+    /*
+     * What the guest and the primary have flushed before the failover may not
+     * be on the disk yet.  Cleared by requests under @settle_lock, apart from
+     * that changed while the node is drained.  Accessed with atomic operations.
+     */
+    bool unsettled;
+    CoMutex settle_lock;
+    /* The first failure to settle: a negative errno, or 0.  Atomic operations */
+    int settle_error;
 
     /* Why the stage is BROKEN or FAILOVER_FAILED */
     Error *error;
@@ -173,7 +187,7 @@ struct ReplicationRole {
     void (*release)(BlockDriverState *bs);
 
     /* Wait until what the guest wrote in this range is where it is read from */
-    void GRAPH_RDLOCK_PTR coroutine_fn (*co_settle)(
+    void GRAPH_RDLOCK_PTR coroutine_fn (*co_await_writes)(
         BlockDriverState *bs, int64_t offset, int64_t bytes);
 
     /* Whether a read in the present stage gives the guest's data */
@@ -196,6 +210,7 @@ struct ReplicationRole {
 #define REPLICATION_OPT_MODE            "mode"
 #define REPLICATION_OPT_TOP_ID          "top-id"
 #define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
+#define REPLICATION_OPT_OVERLAY_FLUSH   "overlay-flush"
 
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;

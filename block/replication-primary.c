@@ -113,7 +113,7 @@ static bool primary_serves_reads(BlockDriverState *bs)
 }
 
 static void coroutine_fn GRAPH_RDLOCK
-primary_co_settle(BlockDriverState *bs, int64_t offset, int64_t bytes)
+primary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -310,7 +310,7 @@ const ReplicationRole replication_primary_role = {
     .get_error          = primary_get_error,
     .release            = primary_nothing,
 
-    .co_settle          = primary_co_settle,
+    .co_await_writes    = primary_co_await_writes,
     .serves_reads       = primary_serves_reads,
     .co_pwritev         = primary_co_pwritev,
     .co_pwrite_zeroes   = primary_co_pwrite_zeroes,

@@ -144,11 +144,69 @@ secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
     return 0;
 }
 
+/* Put everything on the disk that the guest sees */
+static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    ret = bdrv_flush(bs->file->bs);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bdrv_flush(s->secondary.hidden->bs);
+    if (ret < 0) {
+        return ret;
+    }
+
+    return bdrv_flush(s->secondary.disk->bs);
+}
+
+/*
+ * After a failover, the guest relies on what was flushed before.  All of it has
+ * to be on the disk before something that is written later may be.
+ */
+static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    if (!qatomic_load_acquire(&s->secondary.unsettled)) {
+        return 0;
+    }
+
+    QEMU_LOCK_GUARD(&s->secondary.settle_lock);
+
+    if (!qatomic_read(&s->secondary.unsettled)) {
+        return 0;
+    }
+
+    ret = secondary_flush_all(bs);
+    if (ret == 0) {
+        qatomic_store_release(&s->secondary.unsettled, false);
+    } else if (!qatomic_cmpxchg(&s->secondary.settle_error, 0, ret)) {
+        error_report("Replication node '%s': flushing the disk after the "
+                     "failover failed: %s", bdrv_get_node_name(bs),
+                     strerror(-ret));
+        qapi_event_send_replication_error(bdrv_get_node_name(bs),
+                                          REPLICATION_ERROR_REASON_FAILOVER,
+                                          strerror(-ret));
+    }
+
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 secondary_write(BlockDriverState *bs, SecondaryWrite w)
 {
+    int ret;
+
     if (!secondary_serves(bs)) {
         return -EIO;
+    }
+    ret = secondary_settle(bs);
+    if (ret < 0) {
+        return ret;
     }
     if (replication_stage(bs) == REPLICATION_STAGE_FAILOVER_FAILED) {
         return secondary_write_split(bs, w);
@@ -199,6 +257,10 @@ static int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
     int ret;
 
+    ret = secondary_settle(bs);
+    if (ret < 0) {
+        return ret;
+    }
     ret = bdrv_co_flush(bs->file->bs);
     if (ret < 0) {
         return ret;
@@ -633,6 +695,58 @@ static void secondary_end_backup(BlockDriverState *bs)
     }
 }
 
+/* Make scratch of @node and of what its own data is stored in */
+static void GRAPH_RDLOCK
+secondary_begin_scratch_node(BlockDriverState *bs, BlockDriverState *node)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BdrvChild *c;
+
+    bdrv_ref(node);
+    s->secondary.scratch = g_slist_prepend(s->secondary.scratch, node);
+    bdrv_begin_scratch(node);
+
+    QLIST_FOREACH(c, &node->children, next) {
+        if (!(c->role & BDRV_CHILD_COW)) {
+            secondary_begin_scratch_node(bs, c->bs);
+        }
+    }
+}
+
+/*
+ * After a crash of this host the disk has to be resynchronised, and nothing in
+ * the overlays is of use.  So nothing has to wait until they are on a disk,
+ * least of all that they are emptied.
+ */
+static void secondary_begin_scratch(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    assert(!s->secondary.scratch);
+    if (!s->secondary.overlay_flush) {
+        secondary_begin_scratch_node(bs, secondary_active(bs));
+        secondary_begin_scratch_node(bs, s->secondary.hidden->bs);
+    }
+}
+
+static void secondary_end_scratch_node(gpointer data)
+{
+    BlockDriverState *node = data;
+
+    bdrv_end_scratch(node);
+    bdrv_unref(node);
+}
+
+static void secondary_end_scratch(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    g_slist_free_full(s->secondary.scratch, secondary_end_scratch_node);
+    s->secondary.scratch = NULL;
+}
+
 /* The way back from every state, complete or half-done */
 static void secondary_release(BlockDriverState *bs)
 {
@@ -645,6 +759,8 @@ static void secondary_release(BlockDriverState *bs)
         assert(!s->secondary.commit_job);
     }
     secondary_end_backup(bs);
+    secondary_end_scratch(bs);
+    qatomic_set(&s->secondary.unsettled, false);
     s->secondary.active_emptied.valid = false;
     s->secondary.hidden_emptied.valid = false;
     secondary_unfreeze(bs);
@@ -806,7 +922,7 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
     return false;
 }
 
-static bool secondary_begin(BlockDriverState *bs, Error **errp)
+static bool secondary_renew_quiesced(BlockDriverState *bs, Error **errp)
 {
     BlockDriverState *disk = secondary_quiesce(bs);
     bool ok = secondary_renew(bs, errp);
@@ -816,11 +932,18 @@ static bool secondary_begin(BlockDriverState *bs, Error **errp)
     return ok;
 }
 
+static bool secondary_begin(BlockDriverState *bs, Error **errp)
+{
+    secondary_begin_scratch(bs);
+
+    return secondary_renew_quiesced(bs, errp);
+}
+
 static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
 
-    if (!secondary_begin(bs, errp)) {
+    if (!secondary_renew_quiesced(bs, errp)) {
         qapi_event_send_replication_error(bdrv_get_node_name(bs),
                                           REPLICATION_ERROR_REASON_CHECKPOINT,
                                           error_get_pretty(*errp));
@@ -899,6 +1022,33 @@ static bool secondary_start(BlockDriverState *bs, Error **errp)
     return true;
 }
 
+/* Empty the overlays for good: from now on, a crash leaves them to the guest */
+static bool secondary_clear_overlays(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    secondary_end_scratch(bs);
+    s->secondary.active_emptied.valid = false;
+    s->secondary.hidden_emptied.valid = false;
+    if (!secondary_empty_overlays(bs, errp)) {
+        return false;
+    }
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    ret = bdrv_flush(s->secondary.hidden->bs);
+    if (ret == 0) {
+        ret = bdrv_flush(bs->file->bs);
+    }
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The overlays of replication node '%s' "
+                         "could not be flushed", bdrv_get_node_name(bs));
+    }
+
+    return ret == 0;
+}
+
 /* Throw away what the overlays have; the disk keeps what the primary wrote */
 static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
 {
@@ -916,7 +1066,7 @@ static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
 
     disk = secondary_quiesce(bs);
     secondary_end_backup(bs);
-    ok = secondary_empty_overlays(bs, errp);
+    ok = secondary_clear_overlays(bs, errp);
     secondary_resume(disk);
 
     return ok;
@@ -939,12 +1089,21 @@ static void secondary_stop(BlockDriverState *bs, Error **errp)
 /* The overlays are whole and guard the guest's data until another attempt */
 static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
+    BDRVReplicationState *s = bs->opaque;
+
     qapi_event_send_replication_error(bdrv_get_node_name(bs),
                                       REPLICATION_ERROR_REASON_FAILOVER,
                                       error_get_pretty(err));
     secondary_set_error(bs, err);
     secondary_freeze(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
+
+    /* Otherwise the guest's next write or the end of the merge would do it */
+    bdrv_graph_rdlock_main_loop();
+    if (qatomic_read(&s->secondary.unsettled) && secondary_flush_all(bs) == 0) {
+        qatomic_set(&s->secondary.unsettled, false);
+    }
+    bdrv_graph_rdunlock_main_loop();
 }
 
 /* From now on the disk is shared only if the guest's device wants it so */
@@ -1039,8 +1198,21 @@ static void secondary_abandon(BlockDriverState *bs)
 
 /* What is written is read from where it was written to */
 static void coroutine_fn
-secondary_co_settle(BlockDriverState *bs, int64_t offset, int64_t bytes)
+secondary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
+}
+
+/*
+ * The overlays are scratch no more.  Even if their flushes were not held back,
+ * those of the guest have not reached the disk before.
+ */
+static void secondary_unsettle(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    secondary_end_scratch(bs);
+    qatomic_set(&s->secondary.settle_error, 0);
+    qatomic_set(&s->secondary.unsettled, true);
 }
 
 static void secondary_failover(BlockDriverState *bs, Error **errp)
@@ -1057,6 +1229,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
     secondary_end_backup(bs);
     secondary_unblock_top(bs);
     secondary_unfreeze(bs);
+    secondary_unsettle(bs);
     if (secondary_start_commit(bs, errp)) {
         secondary_set_error(bs, NULL);
         replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
@@ -1075,6 +1248,13 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
 
     if (s->secondary.error) {
         error_propagate(errp, error_copy(s->secondary.error));
+        return;
+    }
+    if (qatomic_read(&s->secondary.unsettled) &&
+        qatomic_read(&s->secondary.settle_error) < 0) {
+        error_setg_errno(errp, -qatomic_read(&s->secondary.settle_error),
+                         "Flushing the disk of replication node '%s' after "
+                         "the failover failed", bdrv_get_node_name(bs));
         return;
     }
     if (secondary_in_sync(bs, errp) && s->secondary.guard &&
@@ -1113,6 +1293,9 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 
     s->secondary.top_id = g_strdup(top_id);
     qemu_co_mutex_init(&s->secondary.split_lock);
+    qemu_co_mutex_init(&s->secondary.settle_lock);
+    s->secondary.overlay_flush =
+        qemu_opt_get_bool(opts, REPLICATION_OPT_OVERLAY_FLUSH, false);
     return true;
 }
 
@@ -1141,7 +1324,7 @@ const ReplicationRole replication_secondary_role = {
     .get_error          = secondary_get_error,
     .release            = secondary_release,
 
-    .co_settle          = secondary_co_settle,
+    .co_await_writes    = secondary_co_await_writes,
     .serves_reads       = secondary_serves,
     .co_pwritev         = secondary_co_pwritev,
     .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,

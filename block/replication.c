@@ -114,6 +114,11 @@ static QemuOptsList replication_runtime_opts = {
             .help = "Memory for writes that the secondary does not have yet "
                     "(primary)",
         },
+        {
+            .name = REPLICATION_OPT_OVERLAY_FLUSH,
+            .type = QEMU_OPT_BOOL,
+            .help = "Flush the overlays while they are scratch (secondary)",
+        },
         { /* end of list */ }
     },
 };
@@ -125,6 +130,7 @@ static const struct {
 } replication_mode_opts[] = {
     { REPLICATION_OPT_TOP_ID,       REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
+    { REPLICATION_OPT_OVERLAY_FLUSH, REPLICATION_MODE_SECONDARY },
 };
 
 void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
@@ -339,7 +345,7 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     BDRVReplicationState *s = bs->opaque;
 
-    s->role->co_settle(bs, offset, bytes);
+    s->role->co_await_writes(bs, offset, bytes);
     if (!s->role->serves_reads(bs)) {
         return -EIO;
     }
@@ -356,7 +362,7 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
     BDRVReplicationState *s = bs->opaque;
 
     *pnum = bytes;
-    s->role->co_settle(bs, offset, bytes);
+    s->role->co_await_writes(bs, offset, bytes);
 
     /* Whoever was told that there are zeroes would not try to read */
     if (!s->role->serves_reads(bs)) {
@@ -435,7 +441,7 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     }
 
     /* What was written where the disk ends now must not end up beyond it */
-    s->role->co_settle(bs, 0, BDRV_MAX_LENGTH);
+    s->role->co_await_writes(bs, 0, BDRV_MAX_LENGTH);
 
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
@@ -579,6 +585,7 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_MODE,
     REPLICATION_OPT_TOP_ID,
     REPLICATION_OPT_WRITE_BEHIND,
+    REPLICATION_OPT_OVERLAY_FLUSH,
 
     NULL
 };
