@@ -5,7 +5,8 @@
  * replication node, through a copy-before-write filter.  This filter on top of
  * that one tells the replication node what it could not know otherwise: that a
  * write of the primary, or saving the pre-image for it, has failed, or that the
- * primary cannot write any more.
+ * primary cannot write any more.  And it tells the copy-before-write filter
+ * what that could not know: where the active overlay hides the disk.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -19,6 +20,7 @@
 #include "qemu/module.h"
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
+#include "copy-before-write.h"
 #include "replication-int.h"
 
 typedef struct ReplicationGuard {
@@ -27,6 +29,10 @@ typedef struct ReplicationGuard {
 
     /* The first failure: a negative errno, or 0.  Atomic operations. */
     int error;
+
+    /* The active overlay, and what it allocates at once */
+    BdrvChild *active;
+    uint32_t active_cluster_size;
 
     /* Whether there was a block backend above us, and is none now.  BQL. */
     bool had_blk;
@@ -47,6 +53,33 @@ static int guard_result(BlockDriverState *bs, int ret)
     }
 
     return ret;
+}
+
+/*
+ * Whether the pre-image of @bytes at @offset need not be saved, because the
+ * guest finds them in the active overlay.  That stays so until the overlay is
+ * emptied: a cluster that the guest discards there becomes one of zeroes.
+ *
+ * A request that began when they were not yet there may still be reading the
+ * disk.  It must not read what the primary is going to write.
+ */
+static bool coroutine_fn GRAPH_RDLOCK
+guard_is_hidden(void *opaque, int64_t offset, int64_t bytes)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationGuard *g = bs->opaque;
+    BlockDriverState *active = g->active->bs;
+    int64_t end = offset + bytes;
+    int64_t pos, n;
+
+    for (pos = offset; pos < end; pos += n) {
+        if (bdrv_co_is_allocated(active, pos, end - pos, &n) <= 0) {
+            return false;
+        }
+    }
+    bdrv_co_wait_requests(active, offset, bytes, g->active_cluster_size);
+
+    return true;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -104,6 +137,30 @@ static void GRAPH_RDLOCK guard_refresh_filename(BlockDriverState *bs)
             bs->file->bs->filename);
 }
 
+/* The active overlay is no option */
+static void GRAPH_RDLOCK
+guard_gather_child_options(BlockDriverState *bs, QDict *target,
+                           bool backing_overridden)
+{
+    qdict_put(target, "file", qobject_ref(bs->file->bs->full_open_options));
+}
+
+static void GRAPH_RDLOCK
+guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                 BlockReopenQueue *reopen_queue,
+                 uint64_t perm, uint64_t shared,
+                 uint64_t *nperm, uint64_t *nshared)
+{
+    if (!(role & BDRV_CHILD_FILTERED)) {
+        /* Only asked where it is allocated */
+        *nperm = 0;
+        *nshared = BLK_PERM_ALL;
+        return;
+    }
+
+    bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+}
+
 /* Called whenever a parent comes or goes */
 static void GRAPH_RDLOCK
 guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
@@ -158,13 +215,48 @@ static BlockDriver bdrv_replication_guard = {
 
     .bdrv_refresh_filename      = guard_refresh_filename,
 
-    .bdrv_child_perm            = bdrv_default_perms,
+    .bdrv_gather_child_options  = guard_gather_child_options,
+
+    .bdrv_child_perm            = guard_child_perm,
     .bdrv_set_perm              = guard_set_perm,
 
     .is_filter                  = true,
 };
 
-BlockDriverState *replication_guard_insert(BlockDriverState *bs,
+/* Have @cbw, the filter below @bs, ask us about the active overlay */
+static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
+                                BlockDriverState *active, Error **errp)
+{
+    ReplicationGuard *g = bs->opaque;
+    BlockDriverInfo bdi;
+    int ret = bdrv_get_info(active, &bdi);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "failed to get the cluster size of '%s'",
+                         bdrv_get_node_name(active));
+        return false;
+    }
+    g->active_cluster_size = bdi.cluster_size;
+
+    /*
+     * A child also because no request may come from us when it is drained.  The
+     * reference is the child's, or dropped on failure.
+     */
+    bdrv_ref(active);
+    bdrv_graph_wrlock();
+    g->active = bdrv_attach_child(bs, active, "active-disk", &child_of_bds,
+                                  BDRV_CHILD_DATA, errp);
+    bdrv_graph_wrunlock();
+    if (!g->active) {
+        return false;
+    }
+
+    bdrv_cbw_set_needless(cbw, guard_is_hidden, bs);
+    return true;
+}
+
+BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
+                                           BlockDriverState *active,
                                            const char *owner, Error **errp)
 {
     QDict *options = qdict_new();
@@ -174,12 +266,18 @@ BlockDriverState *replication_guard_insert(BlockDriverState *bs,
     GLOBAL_STATE_CODE();
 
     qdict_put_str(options, "driver", bdrv_replication_guard.format_name);
-    qdict_put_str(options, "file", bdrv_get_node_name(bs));
+    qdict_put_str(options, "file", bdrv_get_node_name(cbw));
 
-    guard_bs = bdrv_insert_node(bs, options, BDRV_O_RDWR | BDRV_O_UNMAP, errp);
-    if (guard_bs) {
-        g = guard_bs->opaque;
-        g->owner = g_strdup(owner);
+    guard_bs = bdrv_insert_node(cbw, options, BDRV_O_RDWR | BDRV_O_UNMAP, errp);
+    if (!guard_bs) {
+        return NULL;
+    }
+
+    g = guard_bs->opaque;
+    g->owner = g_strdup(owner);
+    if (!guard_attach_active(guard_bs, cbw, active, errp)) {
+        replication_guard_drop(guard_bs);
+        return NULL;
     }
 
     return guard_bs;
@@ -209,6 +307,13 @@ void replication_guard_drop(BlockDriverState *bs)
     ReplicationGuard *g = bs->opaque;
 
     GLOBAL_STATE_CODE();
+
+    if (g->active) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, g->active);
+        bdrv_graph_wrunlock();
+        g->active = NULL;
+    }
 
     /* Those above move on to the child: that is no loss */
     g->had_blk = false;

@@ -235,10 +235,13 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
 void replication_pass_flags(BlockDriverState *bs);
 
 /*
- * Insert a filter above @bs that remembers failed writes, for the replication
- * node that is called @owner.  To be called with the AioContext of @bs pinned.
+ * Insert a filter above the copy-before-write filter @cbw that remembers failed
+ * writes, for the replication node that is called @owner.  It also keeps @cbw
+ * from copying what @active hides.  To be called with the AioContext of @cbw
+ * pinned.
  */
-BlockDriverState *replication_guard_insert(BlockDriverState *bs,
+BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
+                                           BlockDriverState *active,
                                            const char *owner, Error **errp);
 
 /* The first failure of a write that came through: a negative errno, or 0 */

@@ -637,6 +637,7 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *hidden = s->secondary.hidden->bs;
     BlockDriverState *disk = s->secondary.disk->bs;
+    BlockDriverState *active;
     BackupPerf perf = { .max_workers = 1 };
 
     s->secondary.backup_job =
@@ -653,7 +654,10 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     job_start(&s->secondary.backup_job->job);
 
     /* The job has put its filter between the disk and all who write to it */
-    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs,
+    bdrv_graph_rdlock_main_loop();
+    active = secondary_active(bs);
+    bdrv_graph_rdunlock_main_loop();
+    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs, active,
                                                   bdrv_get_node_name(bs), errp);
     if (!s->secondary.guard) {
         return false;
