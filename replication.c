@@ -7,6 +7,7 @@
 #include "qemu/osdep.h"
 #include "qapi/error.h"
 #include "qemu/main-loop.h"
+#include "qemu/timer.h"
 #include "block/block.h"
 #include "block/replication.h"
 
@@ -139,6 +140,9 @@ static void replication_check_one(ReplicationState *rs, void *opaque,
 static void replication_checkpoint_one(ReplicationState *rs, void *opaque,
                                        Error **errp)
 {
+    int64_t *begin_ns = opaque;
+
+    rs->checkpoint_ns = *begin_ns;
     rs->ops->checkpoint(rs, errp);
 }
 
@@ -152,6 +156,7 @@ static void replication_disown_one(ReplicationState *rs, void *opaque,
 
 void replication_do_checkpoint_all(Error **errp)
 {
+    int64_t begin_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     Error *local_err = NULL;
 
     GLOBAL_STATE_CODE();
@@ -160,7 +165,8 @@ void replication_do_checkpoint_all(Error **errp)
     bdrv_drain_all_begin();
     replication_visit_all(replication_check_one, NULL, &local_err);
     if (!local_err) {
-        replication_visit_all(replication_checkpoint_one, NULL, &local_err);
+        replication_visit_all(replication_checkpoint_one, &begin_ns,
+                              &local_err);
         if (local_err) {
             replication_visit_all(replication_disown_one, local_err, NULL);
         }

@@ -13,7 +13,6 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qapi/qapi-events-block-core.h"
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
@@ -24,8 +23,8 @@
 #include "replication-int.h"
 
 typedef struct ReplicationGuard {
-    /* Node name of the replication node that inserted us */
-    char *owner;
+    /* The replication node that inserted us */
+    BlockDriverState *owner;
 
     /* The first failure: a negative errno, or 0.  Atomic operations. */
     int error;
@@ -47,9 +46,11 @@ static int guard_result(BlockDriverState *bs, int ret)
 
     if (ret < 0 && !qatomic_cmpxchg(&g->error, 0, ret)) {
         error_report("Replication node '%s': a write of the primary to the "
-                     "secondary disk failed: %s", g->owner, strerror(-ret));
-        qapi_event_send_replication_error(
-            g->owner, REPLICATION_ERROR_REASON_SECONDARY_WRITE, strerror(-ret));
+                     "secondary disk failed: %s", bdrv_get_node_name(g->owner),
+                     strerror(-ret));
+        replication_report_error(g->owner,
+                                 REPLICATION_ERROR_REASON_SECONDARY_WRITE, ret,
+                                 strerror(-ret));
     }
 
     return ret;
@@ -172,8 +173,8 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 
     if (g->had_blk && !has_blk && !g->cut_off) {
         g->cut_off = true;
-        qapi_event_send_replication_error(
-            g->owner, REPLICATION_ERROR_REASON_CUT_OFF,
+        replication_report_error(
+            g->owner, REPLICATION_ERROR_REASON_CUT_OFF, 0,
             "the export of the secondary disk was removed");
     }
     g->had_blk |= has_blk;
@@ -192,19 +193,11 @@ static int guard_open(BlockDriverState *bs, QDict *options, int flags,
     return 0;
 }
 
-static void guard_close(BlockDriverState *bs)
-{
-    ReplicationGuard *g = bs->opaque;
-
-    g_free(g->owner);
-}
-
 static BlockDriver bdrv_replication_guard = {
     .format_name                = "replication-guard",
     .instance_size              = sizeof(ReplicationGuard),
 
     .bdrv_open                  = guard_open,
-    .bdrv_close                 = guard_close,
 
     .bdrv_co_preadv_part        = guard_co_preadv_part,
     .bdrv_co_pwritev_part       = guard_co_pwritev_part,
@@ -257,7 +250,8 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
 
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,
-                                           const char *owner, Error **errp)
+                                           BlockDriverState *owner,
+                                           Error **errp)
 {
     QDict *options = qdict_new();
     BlockDriverState *guard_bs;
@@ -274,7 +268,7 @@ BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
     }
 
     g = guard_bs->opaque;
-    g->owner = g_strdup(owner);
+    g->owner = owner;
     if (!guard_attach_active(guard_bs, cbw, active, errp)) {
         replication_guard_drop(guard_bs);
         return NULL;

@@ -12,27 +12,7 @@
 #include "block/blockjob.h"
 #include "block/replication.h"
 #include "block/write-behind.h"
-
-/*
- * Where a node stands.  replication_stages[] in block/replication.c says what
- * each stage allows.
- */
-typedef enum ReplicationStage {
-    /* Not started since it was opened */
-    REPLICATION_STAGE_NONE,
-    REPLICATION_STAGE_RUNNING,
-    /* Secondary: the overlays do not stand for one checkpoint any more */
-    REPLICATION_STAGE_BROKEN,
-    /* Ended in peace; may start again */
-    REPLICATION_STAGE_STOPPED,
-    /* Secondary: the commit job merges the overlays into the disk */
-    REPLICATION_STAGE_FAILOVER,
-    /* Secondary: the overlays are complete, but the merge is not */
-    REPLICATION_STAGE_FAILOVER_FAILED,
-    /* Failed over; this host has the only copy */
-    REPLICATION_STAGE_DONE,
-    REPLICATION_STAGE__MAX,
-} ReplicationStage;
+#include "qemu/stats64.h"
 
 typedef struct ReplicationPrimary {
     /* What the guest wrote and the secondary does not have yet */
@@ -84,6 +64,18 @@ typedef struct ReplicationSecondary {
     /* We are ending @backup_job ourselves */
     bool ending_backup;
 
+    /* Bytes that the guest wrote since @active_emptied */
+    Stat64 active_bytes;
+    /* What @backup_job had copied at the last checkpoint */
+    uint64_t copied_before;
+
+    /* How far the merge has got, when it began, and when it ended or 0 */
+    bool has_failed_over;
+    uint64_t merged;
+    uint64_t to_merge;
+    int64_t failover_begin_ns;
+    int64_t failover_end_ns;
+
     SecondaryEmptied active_emptied;
     SecondaryEmptied hidden_emptied;
 
@@ -115,6 +107,7 @@ typedef struct BDRVReplicationState {
     ReplicationState *rs;
 
     /*
+     * replication_stages[] in block/replication.c says what each stage allows.
      * Changed under the BQL while the node is drained; read by requests with
      * replication_stage().
      */
@@ -125,6 +118,16 @@ typedef struct BDRVReplicationState {
      * first checkpoint may have thrown away what the guest saw there.
      */
     ReplicationStage undo_stage;
+
+    /* Statistics.  Protected by the BQL. */
+    uint64_t checkpoints;
+    uint64_t failed_checkpoints;
+    int64_t last_checkpoint_ns;
+    int64_t longest_checkpoint_ns;
+
+    /* The first error since open or start, or NULL */
+    BlockStatsReplicationError *first_error;
+    QemuMutex error_lock; /* protects @first_error */
 
     union {
         ReplicationPrimary primary;
@@ -183,6 +186,10 @@ struct ReplicationRole {
     /* Report a remembered error, if there is one */
     void (*get_error)(BlockDriverState *bs, Error **errp);
 
+    /* Fill in the part of the statistics that only this role has */
+    void (*get_stats)(BlockDriverState *bs,
+                      BlockStatsSpecificReplication *stats);
+
     /* End every job and give back what start took; the stage stays */
     void (*release)(BlockDriverState *bs);
 
@@ -229,6 +236,15 @@ static inline ReplicationStage replication_stage(BlockDriverState *bs)
 void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
 
 /*
+ * Tell QMP clients that @bs cannot protect its disk, and remember it for the
+ * statistics if it is the first such error.  @ret is a negative errno, or 0.
+ * May be called from any thread.
+ */
+void replication_report_error(BlockDriverState *bs,
+                              ReplicationErrorReason reason, int ret,
+                              const char *text);
+
+/*
  * For a filter: pass on the flags of all requests.  What the child cannot do,
  * the block layer does there: FUA becomes a flush, zeroes become data.
  */
@@ -236,13 +252,14 @@ void replication_pass_flags(BlockDriverState *bs);
 
 /*
  * Insert a filter above the copy-before-write filter @cbw that remembers failed
- * writes, for the replication node that is called @owner.  It also keeps @cbw
- * from copying what @active hides.  To be called with the AioContext of @cbw
- * pinned.
+ * writes, for the replication node @owner, which has to outlive it.  It also
+ * keeps @cbw from copying what @active hides.  To be called with the AioContext
+ * of @cbw pinned.
  */
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,
-                                           const char *owner, Error **errp);
+                                           BlockDriverState *owner,
+                                           Error **errp);
 
 /* The first failure of a write that came through: a negative errno, or 0 */
 int replication_guard_error(BlockDriverState *bs);

@@ -10,12 +10,13 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
+#include "qemu/timer.h"
 #include "qemu/units.h"
 #include "replication-int.h"
+#include "trace.h"
 
 /*
  * As much as a link of 10 Gbit/s takes in 50 ms, which is what this may add to
@@ -85,9 +86,8 @@ static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
     error_report("Replication node '%s' failed to forward a %s to the "
                  "secondary: %s", bdrv_get_node_name(bs), forward_names[type],
                  strerror(-ret));
-    qapi_event_send_replication_error(bdrv_get_node_name(bs),
-                                      REPLICATION_ERROR_REASON_FORWARD,
-                                      strerror(-ret));
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, ret,
+                             strerror(-ret));
 }
 
 /* Note that a write was not forwarded, because nothing is in this stage */
@@ -120,6 +120,14 @@ primary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
     write_behind_co_settle(s->primary.queue, offset, bytes);
 }
 
+static void primary_trace_forward(BlockDriverState *bs, WriteBehindType type,
+                                  int64_t offset, int64_t bytes,
+                                  BdrvRequestFlags flags)
+{
+    trace_replication_forward(bs, bdrv_get_node_name(bs), forward_names[type],
+                              offset, bytes, flags);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
                    QEMUIOVector *qiov, size_t qiov_offset,
@@ -128,6 +136,7 @@ primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
     BDRVReplicationState *s = bs->opaque;
 
     if (primary_forwards(bs)) {
+        primary_trace_forward(bs, WRITE_BEHIND_WRITE, offset, bytes, flags);
         write_behind_co_pwritev(s->primary.queue, offset, bytes, qiov,
                                 qiov_offset, flags);
     } else {
@@ -144,6 +153,7 @@ primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
     BDRVReplicationState *s = bs->opaque;
 
     if (primary_forwards(bs)) {
+        primary_trace_forward(bs, WRITE_BEHIND_ZEROES, offset, bytes, flags);
         write_behind_co_pwrite_zeroes(s->primary.queue, offset, bytes, flags);
     } else {
         primary_missed(bs);
@@ -158,6 +168,7 @@ primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     BDRVReplicationState *s = bs->opaque;
 
     if (primary_forwards(bs)) {
+        primary_trace_forward(bs, WRITE_BEHIND_DISCARD, offset, bytes, 0);
         write_behind_co_pdiscard(s->primary.queue, offset, bytes);
     } else {
         primary_missed(bs);
@@ -172,6 +183,7 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 
     /* Where no write is forwarded there is nothing to flush, nor to miss */
     if (primary_forwards(bs)) {
+        primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
         write_behind_co_flush(s->primary.queue);
     }
 
@@ -210,6 +222,29 @@ static void primary_get_error(BlockDriverState *bs, Error **errp)
     if (qatomic_read(&s->primary.forward_error)) {
         primary_in_sync(bs, errp);
     }
+}
+
+static void primary_get_stats(BlockDriverState *bs,
+                              BlockStatsSpecificReplication *stats)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    WriteBehindStats q;
+
+    write_behind_get_stats(s->primary.queue, &q);
+    stats->u.primary = (BlockStatsReplicationPrimary) {
+        .forwarded_requests     = q.sent_requests,
+        .forwarded_bytes        = q.sent_bytes,
+        .forwarded_flushes      = q.flushes,
+        .failed_requests        = q.failed_requests,
+        .dropped_requests       = q.dropped_requests,
+        .superseded_requests    = q.superseded_requests,
+        .superseded_bytes       = q.superseded_bytes,
+        .pending_requests       = q.pending_requests,
+        .pending_memory         = q.pending_bytes,
+        .max_pending_memory     = q.max_pending_bytes,
+        .oldest_pending_ns      = q.oldest_ns ? now - q.oldest_ns : 0,
+    };
 }
 
 static bool primary_start(BlockDriverState *bs, Error **errp)
@@ -308,6 +343,7 @@ const ReplicationRole replication_primary_role = {
     .abandon            = primary_abandon,
     .failover           = primary_failover,
     .get_error          = primary_get_error,
+    .get_stats          = primary_get_stats,
     .release            = primary_nothing,
 
     .co_await_writes    = primary_co_await_writes,

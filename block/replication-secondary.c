@@ -12,13 +12,14 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qapi/qapi-events-block-core.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
+#include "qemu/timer.h"
 #include "system/block-backend.h"
 #include "block/block_backup.h"
 #include "replication-int.h"
+#include "trace.h"
 
 static GRAPH_RDLOCK BlockDriverState *
 secondary_active(BlockDriverState *bs)
@@ -188,9 +189,8 @@ static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
         error_report("Replication node '%s': flushing the disk after the "
                      "failover failed: %s", bdrv_get_node_name(bs),
                      strerror(-ret));
-        qapi_event_send_replication_error(bdrv_get_node_name(bs),
-                                          REPLICATION_ERROR_REASON_FAILOVER,
-                                          strerror(-ret));
+        replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, ret,
+                                 strerror(-ret));
     }
 
     return ret;
@@ -199,6 +199,7 @@ static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
 static int coroutine_fn GRAPH_RDLOCK
 secondary_write(BlockDriverState *bs, SecondaryWrite w)
 {
+    BDRVReplicationState *s = bs->opaque;
     int ret;
 
     if (!secondary_serves(bs)) {
@@ -212,6 +213,9 @@ secondary_write(BlockDriverState *bs, SecondaryWrite w)
         return secondary_write_split(bs, w);
     }
 
+    if (w.type != SECONDARY_DISCARD) {
+        stat64_add(&s->secondary.active_bytes, w.bytes);
+    }
     return secondary_write_child(bs->file, &w);
 }
 
@@ -658,7 +662,7 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     active = secondary_active(bs);
     bdrv_graph_rdunlock_main_loop();
     s->secondary.guard = replication_guard_insert(s->secondary.disk->bs, active,
-                                                  bdrv_get_node_name(bs), errp);
+                                                  bs, errp);
     if (!s->secondary.guard) {
         return false;
     }
@@ -887,6 +891,20 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
                            &s->secondary.hidden_emptied, errp);
 }
 
+/* What the backup job has copied since start */
+static uint64_t secondary_copied_bytes(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    uint64_t copied = 0, total;
+
+    if (s->secondary.backup_job) {
+        progress_get_snapshot(&s->secondary.backup_job->job.progress, &copied,
+                              &total);
+    }
+
+    return copied;
+}
+
 /* Make the secondary disk as it stands the checkpoint */
 static bool secondary_renew(BlockDriverState *bs, Error **errp)
 {
@@ -894,7 +912,13 @@ static bool secondary_renew(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
 
     backup_do_checkpoint(s->secondary.backup_job, errp);
-    return !*errp && secondary_empty_overlays(bs, errp);
+    if (*errp || !secondary_empty_overlays(bs, errp)) {
+        return false;
+    }
+
+    s->secondary.copied_before = secondary_copied_bytes(bs);
+    stat64_set(&s->secondary.active_bytes, 0);
+    return true;
 }
 
 /* Set @errp if the disk does not have what the primary wrote */
@@ -948,9 +972,8 @@ static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
     ERRP_GUARD();
 
     if (!secondary_renew_quiesced(bs, errp)) {
-        qapi_event_send_replication_error(bdrv_get_node_name(bs),
-                                          REPLICATION_ERROR_REASON_CHECKPOINT,
-                                          error_get_pretty(*errp));
+        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT, 0,
+                                 error_get_pretty(*errp));
         secondary_break(bs, error_copy(*errp));
         return false;
     }
@@ -965,9 +988,8 @@ static void secondary_disown(BlockDriverState *bs, const Error *reason)
     error_setg(&err, "Replication node '%s' does not stand for the same "
                "checkpoint as the VM's other disks: %s", bdrv_get_node_name(bs),
                error_get_pretty(reason));
-    qapi_event_send_replication_error(bdrv_get_node_name(bs),
-                                      REPLICATION_ERROR_REASON_CHECKPOINT,
-                                      error_get_pretty(err));
+    replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT, 0,
+                             error_get_pretty(err));
     secondary_break(bs, err);
 }
 
@@ -1095,9 +1117,8 @@ static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    qapi_event_send_replication_error(bdrv_get_node_name(bs),
-                                      REPLICATION_ERROR_REASON_FAILOVER,
-                                      error_get_pretty(err));
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, 0,
+                             error_get_pretty(err));
     secondary_set_error(bs, err);
     secondary_freeze(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
@@ -1139,12 +1160,29 @@ static void secondary_failover_complete(BlockDriverState *bs)
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
 
+/* See how far the merge has got */
+static void secondary_update_progress(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (!s->secondary.commit_job) {
+        return;
+    }
+    progress_get_snapshot(&s->secondary.commit_job->job.progress,
+                          &s->secondary.merged, &s->secondary.to_merge);
+    trace_replication_failover_progress(bs, bdrv_get_node_name(bs),
+                                        s->secondary.merged,
+                                        s->secondary.to_merge);
+}
+
 static void secondary_commit_done(void *opaque, int ret)
 {
     BlockDriverState *bs = opaque;
     BDRVReplicationState *s = bs->opaque;
     Error *err = NULL;
 
+    secondary_update_progress(bs);
+    s->secondary.failover_end_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     s->secondary.commit_job = NULL;
 
     /* A guest's write under way to the active overlay must not be split */
@@ -1159,6 +1197,43 @@ static void secondary_commit_done(void *opaque, int ret)
         secondary_failover_failed(bs, err);
     }
     bdrv_drained_end(bs);
+}
+
+static void secondary_begin_progress(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->secondary.has_failed_over = true;
+    s->secondary.merged = 0;
+    s->secondary.to_merge = 0;
+    s->secondary.failover_begin_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    s->secondary.failover_end_ns = 0;
+}
+
+static void secondary_get_stats(BlockDriverState *bs,
+                                BlockStatsSpecificReplication *stats)
+{
+    BDRVReplicationState *s = bs->opaque;
+    uint64_t copied = secondary_copied_bytes(bs);
+
+    stats->u.secondary = (BlockStatsReplicationSecondary) {
+        .copied_bytes   = copied,
+        .hidden_bytes   = copied ? copied - s->secondary.copied_before : 0,
+        .active_bytes   = stat64_get(&s->secondary.active_bytes),
+    };
+
+    if (s->secondary.has_failed_over) {
+        int64_t end_ns = s->secondary.failover_end_ns ?:
+                         qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+        secondary_update_progress(bs);
+        stats->u.secondary.failover = g_new(BlockStatsReplicationFailover, 1);
+        *stats->u.secondary.failover = (BlockStatsReplicationFailover) {
+            .done       = s->secondary.merged,
+            .total      = s->secondary.to_merge,
+            .elapsed_ns = end_ns - s->secondary.failover_begin_ns,
+        };
+    }
 }
 
 static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
@@ -1222,6 +1297,7 @@ static void secondary_unsettle(BlockDriverState *bs)
 static void secondary_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
     BlockDriverState *disk;
 
     /*
@@ -1234,6 +1310,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
     secondary_unblock_top(bs);
     secondary_unfreeze(bs);
     secondary_unsettle(bs);
+    secondary_begin_progress(bs);
     if (secondary_start_commit(bs, errp)) {
         secondary_set_error(bs, NULL);
         replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
@@ -1241,6 +1318,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
         error_prepend(errp, "The failover of replication node '%s' could not "
                       "start to merge its overlays into the secondary disk: ",
                       bdrv_get_node_name(bs));
+        s->secondary.failover_end_ns = s->secondary.failover_begin_ns;
         secondary_failover_failed(bs, error_copy(*errp));
     }
     secondary_resume(disk);
@@ -1326,6 +1404,7 @@ const ReplicationRole replication_secondary_role = {
     .abandon            = secondary_abandon,
     .failover           = secondary_failover,
     .get_error          = secondary_get_error,
+    .get_stats          = secondary_get_stats,
     .release            = secondary_release,
 
     .co_await_writes    = secondary_co_await_writes,

@@ -13,12 +13,17 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/clone-visitor.h"
+#include "qapi/qapi-events-block-core.h"
+#include "qapi/qapi-visit-block-core.h"
 #include "qapi/util.h"
 #include "qemu/main-loop.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
+#include "qemu/timer.h"
 #include "qobject/qdict.h"
 #include "replication-int.h"
+#include "trace.h"
 
 typedef enum ReplicationOp {
     REPLICATION_OP_START,
@@ -140,7 +145,46 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
     GLOBAL_STATE_CODE();
     assert(qatomic_read(&bs->quiesce_counter) > 0);
 
+    if (stage == s->stage) {
+        return;
+    }
     qatomic_set(&s->stage, stage);
+    trace_replication_stage(bs, bdrv_get_node_name(bs),
+                            ReplicationStage_str(stage));
+    qapi_event_send_replication_stage_change(bdrv_get_node_name(bs), stage);
+}
+
+void replication_report_error(BlockDriverState *bs,
+                              ReplicationErrorReason reason, int ret,
+                              const char *text)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    trace_replication_error(bs, bdrv_get_node_name(bs),
+                            ReplicationErrorReason_str(reason), text);
+    qapi_event_send_replication_error(bdrv_get_node_name(bs), reason, text);
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    if (!s->first_error) {
+        s->first_error = g_new(BlockStatsReplicationError, 1);
+        *s->first_error = (BlockStatsReplicationError) {
+            .reason     = reason,
+            .error      = g_strdup(text),
+            .has_q_errno = ret < 0,
+            .q_errno    = -ret,
+            .time_ns    = g_get_real_time() * 1000,
+        };
+    }
+}
+
+static void replication_forget_error(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    g_clear_pointer(&s->first_error, qapi_free_BlockStatsReplicationError);
 }
 
 void replication_pass_flags(BlockDriverState *bs)
@@ -206,9 +250,12 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
 
     GLOBAL_STATE_CODE();
 
+    trace_replication_start(bs, bdrv_get_node_name(bs),
+                            ReplicationMode_str(mode));
     replication_op_begin(bs);
     if (replication_may(bs, REPLICATION_OP_START, errp) &&
         replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
+        replication_forget_error(bs);
         s->undo_stage = s->stage;
         replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
     }
@@ -254,6 +301,7 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 
     GLOBAL_STATE_CODE();
 
+    trace_replication_stop(bs, bdrv_get_node_name(bs), failover);
     if (failover && replication_may(bs, op, NULL)) {
         s->role->abandon(bs);
     }
@@ -269,17 +317,26 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
     replication_op_end(bs);
 }
 
+/* Whether @bs is in a stage for checkpoints and would not refuse one */
+static bool replication_may_checkpoint(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return replication_may(bs, REPLICATION_OP_CHECKPOINT, errp) &&
+           s->role->in_sync(bs, errp);
+}
+
 static void replication_check(ReplicationState *rs, Error **errp)
 {
+    ERRP_GUARD();
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
 
     GLOBAL_STATE_CODE();
 
     replication_op_begin(bs);
-    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
-        s->role->in_sync(bs, errp);
-    }
+    replication_may_checkpoint(bs, errp);
+    s->failed_checkpoints += *errp != NULL;
     replication_op_end(bs);
 }
 
@@ -287,13 +344,22 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    bool done;
 
     GLOBAL_STATE_CODE();
 
     replication_op_begin(bs);
-    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp) &&
-        s->role->in_sync(bs, errp)) {
-        s->role->checkpoint(bs, errp);
+    if (replication_may_checkpoint(bs, errp)) {
+        trace_replication_checkpoint_begin(bs, bdrv_get_node_name(bs));
+        done = s->role->checkpoint(bs, errp);
+        s->checkpoints += done;
+        s->failed_checkpoints += !done;
+        s->last_checkpoint_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) -
+                                rs->checkpoint_ns;
+        s->longest_checkpoint_ns = MAX(s->longest_checkpoint_ns,
+                                       s->last_checkpoint_ns);
+        trace_replication_checkpoint_end(bs, bdrv_get_node_name(bs), done,
+                                         s->last_checkpoint_ns);
     }
     replication_op_end(bs);
 }
@@ -325,6 +391,31 @@ static void replication_get_error(ReplicationState *rs, Error **errp)
         return;
     }
     s->role->get_error(bs, errp);
+}
+
+static BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockStatsSpecific *specific = g_new0(BlockStatsSpecific, 1);
+    BlockStatsSpecificReplication *stats = &specific->u.replication;
+
+    GLOBAL_STATE_CODE();
+
+    specific->driver = BLOCKDEV_DRIVER_REPLICATION;
+    *stats = (BlockStatsSpecificReplication) {
+        .mode                   = s->mode,
+        .stage                  = s->stage,
+        .checkpoints            = s->checkpoints,
+        .failed_checkpoints     = s->failed_checkpoints,
+        .last_checkpoint_ns     = s->last_checkpoint_ns,
+        .longest_checkpoint_ns  = s->longest_checkpoint_ns,
+    };
+    WITH_QEMU_LOCK_GUARD(&s->error_lock) {
+        stats->error = QAPI_CLONE(BlockStatsReplicationError, s->first_error);
+    }
+    s->role->get_stats(bs, stats);
+
+    return specific;
 }
 
 static ReplicationOps replication_ops = {
@@ -538,11 +629,24 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         s->role = &replication_secondary_role;
     }
     replication_pass_flags(bs);
-    ret = s->role->init(bs, opts, errp) ? 0 : -EINVAL;
+    if (!s->role->init(bs, opts, errp)) {
+        goto out;
+    }
+    qemu_mutex_init(&s->error_lock);
+    ret = 0;
 
 out:
     qemu_opts_del(opts);
     return ret;
+}
+
+static void replication_cleanup(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->role->cleanup(bs);
+    replication_forget_error(bs);
+    qemu_mutex_destroy(&s->error_lock);
 }
 
 static int replication_open(BlockDriverState *bs, QDict *options, int flags,
@@ -560,7 +664,7 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
 
     ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
     if (ret < 0) {
-        s->role->cleanup(bs);
+        replication_cleanup(bs);
         return ret;
     }
 
@@ -578,7 +682,7 @@ static void replication_close(BlockDriverState *bs)
 
     replication_remove(s->rs);
     s->role->release(bs);
-    s->role->cleanup(bs);
+    replication_cleanup(bs);
 }
 
 static const char *const replication_strong_runtime_opts[] = {
@@ -605,6 +709,8 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_block_status       = replication_co_block_status,
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
+
+    .bdrv_get_specific_stats    = replication_get_specific_stats,
 
     .bdrv_gather_child_options  = replication_gather_child_options,
 

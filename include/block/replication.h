@@ -22,7 +22,7 @@
 typedef struct ReplicationOps ReplicationOps;
 typedef struct ReplicationState ReplicationState;
 
-/* One registered node.  Only the registry touches the members below @ops. */
+/* One registered node.  Only the registry changes the members below @ops. */
 struct ReplicationState {
     /* What the driver gave to replication_new() */
     void *opaque;
@@ -30,6 +30,8 @@ struct ReplicationState {
 
     /* The last call to all nodes that has visited this one */
     uint64_t round;
+    /* When the last checkpoint of all nodes began, in QEMU_CLOCK_REALTIME ns */
+    int64_t checkpoint_ns;
     /* The last one that has started it, if it may still have to be undone */
     uint64_t started;
     QTAILQ_ENTRY(ReplicationState) node;
