@@ -437,6 +437,10 @@ class Disk:
                 or bool(self.target.faults)
                 or bool(self.primary and self.primary.model.link is None))
 
+    def is_suspect(self) -> bool:
+        """Whether an old fault may have left something unusable."""
+        return bool(self.secondary and self.secondary.model.suspect)
+
     # Reads
 
     @contextmanager

@@ -359,7 +359,8 @@ class Sequence:
         """
         mine = disk.nodes()
         return not any(
-            other.is_troubled() for other in self.disks if other is not disk
+            other.is_troubled() or other.is_suspect()
+            for other in self.disks if other is not disk
         ) and all(node.is_bad() is False for host in self.hosts.values()
                   for node in host.nodes if node not in mine)
 
