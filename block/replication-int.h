@@ -193,6 +193,9 @@ struct ReplicationRole {
     /* End every job and give back what start took; the stage stays */
     void (*release)(BlockDriverState *bs);
 
+    /* The node is going to be drained */
+    void (*drain_begin)(BlockDriverState *bs);
+
     /* Wait until what the guest wrote in this range is where it is read from */
     void GRAPH_RDLOCK_PTR coroutine_fn (*co_await_writes)(
         BlockDriverState *bs, int64_t offset, int64_t bytes);

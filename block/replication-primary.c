@@ -128,6 +128,13 @@ static void primary_trace_forward(BlockDriverState *bs, WriteBehindType type,
                               offset, bytes, flags);
 }
 
+static void primary_drain_begin(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    write_behind_drain_begin(s->primary.queue);
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
                    QEMUIOVector *qiov, size_t qiov_offset,
@@ -346,6 +353,7 @@ const ReplicationRole replication_primary_role = {
     .get_stats          = primary_get_stats,
     .release            = primary_nothing,
 
+    .drain_begin        = primary_drain_begin,
     .co_await_writes    = primary_co_await_writes,
     .serves_reads       = primary_serves_reads,
     .co_pwritev         = primary_co_pwritev,

@@ -1270,8 +1270,8 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
     return s->secondary.commit_job;
 }
 
-/* Both disks of a secondary stay in use */
-static void secondary_abandon(BlockDriverState *bs)
+/* A secondary node holds nothing back that could be abandoned or hurried */
+static void secondary_nothing(BlockDriverState *bs)
 {
 }
 
@@ -1401,12 +1401,13 @@ const ReplicationRole replication_secondary_role = {
     .checkpoint         = secondary_checkpoint,
     .disown             = secondary_disown,
     .stop               = secondary_stop,
-    .abandon            = secondary_abandon,
+    .abandon            = secondary_nothing,
     .failover           = secondary_failover,
     .get_error          = secondary_get_error,
     .get_stats          = secondary_get_stats,
     .release            = secondary_release,
 
+    .drain_begin        = secondary_nothing,
     .co_await_writes    = secondary_co_await_writes,
     .serves_reads       = secondary_serves,
     .co_pwritev         = secondary_co_pwritev,

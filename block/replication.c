@@ -499,6 +499,13 @@ static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
     return s->role->co_flush(bs);
 }
 
+static void replication_drain_begin(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->role->drain_begin(bs);
+}
+
 static int64_t coroutine_fn GRAPH_RDLOCK
 replication_co_getlength(BlockDriverState *bs)
 {
@@ -709,6 +716,8 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_block_status       = replication_co_block_status,
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
+
+    .bdrv_drain_begin           = replication_drain_begin,
 
     .bdrv_get_specific_stats    = replication_get_specific_stats,
 

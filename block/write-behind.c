@@ -18,6 +18,9 @@
 /* As many requests as are in flight at the child at once */
 #define MAX_WORKERS 64
 
+/* So many queued requests do not wait for those in flight to end */
+#define FULL_BATCH MAX_WORKERS
+
 /* A request that changes the disk */
 typedef struct WriteBehindReq {
     WriteBehindType type;
@@ -69,6 +72,18 @@ struct WriteBehind {
     IntervalTreeRoot queued;
 
     BlockReqList in_flight;
+
+    unsigned nb_queued;
+    unsigned nb_in_flight;
+
+    /*
+     * As in Nagle's algorithm, requests gather while others are in flight, lest
+     * the guest be disturbed by the end of each of them.  When none is, or when
+     * there are many, @batch of them begin.  None is held back while somebody
+     * is @waiting, or when they take much memory.
+     */
+    unsigned batch;
+    unsigned waiting;
 
     /*
      * Coroutines that send requests.  Each of them is a request in flight of
@@ -127,6 +142,7 @@ static void write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
     req->place.last = req->offset + req->bytes - 1;
     interval_tree_insert(&req->place, &wb->queued);
     QTAILQ_INSERT_TAIL(&wb->fifo, req, next);
+    wb->nb_queued++;
 }
 
 static void coroutine_fn
@@ -134,6 +150,7 @@ write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
 {
     QTAILQ_REMOVE(&wb->fifo, req, next);
     interval_tree_remove(&req->place, &wb->queued);
+    wb->nb_queued--;
     qemu_co_queue_restart_all(&req->waiters);
 }
 
@@ -247,6 +264,17 @@ static bool write_behind_may_flush(WriteBehind *wb)
     return !oldest || oldest->seq > wb->flush_target;
 }
 
+static bool write_behind_gathers(WriteBehind *wb)
+{
+    if (!wb->nb_in_flight || wb->nb_queued >= FULL_BATCH) {
+        wb->batch = wb->nb_queued;
+    }
+
+    return !wb->batch && !wb->waiting &&
+           wb->stats.pending_bytes < wb->max_bytes / 2 &&
+           !qatomic_read(&wb->bs->quiesce_counter);
+}
+
 /*
  * The request to send next, if there is one that needs not wait for another in
  * flight.  Only the oldest is tried, which keeps overlapping ones in order.
@@ -255,7 +283,7 @@ static WriteBehindReq *write_behind_next(WriteBehind *wb)
 {
     WriteBehindReq *req = QTAILQ_FIRST(&wb->fifo);
 
-    if (!req ||
+    if (!req || write_behind_gathers(wb) ||
         reqlist_find_conflict(&wb->in_flight, req->offset, req->bytes)) {
         return NULL;
     }
@@ -310,6 +338,7 @@ static void coroutine_fn write_behind_work(void *opaque);
 static void write_behind_kick(WriteBehind *wb)
 {
     AioContext *ctx = bdrv_get_aio_context(wb->bs);
+    Coroutine *co;
 
     if (wb->workers == MAX_WORKERS ||
         !(write_behind_next(wb) || write_behind_may_flush(wb))) {
@@ -318,7 +347,25 @@ static void write_behind_kick(WriteBehind *wb)
 
     wb->workers++;
     bdrv_inc_in_flight(wb->bs);
-    aio_co_enter(ctx, qemu_coroutine_create(write_behind_work, wb));
+    co = qemu_coroutine_create(write_behind_work, wb);
+    if (qemu_in_coroutine()) {
+        /* After this one has yielded: not with the lock */
+        aio_co_enter(ctx, co);
+    } else {
+        aio_co_schedule(ctx, co);
+    }
+}
+
+/* Until write_behind_end_wait(), send whatever there is.  With the lock. */
+static void write_behind_begin_wait(WriteBehind *wb)
+{
+    wb->waiting++;
+    write_behind_kick(wb);
+}
+
+static void write_behind_end_wait(WriteBehind *wb)
+{
+    wb->waiting--;
 }
 
 static void coroutine_fn
@@ -326,6 +373,8 @@ write_behind_do_request(WriteBehind *wb, WriteBehindReq *req)
 {
     write_behind_dequeue(wb, req);
     reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
+    wb->nb_in_flight++;
+    wb->batch -= wb->batch > 0;
     write_behind_kick(wb);
 
     if (write_behind_do(wb, req) >= 0) {
@@ -335,6 +384,7 @@ write_behind_do_request(WriteBehind *wb, WriteBehindReq *req)
         }
     }
     reqlist_remove_req(&req->in_flight);
+    wb->nb_in_flight--;
     write_behind_finish(wb, req);
 }
 
@@ -416,9 +466,11 @@ write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
     QEMU_LOCK_GUARD(&wb->lock);
 
     write_behind_add(wb, req);
+    write_behind_begin_wait(wb);
     while (!req->done) {
         qemu_co_queue_wait(&req->waiters, &wb->lock);
     }
+    write_behind_end_wait(wb);
 }
 
 /*
@@ -536,25 +588,44 @@ void coroutine_fn write_behind_co_flush(WriteBehind *wb)
     }
 }
 
+/* Where to wait for one of the requests that touch the range, or NULL */
+static CoQueue *
+write_behind_find_waiters(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    IntervalTreeNode *place;
+    BlockReq *r;
+
+    if (!bytes) {
+        return NULL;
+    }
+    place = interval_tree_iter_first(&wb->queued, offset, offset + bytes - 1);
+    if (place) {
+        return &container_of(place, WriteBehindReq, place)->waiters;
+    }
+    r = reqlist_find_conflict(&wb->in_flight, offset, bytes);
+
+    return r ? &r->wait_queue : NULL;
+}
+
 void coroutine_fn
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
+    CoQueue *waiters;
+
     QEMU_LOCK_GUARD(&wb->lock);
 
-    while (bytes) {
-        IntervalTreeNode *place =
-            interval_tree_iter_first(&wb->queued, offset, offset + bytes - 1);
-        BlockReq *r = reqlist_find_conflict(&wb->in_flight, offset, bytes);
-
-        if (place) {
-            qemu_co_queue_wait(&container_of(place, WriteBehindReq,
-                                             place)->waiters, &wb->lock);
-        } else if (r) {
-            qemu_co_queue_wait(&r->wait_queue, &wb->lock);
-        } else {
-            break;
-        }
+    while ((waiters = write_behind_find_waiters(wb, offset, bytes))) {
+        write_behind_begin_wait(wb);
+        qemu_co_queue_wait(waiters, &wb->lock);
+        write_behind_end_wait(wb);
     }
+}
+
+void write_behind_drain_begin(WriteBehind *wb)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    write_behind_kick(wb);
 }
 
 void write_behind_abandon(WriteBehind *wb)

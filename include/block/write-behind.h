@@ -7,6 +7,8 @@
  * - Requests that overlap reach the child in the order in which they were
  *   queued.  Others may be in flight there at the same time.
  * - A flush goes to the child behind everything that was queued before it.
+ * - Requests that come while others are in flight at the child may be sent
+ *   together when those have ended.
  * - A request that was not begun when a newer one covers all of it is not sent.
  * - The first failure is reported once.  Then whatever is queued is dropped,
  *   and so is everything that comes later, lest it end up on top of a hole.
@@ -91,6 +93,12 @@ void coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb);
 /* Wait until nothing is queued or in flight that touches this range */
 void coroutine_fn GRAPH_RDLOCK
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes);
+
+/*
+ * To be called by .bdrv_drain_begin of @bs: what was held back, to be sent
+ * together with more, is sent now.
+ */
+void write_behind_drain_begin(WriteBehind *wb);
 
 /*
  * Drop what is queued, without a call of the error function, because nobody

@@ -335,6 +335,7 @@ static void write_everything(Primary *p)
     put(p->guest, p->model, 5 * CLUSTER + 511, 1026, 0xa4);
     put_zeroes(p->guest, p->model, 6 * CLUSTER + 3, 7);
     g_assert_cmpint(blk_flush(p->guest), ==, 0);
+    blk_drain(p->guest);
 }
 
 static void test_primary_forward(void)

@@ -229,6 +229,14 @@ filter_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
     return bdrv_co_preadv(bs->file, offset, bytes, qiov, flags);
 }
 
+static void filter_drain_begin(BlockDriverState *bs)
+{
+    /* There is none before the child is attached */
+    if (filter.queue) {
+        write_behind_drain_begin(filter.queue);
+    }
+}
+
 static void filter_close(BlockDriverState *bs)
 {
     write_behind_free(filter.queue);
@@ -244,6 +252,7 @@ static BlockDriver bdrv_filter = {
     .bdrv_co_pdiscard       = filter_co_pdiscard,
     .bdrv_co_flush          = filter_co_flush,
     .bdrv_co_getlength      = test_co_getlength,
+    .bdrv_drain_begin       = filter_drain_begin,
     .bdrv_child_perm        = bdrv_default_perms,
 };
 
@@ -432,7 +441,6 @@ static void test_behind(void)
     guest_do(WRITE_BEHIND_ZEROES, 8, 4, 0, 0);
     guest_do(WRITE_BEHIND_DISCARD, 16, 4, 0, 0);
     assert_cells(child.data, 0, 4, 0);
-    assert_log("w0+4 z8+4 d16+4 ");
 
     stats = get_stats();
     g_assert_cmpuint(stats.pending_requests, ==, 3);
@@ -440,6 +448,7 @@ static void test_behind(void)
     g_assert_cmpint(stats.oldest_ns, >, 0);
 
     release_all();
+    assert_log("w0+4 z8+4 d16+4 ");
     assert_cells(child.data, 0, 4, 0x11);
     stats = get_stats();
     g_assert_cmpuint(stats.pending_requests, ==, 0);
@@ -447,6 +456,34 @@ static void test_behind(void)
     g_assert_cmpuint(stats.sent_requests, ==, 3);
     g_assert_cmpuint(stats.sent_bytes, ==, 32);
     g_assert_cmpint(stats.oldest_ns, ==, 0);
+    teardown();
+}
+
+/* While one is in flight, the others gather and are sent together */
+static void test_gather(void)
+{
+    setup(1 << 20);
+    guest_write(0, 4, 1);
+    guest_write(8, 4, 2);
+    guest_write(16, 4, 3);
+    assert_log("w0+4 ");
+    release_first(0);
+    assert_log("w0+4 w8+4 w16+4 ");
+    guest_write(24, 4, 4);
+    release_first(0);
+    assert_log("w0+4 w8+4 w16+4 ");
+    release_first(0);
+    assert_log("w0+4 w8+4 w16+4 w24+4 ");
+    release_all();
+
+    /* Unless there are many of them */
+    g_string_truncate(child.log, 0);
+    for (int i = 0; i < 64; i++) {
+        guest_write(i * 2, 1, i);
+    }
+    assert_log("w0+1 ");
+    guest_write(128, 1, 1);
+    g_assert_cmpint(strlen(child.log->str), >, 5 * 60);
     teardown();
 }
 
@@ -541,7 +578,6 @@ static void test_flush(void)
     guest_write(8, 4, 2);
     guest_flush();
     guest_write(16, 4, 3);
-    assert_log("w0+4 w8+4 w16+4 ");
     release_first(0);
     assert_log("w0+4 w8+4 w16+4 ");
     release_first(0);
@@ -550,8 +586,9 @@ static void test_flush(void)
     assert_log("w0+4 w8+4 w16+4 f ");
     guest_write(24, 4, 4);
     guest_flush();
-    assert_log("w0+4 w8+4 w16+4 f w24+4 ");
     release_first(0);
+    assert_log("w0+4 w8+4 w16+4 f w24+4 ");
+    assert_cells(child.stable, 0, 4, 0);
     release_first(0);
     assert_cells(child.stable, 0, 4, 1);
     assert_cells(child.stable, 8, 4, 2);
@@ -962,6 +999,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
 
     g_test_add_func("/write-behind/behind", test_behind);
+    g_test_add_func("/write-behind/gather", test_gather);
     g_test_add_func("/write-behind/order", test_order);
     g_test_add_func("/write-behind/bound", test_bound);
     g_test_add_func("/write-behind/no-queue", test_no_queue);
