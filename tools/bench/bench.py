@@ -23,9 +23,9 @@ from session import Progress, Session
 from subject import NAMES, OURS, STOCK, UNPROTECTED, Subject, driver_options
 
 HERE = Path(__file__).resolve().parent
-PACE = Pace(runs=3, minutes=15, steady=1.0, ramp=0.3, blocks=8192,
+PACE = Pace(runs=3, minutes=14.5, steady=0.8, ramp=0.25, blocks=8192,
             checkpoints=3, quick=False)
-QUICK = Pace(runs=1, minutes=15, steady=0.3, ramp=0.1, blocks=1024,
+QUICK = Pace(runs=1, minutes=14.5, steady=0.3, ramp=0.1, blocks=1024,
              checkpoints=2, quick=True)
 
 

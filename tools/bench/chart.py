@@ -126,16 +126,15 @@ def _draw_row(axes: Any, y: int, line: Line) -> None:
                       color=colour, annotation_clip=False)
 
 
-def _draw_column(axes: Any, lines: List[Line], height: int) -> None:
+def _draw_column(axes: Any, lines: List[Line]) -> None:
     axes.set_xscale('log')
     axes.set_xlim(*_limits(lines))
-    axes.set_ylim(height - 0.5, -0.5)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(_percent)
     axes.xaxis.tick_top()
     axes.tick_params(axis='both', length=0)
     axes.grid(axis='x', which='major', color='#dddddd', lw=0.7)
-    axes.axvline(1, color='#222222', lw=1.2, zorder=1,
-                 ymin=1 - len(lines) / height)
+    axes.axvline(1, color='#222222', lw=1.2, zorder=1)
     for side in axes.spines.values():
         side.set_visible(False)
     labels = [line.label for line in lines]
@@ -194,10 +193,11 @@ def draw(path: Path, outcome: Outcome) -> None:
     figure = canvas.Figure(figsize=inches)
     for number, lines in enumerate(columns):
         left = COLUMN_INCHES * number + 0.2 + LABEL_INCHES
+        size = len(lines) * LINE_INCHES
         axes = figure.add_axes((
-            left / inches[0], FOOT_INCHES / inches[1],
-            AXES_INCHES / inches[0], height * LINE_INCHES / inches[1]))
-        _draw_column(axes, lines, height)
+            left / inches[0], 1 - (HEAD_INCHES + size) / inches[1],
+            AXES_INCHES / inches[0], size / inches[1]))
+        _draw_column(axes, lines)
         axes.annotate('ours :\nstock', (1, 1), (3, 6), fontsize=7.5,
                       xycoords='axes fraction', textcoords='offset points',
                       color='#444444')

@@ -18,9 +18,9 @@ GROUP = 'memory'
 REMOTE = Remote('NBD', 5)
 TITLE = 'growth while the guest writes, depth 16'
 LARGE = Job('large', {'rw': 'write', 'bs': 65536, 'iodepth': 16, 'size': GIB,
-                      'io_size': 512 * MIB, 'runtime': '2s'})
+                      'io_size': 512 * MIB, 'runtime': '1500ms'})
 SMALL = Job('small', {'rw': 'randwrite', 'bs': 4096, 'iodepth': 16,
-                      'size': GIB, 'io_size': 512 * MIB, 'runtime': '2s'})
+                      'size': GIB, 'io_size': 512 * MIB, 'runtime': '1500ms'})
 SMALL_BOUND = 16 * MIB
 
 
