@@ -170,7 +170,7 @@ def _title(figure: Any, inches: Tuple[float, float], known: Dict[str, str]
                 va='center')
     lines = ['Speed in % of the same disk unprotected (of a checkpoint: of '
              'one without disks), logarithmic; right is better.',
-             f"Median of {known['runs']} runs, {known['date']}, QEMU "
+             f"Median of runs: {known['runs']}.  {known['date']}, QEMU "
              f"{known['QEMU'].split()[-1]}, {known['kernel']}, "
              f"{known['CPU']}."]
     for number, line in enumerate(lines):
