@@ -12,7 +12,6 @@
 #include "qemu/co-shared-resource.h"
 #include "qemu/interval-tree.h"
 #include "qemu/lockable.h"
-#include "qemu/memalign.h"
 #include "qemu/timer.h"
 
 /* As many requests as are in flight at the child at once */
@@ -51,6 +50,9 @@ typedef struct WriteBehindReq {
 
     /* Woken when the request ceases to be queued, and when it is done */
     CoQueue waiters;
+
+    /* What @copy consists of */
+    uint8_t data[];
 } WriteBehindReq;
 
 struct WriteBehind {
@@ -168,9 +170,6 @@ write_behind_finish(WriteBehind *wb, WriteBehindReq *req)
     }
 
     co_put_to_shres(wb->room, req->room);
-    if (req->type == WRITE_BEHIND_WRITE) {
-        qemu_vfree(qemu_iovec_buf(&req->copy));
-    }
     g_free(req);
 }
 
@@ -477,13 +476,12 @@ write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
  * Wait for room, and make @req one that is ours, with a copy of its data.
  * Returns NULL if there can never be room for it.
  */
-static WriteBehindReq *coroutine_fn GRAPH_RDLOCK
+static WriteBehindReq *coroutine_fn
 write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
 {
-    bool has_data = req->type == WRITE_BEHIND_WRITE;
-    uint64_t room = sizeof(*req) + (has_data ? req->bytes : 0);
+    uint64_t bytes = req->type == WRITE_BEHIND_WRITE ? req->bytes : 0;
+    uint64_t room = sizeof(*req) + bytes;
     WriteBehindReq *taken;
-    void *buf = NULL;
 
     if (room > wb->max_bytes) {
         return NULL;
@@ -493,21 +491,22 @@ write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
         co_get_from_shres(wb->room, room);
     }
 
-    if (has_data) {
-        buf = qemu_try_blockalign(wb->bs->file->bs, req->bytes);
-        if (!buf) {
-            co_put_to_shres(wb->room, room);
-            return NULL;
-        }
-        qemu_iovec_to_buf(req->qiov, req->qiov_offset, buf, req->bytes);
+    /*
+     * The data is behind the request, and not aligned: with an allocator that
+     * does that, small requests would take twice the memory.
+     */
+    taken = g_try_malloc(room);
+    if (!taken) {
+        co_put_to_shres(wb->room, room);
+        return NULL;
     }
 
-    taken = g_new(WriteBehindReq, 1);
     *taken = *req;
     taken->room = room;
     taken->flags &= ~BDRV_REQ_REGISTERED_BUF;
-    if (has_data) {
-        qemu_iovec_init_buf(&taken->copy, buf, req->bytes);
+    if (bytes) {
+        qemu_iovec_to_buf(req->qiov, req->qiov_offset, taken->data, bytes);
+        qemu_iovec_init_buf(&taken->copy, taken->data, bytes);
         taken->qiov = &taken->copy;
         taken->qiov_offset = 0;
     }
