@@ -146,21 +146,31 @@ secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
 }
 
 /* Put everything on the disk that the guest sees */
-static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
+static int GRAPH_RDLOCK
+secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
+                BlockDriverState *disk)
 {
-    BDRVReplicationState *s = bs->opaque;
     int ret;
 
     ret = bdrv_flush(bs->file->bs);
     if (ret < 0) {
         return ret;
     }
-    ret = bdrv_flush(s->secondary.hidden->bs);
+    ret = bdrv_flush(hidden);
     if (ret < 0) {
         return ret;
     }
 
-    return bdrv_flush(s->secondary.disk->bs);
+    return bdrv_flush(disk);
+}
+
+/* The same while we have our children: a merge may change the chain */
+static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return secondary_flush(bs, s->secondary.hidden->bs,
+                           s->secondary.disk->bs);
 }
 
 /*
@@ -1063,13 +1073,11 @@ static bool secondary_clear_overlays(BlockDriverState *bs, Error **errp)
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    ret = bdrv_flush(s->secondary.hidden->bs);
-    if (ret == 0) {
-        ret = bdrv_flush(bs->file->bs);
-    }
+    /* We have no child for the disk if the node was broken */
+    ret = secondary_flush(bs, secondary_hidden(bs), secondary_disk(bs));
     if (ret < 0) {
-        error_setg_errno(errp, -ret, "The overlays of replication node '%s' "
-                         "could not be flushed", bdrv_get_node_name(bs));
+        error_setg_errno(errp, -ret, "The disk of replication node '%s' could "
+                         "not be flushed", bdrv_get_node_name(bs));
     }
 
     return ret == 0;
