@@ -66,7 +66,8 @@ typedef struct ReplicationSecondary {
 
     /* Bytes that the guest wrote since @active_emptied */
     Stat64 active_bytes;
-    /* What @backup_job had copied at the last checkpoint */
+    /* What @backup_job has copied, when last seen and up to the checkpoint */
+    uint64_t copied;
     uint64_t copied_before;
 
     /* How far the merge has got, when it began, and when it ended or 0 */

@@ -210,6 +210,7 @@ static int coroutine_fn GRAPH_RDLOCK
 secondary_write(BlockDriverState *bs, SecondaryWrite w)
 {
     BDRVReplicationState *s = bs->opaque;
+    ReplicationStage stage = replication_stage(bs);
     int ret;
 
     if (!secondary_serves(bs)) {
@@ -219,11 +220,12 @@ secondary_write(BlockDriverState *bs, SecondaryWrite w)
     if (ret < 0) {
         return ret;
     }
-    if (replication_stage(bs) == REPLICATION_STAGE_FAILOVER_FAILED) {
+    if (stage == REPLICATION_STAGE_FAILOVER_FAILED) {
         return secondary_write_split(bs, w);
     }
 
-    if (w.type != SECONDARY_DISCARD) {
+    /* When it is done, the child is the disk */
+    if (w.type != SECONDARY_DISCARD && stage != REPLICATION_STAGE_DONE) {
         stat64_add(&s->secondary.active_bytes, w.bytes);
     }
     return secondary_write_child(bs->file, &w);
@@ -666,6 +668,8 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
         return false;
     }
     job_start(&s->secondary.backup_job->job);
+    s->secondary.copied = 0;
+    s->secondary.copied_before = 0;
 
     /* The job has put its filter between the disk and all who write to it */
     bdrv_graph_rdlock_main_loop();
@@ -696,10 +700,34 @@ static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
     return ok;
 }
 
+/* What the backup job has copied since start, also after its end */
+static uint64_t secondary_copied_bytes(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    uint64_t total;
+
+    if (s->secondary.backup_job) {
+        progress_get_snapshot(&s->secondary.backup_job->job.progress,
+                              &s->secondary.copied, &total);
+    }
+
+    return s->secondary.copied;
+}
+
+/* The overlays have nothing */
+static void secondary_count_anew(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    s->secondary.copied_before = secondary_copied_bytes(bs);
+    stat64_set(&s->secondary.active_bytes, 0);
+}
+
 static void secondary_end_backup(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
+    secondary_copied_bytes(bs);
     if (s->secondary.backup_job) {
         s->secondary.ending_backup = true;
         job_cancel_sync(&s->secondary.backup_job->job, true);
@@ -895,24 +923,15 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
 
     assert(qatomic_read(&s->secondary.hidden->bs->quiesce_counter) > 0);
 
-    return secondary_empty(bs, bs->file, "active overlay",
-                           &s->secondary.active_emptied, errp) &&
-           secondary_empty(bs, s->secondary.hidden, "hidden overlay",
-                           &s->secondary.hidden_emptied, errp);
-}
-
-/* What the backup job has copied since start */
-static uint64_t secondary_copied_bytes(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-    uint64_t copied = 0, total;
-
-    if (s->secondary.backup_job) {
-        progress_get_snapshot(&s->secondary.backup_job->job.progress, &copied,
-                              &total);
+    if (!secondary_empty(bs, bs->file, "active overlay",
+                         &s->secondary.active_emptied, errp) ||
+        !secondary_empty(bs, s->secondary.hidden, "hidden overlay",
+                         &s->secondary.hidden_emptied, errp)) {
+        return false;
     }
 
-    return copied;
+    secondary_count_anew(bs);
+    return true;
 }
 
 /* Make the secondary disk as it stands the checkpoint */
@@ -922,13 +941,8 @@ static bool secondary_renew(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
 
     backup_do_checkpoint(s->secondary.backup_job, errp);
-    if (*errp || !secondary_empty_overlays(bs, errp)) {
-        return false;
-    }
 
-    s->secondary.copied_before = secondary_copied_bytes(bs);
-    stat64_set(&s->secondary.active_bytes, 0);
-    return true;
+    return !*errp && secondary_empty_overlays(bs, errp);
 }
 
 /* Set @errp if the disk does not have what the primary wrote */
@@ -1121,11 +1135,11 @@ static void secondary_stop(BlockDriverState *bs, Error **errp)
 }
 
 /* The overlays are whole and guard the guest's data until another attempt */
-static void secondary_failover_failed(BlockDriverState *bs, Error *err)
+static void secondary_failover_failed(BlockDriverState *bs, int ret, Error *err)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, 0,
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, ret,
                              error_get_pretty(err));
     secondary_set_error(bs, err);
     secondary_freeze(bs, NULL);
@@ -1163,6 +1177,7 @@ static void secondary_failover_complete(BlockDriverState *bs)
     /* It is the guest's disk now */
     s->secondary.disk_was_ro = false;
     secondary_release(bs);
+    secondary_count_anew(bs);
     secondary_make_exclusive(bs);
     secondary_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
@@ -1202,7 +1217,7 @@ static void secondary_commit_done(void *opaque, int ret)
                          "failed to merge its overlays into the secondary "
                          "disk", bdrv_get_node_name(bs));
         error_report("%s", error_get_pretty(err));
-        secondary_failover_failed(bs, err);
+        secondary_failover_failed(bs, ret, err);
     }
     bdrv_drained_end(bs);
 }
@@ -1226,7 +1241,7 @@ static void secondary_get_stats(BlockDriverState *bs,
 
     stats->u.secondary = (BlockStatsReplicationSecondary) {
         .copied_bytes   = copied,
-        .hidden_bytes   = copied ? copied - s->secondary.copied_before : 0,
+        .hidden_bytes   = copied - s->secondary.copied_before,
         .active_bytes   = stat64_get(&s->secondary.active_bytes),
     };
 
@@ -1327,7 +1342,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
                       "start to merge its overlays into the secondary disk: ",
                       bdrv_get_node_name(bs));
         s->secondary.failover_end_ns = s->secondary.failover_begin_ns;
-        secondary_failover_failed(bs, error_copy(*errp));
+        secondary_failover_failed(bs, 0, error_copy(*errp));
     }
     secondary_resume(disk);
 }
