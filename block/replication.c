@@ -189,7 +189,9 @@ static void replication_forget_error(BlockDriverState *bs)
 
 void replication_pass_flags(BlockDriverState *bs)
 {
-    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA;
+    bs->supported_read_flags = BDRV_REQ_REGISTERED_BUF;
+    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
+                                BDRV_REQ_REGISTERED_BUF;
     bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
                                BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
 }
