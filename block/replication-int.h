@@ -26,6 +26,9 @@ typedef struct ReplicationPrimary {
 
     /* The guest wrote while nothing was forwarded.  Atomic operations. */
     bool missed;
+
+    /* From when a failover begins until nothing is in flight */
+    QEMUTimer *cancel_timer;
 } ReplicationPrimary;
 
 /* What tells whether an overlay was written to since it was emptied */

@@ -24,6 +24,9 @@
  */
 #define DEFAULT_WRITE_BEHIND (64 * MiB)
 
+/* In a failover, how often to end what waits for the secondary */
+#define CANCEL_INTERVAL_MS 100
+
 static const char *const forward_names[] = {
     [WRITE_BEHIND_WRITE]    = "write",
     [WRITE_BEHIND_ZEROES]   = "write of zeroes",
@@ -280,22 +283,52 @@ static void primary_stop(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
-/* The secondary may have died without a word, and what is sent there hang */
-static void primary_abandon(BlockDriverState *bs)
+static void primary_cancel(void *opaque)
 {
+    BlockDriverState *bs = opaque;
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *link;
-
-    write_behind_abandon(s->primary.queue);
 
     bdrv_graph_rdlock_main_loop();
     link = bs->file->bs;
     bdrv_graph_rdunlock_main_loop();
     bdrv_cancel_in_flight(link);
+
+    timer_mod(s->primary.cancel_timer,
+              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + CANCEL_INTERVAL_MS);
+}
+
+static void primary_end_cancel(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    timer_free(s->primary.cancel_timer);
+    s->primary.cancel_timer = NULL;
+}
+
+/*
+ * The secondary may have died without a word, and what is sent there hang.  If
+ * the client of the link finds that out only later, it then begins to wait for
+ * the secondary to come back: so do not cancel that only once.
+ */
+static void primary_abandon(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    write_behind_abandon(s->primary.queue);
+
+    if (!s->primary.cancel_timer) {
+        /* Runs while the main loop waits for the requests in flight */
+        s->primary.cancel_timer = aio_timer_new(qemu_get_aio_context(),
+                                                QEMU_CLOCK_REALTIME, SCALE_MS,
+                                                primary_cancel, bs);
+        primary_cancel(bs);
+    }
 }
 
 static void primary_failover(BlockDriverState *bs, Error **errp)
 {
+    primary_end_cancel(bs);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
 
@@ -322,6 +355,7 @@ static void primary_cleanup(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
+    primary_end_cancel(bs);
     write_behind_free(s->primary.queue);
 }
 
