@@ -71,6 +71,9 @@ class ColoPair:
         self._primary: Optional[Side] = None
         self._secondary: Optional[Side] = None
         self.protected_at = 0.0
+        # Memory for writes that are not on the secondary yet, unless it is
+        # the default; sync() takes it
+        self.write_behind: Optional[int] = None
         self._sync_began = 0.0
         self._exporting = False
 
@@ -188,8 +191,9 @@ class ColoPair:
         3. Now the forwarding node joins the quorum.  QEMU drains the graph
            for that, so each write is either done on both disks already, or
            goes by both ways.  By both ways it carries the same data, and
-           the guest is told that it is done when both are: a later write
-           to the same block cannot be overtaken on either.
+           the guest is told that it is done when the mirror's is, and the
+           other is in the queue of the forwarding, which keeps the order:
+           a later write to the same block cannot be overtaken there.
         4. Only then the mirror ends.  Cancelling a ready job (not by force)
            lets it finish in sync, drained again.  What is left is the
            forwarding, which has missed nothing.
@@ -212,11 +216,17 @@ class ColoPair:
         for disk in self.disks:
             side.cmd('blockdev-add',
                      nbd_node(f'link{disk}', socket, f'disk{disk}'))
-            side.cmd('blockdev-add', driver='replication', mode='primary',
-                     node_name=f'forward{disk}', file=f'link{disk}')
+            side.cmd('blockdev-add', self._forward_node(disk))
             side.cmd('x-blockdev-change', parent=top(disk),
                      node=f'forward{disk}')
         self._end_mirrors(side)
+
+    def _forward_node(self, disk: int) -> Json:
+        node = {'driver': 'replication', 'mode': 'primary',
+                'node-name': f'forward{disk}', 'file': f'link{disk}'}
+        if self.write_behind is None:
+            return node
+        return {**node, 'write-behind': self.write_behind}
 
     def _mirrored(self, progress: Callable[[Sequence[float]], None]) -> bool:
         jobs = {job['device']: job

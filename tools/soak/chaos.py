@@ -40,6 +40,10 @@ def parse() -> argparse.Namespace:
                         help='begin no round after this time')
     parser.add_argument('--round', type=int, metavar='I',
                         help='only this round of the seed, on a new guest')
+    parser.add_argument('--write-behind', choices=('random', 'on', 'off'),
+                        default='random', help='whether the guest\'s writes '
+                        'do not wait for the secondary (default: random, for '
+                        'each round)')
     parser.add_argument('--accel', choices=('auto', 'kvm', 'tcg'),
                         default='auto', help='default: KVM where it works')
     parser.add_argument('--work-dir', type=Path, metavar='DIR',

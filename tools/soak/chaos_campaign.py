@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -148,6 +149,8 @@ class Campaign:
         group = index // GENERATIONS
         plan = plan_round(self.options.seed, index,
                           plan_guest(self.options.seed, group))
+        if self.options.write_behind != 'random':
+            plan = replace(plan, behind=self.options.write_behind == 'on')
         try:
             pair = self._pair or self._start_guest(group)
         except FAILURES as exc:

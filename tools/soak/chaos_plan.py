@@ -99,6 +99,8 @@ class RoundPlan:
     disk: int
     # From the cut to the death of the primary.
     gap: float
+    # Whether the guest's writes do not wait for the secondary.
+    behind: bool
 
 
 def plan_guest(seed: int, group: int) -> GuestPlan:
@@ -127,4 +129,5 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
                      silence=rng.uniform(0.1, 2), wakes=rng.random() < 0.5,
                      cut=rng.choice(list(Cut)), held_up=rng.random() < 0.5,
                      disk=rng.randrange(guest.layout.disks),
-                     gap=rng.uniform(0.1, 1) * period)
+                     gap=rng.uniform(0.1, 1) * period,
+                     behind=rng.random() < 0.5)

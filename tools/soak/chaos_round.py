@@ -100,6 +100,9 @@ class Round:
             Kind.LINK_EXIT_PRIMARY: self._kill_primary_at_exit,
         }
         pair = self.pair
+        pair.write_behind = None if self.plan.behind else 0
+        self.result.notes.append('write-behind' if self.plan.behind
+                                 else 'write-behind=0')
         pair.start_secondary()
         pair.sync(lambda _parts: None)
         pair.protect()
