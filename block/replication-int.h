@@ -93,7 +93,7 @@ typedef struct ReplicationSecondary {
      */
     bool unsettled;
     CoMutex settle_lock;
-    /* The first failure to settle: a negative errno, or 0.  Atomic operations */
+    /* The first failure to settle: a negative errno, or 0.  Also atomic. */
     int settle_error;
 
     /* Why the stage is BROKEN or FAILOVER_FAILED */

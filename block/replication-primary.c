@@ -1,8 +1,8 @@
 /*
  * Block replication: the primary side
  *
- * Forwards what the guest changes to the secondary, behind the guest's back, and
- * remembers what did not get there.  The guest never sees an error of the
+ * Forwards what the guest changes to the secondary, behind the guest's back,
+ * and remembers what did not get there.  The guest never sees an error of the
  * secondary: it goes on, and the next checkpoint fails instead.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later

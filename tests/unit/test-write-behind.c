@@ -295,6 +295,7 @@ static void setup(uint64_t max_bytes)
 static void run(void)
 {
     while (aio_poll(qemu_get_aio_context(), false)) {
+        /* Until there is nothing more to do */
     }
 }
 
