@@ -35,6 +35,9 @@ REPLACED = frozenset((
 # Without these QEMU's meson.build files do not even configure.
 REQUIRED = REPLACED - {'docs/block-replication.txt'}
 
+# In the checkout it is one section; in QEMU's file, many others surround it.
+MAINTAINERS = 'MAINTAINERS'
+
 # Left behind by editors, patch and Python: never part of anything.
 LITTER = re.compile(r'\..*|__pycache__|.*(~|\.orig|\.rej|\.pyc|\.swp)')
 
@@ -131,6 +134,22 @@ def apply_patches(patches: List[Path], pristine: Path, staging: Path) -> None:
             raise Failure(f'{patch} does not apply:\n{result.stdout}')
 
 
+def put_section(checkout: Path, pristine: Path, staging: Path) -> None:
+    """Leave in staging QEMU's MAINTAINERS with our section in it."""
+    section = (checkout / MAINTAINERS).read_text(encoding='utf-8')
+    source = staging / MAINTAINERS
+    if not source.exists():
+        source = pristine / MAINTAINERS
+    title = re.escape(section.splitlines()[0])
+    text, count = re.subn(rf'^{title}\n(?:.+\n)+', lambda _: section,
+                          source.read_text(encoding='utf-8'),
+                          flags=re.MULTILINE)
+    if count != 1:
+        raise Failure(f'{source} has {count} sections with the title of ours')
+    (staging / MAINTAINERS).write_text(text, encoding='utf-8')
+    shutil.copymode(source, staging / MAINTAINERS)
+
+
 def wanted_files(flavour: Flavour, pristine: Path, checkout: Path,
                  staging: Path) -> Dict[str, Path]:
     """Every file that the tree has to hold, and where its content is."""
@@ -146,6 +165,10 @@ def wanted_files(flavour: Flavour, pristine: Path, checkout: Path,
     if both:
         raise Failure(f'patches touch files of ours: {both}')
     apply_patches(patches, pristine, staging)
+    if flavour.overlay:
+        put_section(checkout, pristine, staging)
+        touched.add(MAINTAINERS)
+        gone.add(MAINTAINERS)
 
     wanted = {name: pristine / name for name in walk(pristine, gone)}
     wanted.update((name, staging / name) for name in touched
