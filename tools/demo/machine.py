@@ -139,7 +139,11 @@ class Side:
             '-chardev', f'file,id=log,path={self.path("guest.log")}',
             '-chardev', f'socket,id=work,path={self.path("work.sock")},'
             'server=on,wait=off',
-            '-serial', 'chardev:log', '-serial', 'chardev:work')
+            '-serial', 'chardev:log', '-serial', 'chardev:work',
+            # for ./run top
+            '-chardev', f'socket,id=top,path={self.path("top.sock")},'
+            'server=on,wait=off',
+            '-mon', 'chardev=top,mode=control')
         for node in nodes:
             self.vm.add_args('-blockdev', json.dumps(node))
         for disk in range(setup.layout.disks):
@@ -228,6 +232,13 @@ class Side:
             self._console.close()
             self._console = None
         self.vm.kill()
+
+    def statistics(self) -> List[Json]:
+        """Return what each replication node tells of itself."""
+        told = [node.get('driver-specific', {}) for node in
+                self.cmd('query-blockstats', query_nodes=True)]
+        return [stats for stats in told
+                if stats.get('driver') == 'replication']
 
     def children(self, node: str) -> Dict[str, str]:
         """Return the node names of a node's children, by child name."""

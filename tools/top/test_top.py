@@ -1,0 +1,332 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Check that the watcher shows what two QEMUs have done."""
+
+import argparse
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+
+from figures import Node, Rate, Side
+from view import View, duration, size, sparkline
+
+if TYPE_CHECKING:
+    from qemu.machine import QEMUMachine
+
+TOP = Path(__file__).resolve().parent / 'top.py'
+WAIT_SECONDS = 60.0
+MIB = 1024 * 1024
+DISK_MIB = 64
+# Writes to the last MiB of the link fail.
+FULL_SECTOR = (DISK_MIB - 1) * MIB // 512
+
+Json = Dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build-dir', type=Path, required=True)
+    parser.add_argument('--qemu-src', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+
+
+class FiguresTest(unittest.TestCase):
+    """What follows from figures, without a QEMU."""
+
+    def test_rate(self) -> None:
+        """Taken over the last seconds, and anew when a count falls."""
+        rate = Rate()
+        self.assertIsNone(rate.per_second)
+        for second in range(10):
+            rate.take(second, second * 100)
+            if second:
+                self.assertEqual(rate.per_second, 100)
+        for second in range(10, 20):
+            rate.take(second, 900)
+        self.assertEqual(rate.per_second, 0)
+        rate.take(20, 5)
+        self.assertIsNone(rate.per_second)
+        rate.take(20.5, 15)
+        self.assertEqual(rate.per_second, 20)
+
+    def test_time_left(self) -> None:
+        """A quarter has taken two seconds."""
+        node = Node('n')
+        node.take(0, {'mode': 'secondary', 'stage': 'failover',
+                      'checkpoints': 0, 'copied-bytes': 0,
+                      'failover': {'done': 25, 'total': 100,
+                                   'elapsed-ns': 2 * 10**9}})
+        progress = node.failover
+        assert progress is not None
+        self.assertEqual(progress.part, 0.25)
+        self.assertEqual(progress.seconds_left, 6)
+
+    def test_pauses(self) -> None:
+        """From each STOP to its RESUME."""
+        side = Side(Path('/x/host/qmp'))
+        for micros, name in ((0, 'RESUME'), (1000, 'STOP'), (4000, 'RESUME'),
+                             (6000, 'STOP'), (7000, 'RESUME')):
+            self.assertIsNone(side.take_event({
+                'event': name,
+                'timestamp': {'seconds': 5, 'microseconds': micros}}))
+        self.assertEqual([round(p * 1000) for p in side.pauses], [3, 1])
+        self.assertEqual(side.pause_count, 2)
+        self.assertAlmostEqual(side.longest_pause, 0.003, places=4)
+
+    def test_texts(self) -> None:
+        """Three digits are enough, and fit."""
+        self.assertEqual([size(n) for n in (0, 1023, 1024, 1536, 10**9)],
+                         ['0 B', '1023 B', '1 KiB', '1.5 KiB', '954 MiB'])
+        self.assertEqual([duration(s) for s in (0.0031, 0.25, 2.5, 61, 3700)],
+                         ['3.1 ms', '250 ms', '2.5 s', '61 s', '1:01:40'])
+        self.assertEqual(sparkline([1, 2, 4], 2, '0123'), '23')
+
+
+class Host:
+    """A QEMU that runs no guest, with two QMP sockets."""
+
+    def __init__(self, folder: Path, name: str, args: List[str]) -> None:
+        self.socket = folder / f'{name}.top'
+        self._folder = folder
+        self._name = name
+        self._args = args
+        self.vm = self.launch()
+
+    def launch(self) -> 'QEMUMachine':
+        """Start it, also once more."""
+        # pylint: disable=import-outside-toplevel
+        from qemu.machine import QEMUMachine
+
+        self.vm = QEMUMachine(str(OPTIONS.build_dir / 'qemu-system-x86_64'),
+                              wrapper=['setpriv', '--pdeathsig', 'KILL'],
+                              name=self._name, qmp_timer=WAIT_SECONDS,
+                              base_temp_dir=str(self._folder))
+        self.vm.set_machine('none')
+        self.vm.add_args('-accel', 'qtest', '-S', '-nodefaults',
+                         '-display', 'none', '-name', self._name,
+                         '-chardev', f'socket,id=top,path={self.socket},'
+                         'server=on,wait=off',
+                         '-mon', 'chardev=top,mode=control', *self._args)
+        self.vm.launch()
+        return self.vm
+
+    def io(self, blk: str, command: str) -> None:
+        """Have QEMU do one of qemu-io's commands."""
+        self.vm.cmd('human-monitor-command',
+                    {'command-line': f'qemu-io {blk} "{command}"'})
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        self.vm.kill()
+
+
+class TopTest(unittest.TestCase):
+    """The watcher as it is called."""
+
+    def setUp(self) -> None:
+        # pylint: disable=consider-using-with
+        folder = tempfile.TemporaryDirectory(prefix='top-')
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def host(self, name: str, args: List[str]) -> Host:
+        """Start a QEMU that ends with the test."""
+        host = Host(self.folder, name, args)
+        self.addCleanup(host.close)
+        return host
+
+    def primary(self) -> Host:
+        """A node that forwards to nowhere, and can be made to wait."""
+        return self.host('east', [
+            '-drive', 'if=none,id=guest,node-name=forward0,'
+            'driver=replication,mode=primary,file.driver=raw,'
+            'file.file.driver=blkdebug,file.file.image.driver=null-co,'
+            f'file.file.image.size={DISK_MIB}M,'
+            'file.file.inject-error.0.event=none,'
+            'file.file.inject-error.0.iotype=write,'
+            'file.file.inject-error.0.errno=28,'
+            f'file.file.inject-error.0.sector={FULL_SECTOR}'])
+
+    def secondary(self) -> Host:
+        """A node over two overlays and a disk."""
+        disk = self.folder / 'disk.raw'
+        with disk.open('wb') as file:
+            file.truncate(DISK_MIB * MIB)
+        for name in ('hidden', 'active'):
+            subprocess.run([OPTIONS.build_dir / 'qemu-img', 'create', '-q',
+                            '-f', 'qcow2', self.folder / f'{name}.qcow2',
+                            f'{DISK_MIB}M'], check=True, timeout=WAIT_SECONDS)
+        return self.host('west', [
+            '-drive', 'if=none,id=disk0,node-name=disk,driver=raw,'
+            f'file.driver=file,file.filename={disk}',
+            '-drive', 'if=none,id=guest,node-name=replication0,'
+            'driver=replication,mode=secondary,top-id=guest,'
+            'file.driver=qcow2,file.backing.driver=qcow2,'
+            f'file.file.filename={self.folder}/active.qcow2,'
+            f'file.backing.file.filename={self.folder}/hidden.qcow2,'
+            'file.backing.backing=disk'])
+
+    @staticmethod
+    def command(*arguments: Any) -> List[str]:
+        """Return the command for a watcher."""
+        return [sys.executable, str(TOP), '--qemu-src',
+                str(OPTIONS.qemu_src), *map(str, arguments)]
+
+    def once(self, *sockets: Path, width: int = 80) -> List[str]:
+        """Return the lines of a snapshot."""
+        done = subprocess.run(
+            self.command('--once', '--interval', '0.1', '--width', width,
+                         *sockets),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            timeout=WAIT_SECONDS, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertNotIn('\033', done.stdout)
+        return done.stdout.splitlines()
+
+    def row(self, lines: List[str], node: str) -> Tuple[str, ...]:
+        """Return the cells of a node's row."""
+        rows = [line for line in lines if line.startswith(f'  {node} ')]
+        self.assertEqual(len(rows), 1, lines)
+        return tuple(re.split(r'  +', rows[0].strip()))
+
+    def test_primary(self) -> None:
+        """Behind, caught up, checkpointed, failed."""
+        host = self.primary()
+        lines = self.once(host.socket)
+        self.assertRegex(lines[0], '^east  prelaunch .*east.top$')
+        self.assertEqual(self.row(lines, 'forward0'),
+                         ('forward0', 'none', 'nothing', '0 B/s 0/s', '0'))
+
+        host.io('guest', 'break write_aio A')
+        host.io('guest', 'write 0 1M')
+        _, _, behind, _, _ = self.row(self.once(host.socket), 'forward0')
+        self.assertRegex(behind, r'^1 MiB, [\d.]+ m?s$')
+        host.io('guest', 'resume A')
+
+        host.vm.cmd('xen-set-replication', enable=True, primary=True)
+        for _ in range(2):
+            host.vm.cmd('xen-colo-do-checkpoint')
+        name, stage, behind, _, took = self.row(self.once(host.socket),
+                                                'forward0')
+        self.assertEqual([name, stage, behind],
+                         ['forward0', 'running', 'nothing'])
+        self.assertRegex(took, r'^2 [\d.]+/[\d.]+ ms$')
+        wide = self.once(host.socket, width=120)
+        self.assertIn('    1 MiB in 1 requests forwarded, 0 B superseded, at '
+                      'most 1 MiB behind', wide)
+
+        host.io('guest', f'write {DISK_MIB - 1}M 512')
+        reply = host.vm.qmp('xen-colo-do-checkpoint')
+        self.assertIn('error', reply)
+        lines = self.once(host.socket)
+        self.assertIn('    1 failed: the secondary is out of date', lines)
+        self.assertTrue(any(re.fullmatch(
+            r'    \d\d:\d\d:\d\d forward: No space left on device', line)
+            for line in lines), lines)
+        self.assertIn('2 +1 failed', self.row(lines, 'forward0')[-1])
+
+    def test_both(self) -> None:
+        """A pair: each side with its node, and no line too long."""
+        east, west = self.primary(), self.secondary()
+        west.vm.cmd('xen-set-replication', enable=True, primary=False)
+        west.io('guest', 'write 1M 192k')
+        west.io('disk0', 'write 8M 1')
+        for width in (80, 120):
+            lines = self.once(east.socket, west.socket, width=width)
+            self.assertLessEqual(max(map(len, lines)), width, lines)
+            self.assertEqual(
+                self.row(lines, 'replication0'),
+                ('replication0', 'running', '192 KiB, 64 KiB', '0 B/s', '0'))
+            self.row(lines, 'forward0')
+
+        west.vm.cmd('xen-set-replication', enable=False, primary=False,
+                    failover=True)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            lines = self.once(west.socket)
+            if self.row(lines, 'replication0')[1] == 'done':
+                break
+            self.assertLess(time.monotonic(), deadline)
+        self.assertTrue(any(re.fullmatch(
+            r'    failed over in [\d.]+ m?s, 256 KiB merged', line)
+            for line in lines), lines)
+
+    def test_nobody_there(self) -> None:
+        """A snapshot needs every QEMU that it was told of."""
+        host = self.primary()
+        done = subprocess.run(
+            self.command('--once', host.socket, self.folder / 'none'),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            timeout=WAIT_SECONDS, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(done.stdout, '')
+        self.assertIn('none: no QEMU at this socket', done.stderr)
+
+    def test_live(self) -> None:
+        """It goes on when QEMU dies, and finds the next one."""
+        host = self.primary()
+        terminal, other = pty.openpty()
+        self.addCleanup(os.close, terminal)
+        # pylint: disable=consider-using-with
+        top = subprocess.Popen(
+            self.command('--interval', '0.1', '--width', 80, host.socket),
+            stdin=other, stdout=other, stderr=other,
+            env={**os.environ, 'COLUMNS': '80', 'LINES': '24',
+                 'PYTHONIOENCODING': 'utf-8'})
+        os.close(other)
+        self.addCleanup(top.wait)
+        self.addCleanup(top.kill)
+
+        self.read_until(terminal, 'forward0')
+        host.vm.cmd('xen-set-replication', enable=True, primary=True)
+        self.read_until(terminal, 'REPLICATION_STAGE_CHANGE forward0 running')
+        host.vm.kill()
+        self.read_until(terminal, 'gone since')
+        self.read_until(terminal, 'no QEMU at this socket; trying again')
+        host.launch()
+        self.read_until(terminal, 'prelaunch')
+        os.write(terminal, b'q')
+        self.read_until(terminal, '\033[?1049l')
+        self.assertEqual(top.wait(WAIT_SECONDS), 0)
+
+    def read_until(self, terminal: int, text: str) -> None:
+        """Read what is shown until a text is among it."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        shown = ''
+        while text not in re.sub(r'\033\[[\d;]*m', '', shown):
+            ready, _, _ = select.select([terminal], [], [],
+                                        max(deadline - time.monotonic(), 0))
+            self.assertTrue(ready, f'no {text!r} in {shown[-2000:]!r}')
+            shown += os.read(terminal, 65536).decode(errors='replace')
+
+
+class ViewTest(unittest.TestCase):
+    """What a person sees."""
+
+    def test_bar(self) -> None:
+        """The sync, half done, at a known speed."""
+        side = Side(Path('/x/host/qmp'))
+        side.connected('host')
+        for when, done in ((0, 0), (1, 25 * MIB), (2, 50 * MIB)):
+            side.take_jobs(when, [{'device': 'sync0', 'type': 'mirror',
+                                   'offset': done, 'len': 100 * MIB}])
+        lines = [line.show(80, False) for line in View(80).side(side)]
+        self.assertIn('  sync sync0   [##########..........]  50 %  50 MiB of '
+                      '100 MiB, 2 s left', lines)
+
+
+if __name__ == '__main__':
+    sys.path.insert(0, str(OPTIONS.qemu_src / 'python'))
+    unittest.main(argv=sys.argv[:1], verbosity=2)

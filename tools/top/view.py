@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Lays out what is known, for a terminal of 80 columns or more."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Iterable, List, Optional, Sequence, Tuple
+
+from figures import Event, Node, Progress, Side
+
+SPARKS = '▁▂▃▄▅▆▇█'
+PLAIN_SPARKS = '.:-=+*#@'
+# The columns of the table; the last one takes what is left.
+COLUMNS = (15, 16, 18, 17)
+MIN_WIDTH = 80
+# From here on there is room for a sparkline in the table.
+WIDE = 100
+SILENT_SECONDS = 2.0
+# How many events a snapshot shows.
+EVENTS_SHOWN = 8
+
+CODES = {'bold': '1', 'dim': '2', 'red': '31;1', 'green': '32',
+         'yellow': '33', 'cyan': '36'}
+STAGES = {'running': 'green', 'done': 'cyan', 'failover': 'yellow',
+          'stopped': 'yellow', 'broken': 'red', 'failover-failed': 'red'}
+
+
+@dataclass
+class Line:
+    """A line of the screen: texts and their styles."""
+    parts: List[Tuple[str, str]] = field(default_factory=list)
+
+    def add(self, text: str, style: str = '', width: int = 0) -> 'Line':
+        """Add a text, cut or filled up to a width if there is one."""
+        if width:
+            text = f'{text[:width - 1]:<{width}}'
+        self.parts.append((text, style))
+        return self
+
+    @property
+    def length(self) -> int:
+        """How many columns it takes."""
+        return sum(len(text) for text, _ in self.parts)
+
+    def show(self, width: int, colour: bool) -> str:
+        """Return it as the terminal wants it, no longer than width."""
+        shown = []
+        for text, style in self.parts:
+            text = text[:width]
+            width -= len(text)
+            if colour and style and text:
+                text = f'\033[{CODES[style]}m{text}\033[0m'
+            shown.append(text)
+        line = ''.join(shown)
+        return line if colour else line.rstrip()
+
+
+def size(number: float) -> str:
+    """Say how many bytes."""
+    if number < 1024:
+        return f'{number:.0f} B'
+    for unit in ('KiB', 'MiB', 'GiB', 'TiB'):
+        number /= 1024
+        if number < 999.5:
+            break
+    return f'{number:.3g} {unit}'
+
+
+def duration(seconds: float) -> str:
+    """Say how long."""
+    if seconds < 0.0995:
+        return f'{seconds * 1e3:.2g} ms'
+    if seconds < 0.9995:
+        return f'{seconds * 1e3:.0f} ms'
+    if seconds < 99.5:
+        return f'{seconds:.3g} s'
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{rest:02}'
+
+
+def millis(nanoseconds: int) -> str:
+    """Say how many milliseconds."""
+    value = nanoseconds / 1e6
+    return f'{value:.{0 if value >= 10 else 1 if value >= 1 else 2}f}'
+
+
+def sparkline(values: Iterable[float], width: int, sparks: str) -> str:
+    """Draw the last values, each as a bar against the largest of them."""
+    last = list(values)[-width:]
+    most = max(last, default=0)
+    top = len(sparks) - 1
+    return ''.join(sparks[round(value / most * top) if most else 0]
+                   for value in last)
+
+
+def bar(progress: Progress, width: int) -> str:
+    """Draw how far something is, and say it."""
+    filled = int(progress.part * width)
+    text = (f'[{"#" * filled}{"." * (width - filled)}] '
+            f'{100 * progress.part:3.0f} %  {size(progress.done)} of '
+            f'{size(progress.total)}')
+    if progress.done < progress.total and progress.seconds_left is not None:
+        text += f', {duration(progress.seconds_left)} left'
+    return text
+
+
+class View:
+    """Draws the sides."""
+
+    def __init__(self, width: int, sparks: str = SPARKS) -> None:
+        self.width = max(width, MIN_WIDTH)
+        self.sparks = sparks
+
+    def lines(self, sides: Sequence[Side], events: Sequence[Event],
+              height: Optional[int] = None) -> List[Line]:
+        """Return all lines; the last events fill what is left of height."""
+        lines: List[Line] = []
+        for side in sides:
+            lines += self.side(side)
+            lines.append(Line())
+        room = EVENTS_SHOWN if height is None else height - len(lines) - 1
+        if events and room > 0:
+            lines.append(Line().add('EVENTS', 'bold'))
+            lines += [self.event(event) for event in list(events)[-room:]]
+        return lines if height is None else lines[:height]
+
+    def side(self, side: Side) -> List[Line]:
+        """Draw a side."""
+        lines = [self._head(side)]
+        if side.trouble is not None and not side.heard:
+            return lines
+        if side.pauses:
+            lines.append(self._pauses(side))
+        for name, job in side.jobs.items():
+            kind = 'sync' if job.info['type'] == 'mirror' \
+                else job.info['type']
+            lines.append(self._bar(f'{kind} {name}', job.progress))
+        for primary in (True, False):
+            nodes = [node for node in side.nodes.values()
+                     if node.is_primary == primary]
+            if nodes:
+                lines.append(self._heading(primary))
+            for node in nodes:
+                lines += self._node(node)
+        if not side.nodes:
+            lines.append(Line().add('  no replication node', 'dim'))
+        if side.trouble is not None:
+            # what it was when it was last heard of
+            for line in lines[1:]:
+                line.parts = [(text, 'dim') for text, _ in line.parts]
+        return lines
+
+    def _head(self, side: Side) -> Line:
+        line = Line().add(side.name, 'bold').add('  ')
+        if side.trouble is not None:
+            since = time.strftime('%H:%M:%S', time.localtime(side.since))
+            gone = f'gone since {since}: ' if side.heard else ''
+            line.add(f'{gone}{side.trouble}; trying again', 'red')
+        elif self._is_silent(side):
+            assert side.silent_since is not None
+            line.add('does not answer for '
+                     f'{time.monotonic() - side.silent_since:.0f} s',
+                     'yellow')
+        else:
+            line.add(side.status, 'green' if side.status == 'running'
+                     else 'yellow')
+            if side.colo not in ('', 'none'):
+                line.add(f', COLO {side.colo}')
+        room = self.width - line.length - 2
+        path = str(side.path)
+        if room >= 20:
+            path = path if len(path) <= room else '...' + path[3 - room:]
+            line.add(' ' * (room + 2 - len(path))).add(path, 'dim')
+        return line
+
+    @staticmethod
+    def _is_silent(side: Side) -> bool:
+        return (side.silent_since is not None and
+                time.monotonic() - side.silent_since > SILENT_SECONDS)
+
+    def _pauses(self, side: Side) -> Line:
+        told = (f'  last {duration(side.pauses[-1])}, longest '
+                f'{duration(side.longest_pause)}, {side.pause_count} times')
+        label = '  guest stood still  '
+        room = self.width - len(label) - len(told)
+        return Line().add(label).add(
+            sparkline(side.pauses, min(room, 60), self.sparks),
+            'cyan').add(told)
+
+    def _heading(self, primary: bool) -> Line:
+        names = ('  NODE', 'STAGE', 'BEHIND BY', 'FORWARDED') if primary \
+            else ('  NODE', 'STAGE', 'ACTIVE, HIDDEN', 'COPIED')
+        line = Line()
+        for name, width in zip(names, COLUMNS):
+            line.add(name, 'dim', width)
+        return line.add('CHECKPOINTS', 'dim')
+
+    def _node(self, node: Node) -> List[Line]:
+        stats = node.stats
+        line = Line()
+        cells = self._primary_cells(node) if node.is_primary \
+            else self._secondary_cells(node)
+        line.add(f'  {node.name}', 'bold', COLUMNS[0])
+        line.add(stats['stage'], STAGES.get(stats['stage'], ''), COLUMNS[1])
+        for cell, width in zip(cells, COLUMNS[2:]):
+            line.add(cell, '', width)
+        line.add(f"{stats['checkpoints']} ")
+        if stats['failed-checkpoints']:
+            line.add(f"+{stats['failed-checkpoints']} failed ", 'red')
+        if stats['checkpoints']:
+            # in one unit, for want of room
+            line.add(f"{millis(stats['last-checkpoint-ns'])}/"
+                     f"{millis(stats['longest-checkpoint-ns'])} ms")
+        room = self.width - line.length - 2
+        if self.width >= WIDE and room > 0:
+            line.add('  ').add(
+                sparkline(node.checkpoints, room, self.sparks), 'cyan')
+        return [line, *self._details(node)]
+
+    @staticmethod
+    def _primary_cells(node: Node) -> Tuple[str, str]:
+        stats = node.stats
+        behind = 'nothing'
+        if stats['pending-requests']:
+            behind = (f"{size(stats['pending-memory'])}, "
+                      f"{duration(stats['oldest-pending-ns'] / 1e9)}")
+        rate, requests = node.bytes.per_second, node.requests.per_second
+        if rate is None or requests is None:
+            return behind, size(stats['forwarded-bytes'])
+        return behind, f'{size(rate)}/s {requests:.0f}/s'
+
+    @staticmethod
+    def _secondary_cells(node: Node) -> Tuple[str, str]:
+        stats = node.stats
+        held = f"{size(stats['active-bytes'])}, {size(stats['hidden-bytes'])}"
+        rate = node.bytes.per_second
+        if rate is None:
+            return held, size(stats['copied-bytes'])
+        return held, f'{size(rate)}/s'
+
+    def _details(self, node: Node) -> List[Line]:
+        stats = node.stats
+        lines = []
+        if node.is_primary and self.width >= WIDE:
+            lines.append(Line().add(
+                f"    {size(stats['forwarded-bytes'])} in "
+                f"{stats['forwarded-requests']} requests forwarded, "
+                f"{size(stats['superseded-bytes'])} superseded, at most "
+                f"{size(stats['max-pending-memory'])} behind", 'dim'))
+        failover = node.failover
+        if failover and stats['stage'] == 'done':
+            took = stats['failover']['elapsed-ns'] / 1e9
+            lines.append(Line().add('    failed over in ', '').add(
+                f'{duration(took)}, {size(failover.total)} merged', 'cyan'))
+        elif failover:
+            lines.append(self._bar('  failover', failover))
+        lost = [f'{stats[key]} {key.split("-")[0]}'
+                for key in ('failed-requests', 'dropped-requests')
+                if stats.get(key)]
+        if lost:
+            lines.append(Line().add(
+                f'    {" and ".join(lost)}: the secondary is out of date',
+                'red'))
+        error = stats.get('error')
+        if error:
+            when = time.strftime('%H:%M:%S',
+                                 time.localtime(error['time-ns'] / 1e9))
+            lines.append(Line().add(
+                f"    {when} {error['reason']}: {error['error']}", 'red'))
+        return lines
+
+    def _bar(self, name: str, progress: Progress) -> Line:
+        width = 40 if self.width >= WIDE else 20
+        return Line().add(f'  {name}', '', COLUMNS[0]).add(
+            bar(progress, width), 'yellow')
+
+    @staticmethod
+    def event(event: Event) -> Line:
+        """Draw an event."""
+        when = time.strftime('%H:%M:%S', time.localtime(event.when))
+        return Line().add(f'  {when} ', 'dim').add(f'{event.side} ').add(
+            event.text, 'red' if event.is_bad else '')
