@@ -11,6 +11,7 @@ import nbd  # type: ignore
 from model import Write
 
 SECONDS = 30.0
+POLL = 0.1
 FLAGS = {'fua': nbd.CMD_FLAG_FUA, 'no-hole': nbd.CMD_FLAG_NO_HOLE,
          'fast': nbd.CMD_FLAG_FAST_ZERO}
 
@@ -39,8 +40,7 @@ class Client:
         # QEMU takes requests of any alignment from who does not ask
         self._nbd.set_request_block_size(False)
         self._nbd.aio_connect_unix(self._socket)
-        self._poll_until(self._nbd.aio_is_ready,
-                         f'connection to {self._export}')
+        self._poll_until(self._nbd.aio_is_ready, 'a connection')
 
     def _connected(self) -> nbd.NBD:
         """QEMU hangs up when it fails to read in the middle of an answer."""
@@ -53,11 +53,20 @@ class Client:
         del self._nbd
 
     def _poll_until(self, done: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + SECONDS
+        """Wait, but not for longer than QEMU may take.
+
+        Only time spent in waiting counts, and no wait more than it was meant
+        to last: the whole machine may have been stopped meanwhile.
+        """
+        waited = 0.0
         while not done():
-            if time.monotonic() > deadline:
-                raise Hang(f'no answer to {what} in {SECONDS:.0f} s')
-            self._nbd.poll(100)
+            if waited > SECONDS:
+                raise Hang(
+                    f'no answer to {what} of {self._export} in {waited:.0f} s: '
+                    f'{self._nbd.connection_state()}')
+            begin = time.monotonic()
+            self._nbd.poll(int(1000 * POLL))
+            waited += min(time.monotonic() - begin, POLL)
 
     def submit(self, write: Write, flag: str = '') -> Request:
         """Begin a request that changes the disk."""
