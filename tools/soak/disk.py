@@ -98,11 +98,13 @@ class Secondary:
         image = disk.image('spare')
         disk.images.disk(image.path, bytes(self.model.view.data))
         target = Target(bytes(self.model.view.data))
-        self.next = PrimaryNode(disk.node('next'), self.model.view, target)
+        self.next = PrimaryNode(disk.node('next'), self.model.view, target,
+                                disk.layout.write_behind != 0)
         host.add({'driver': 'raw', 'node-name': disk.node('spare'),
                   'file': image.options()})
         host.add({'driver': 'replication', 'mode': 'primary',
-                  'node-name': self.next.name, 'file': disk.node('spare')})
+                  'node-name': self.next.name, 'file': disk.node('spare'),
+                  **disk.layout.behind()})
         host.cmd('x-blockdev-change', parent=disk.node(VIEW),
                  node=self.next.name)
         host.nodes.append(self.next)
@@ -156,7 +158,8 @@ class Primary:
     def new_model(self) -> PrimaryNode:
         """A node that forwards everything so far."""
         return PrimaryNode(self.disk.node(FORWARD), self.local,
-                           self.disk.target)
+                           self.disk.target,
+                           self.disk.layout.write_behind != 0)
 
     def is_remote(self) -> bool:
         """Whether the target is on another host."""
@@ -183,7 +186,7 @@ class Primary:
         self.model = self.new_model()
         self.host.add({'driver': 'replication', 'mode': 'primary',
                        'node-name': self.model.name, 'discard': 'unmap',
-                       'file': self.child()})
+                       'file': self.child(), **disk.layout.behind()})
         self.host.cmd('x-blockdev-change', parent=disk.node(LOCAL),
                       node=self.model.name)
         self.host.nodes.append(self.model)
@@ -430,6 +433,22 @@ class Disk:
         if self.primary and self.primary.attached:
             nodes.append(self.primary.model)
         return nodes
+
+    def primaries(self) -> List[Tuple[Host, PrimaryNode]]:
+        """Those that forward what is written to this disk."""
+        nodes: List[Tuple[Host, PrimaryNode]] = []
+        if self.secondary and self.secondary.next:
+            nodes.append((self.disk_host, self.secondary.next))
+        if self.primary and self.primary.attached:
+            nodes.append((self.primary.host, self.primary.model))
+        return nodes
+
+    def drain(self) -> None:
+        """See that nothing is under way: block status waits for that."""
+        for host, node in self.primaries():
+            if not node.quiet:
+                host.qemu_io(node.name, f'alloc 0 {self.layout.size}')
+                node.drained()
 
     def is_troubled(self) -> bool:
         """Whether something may fail or not."""

@@ -43,6 +43,14 @@ class Layout(NamedTuple):
     align: int
     # What moves the nodes to an iothread, if anything
     iothread: str
+    # Memory for writes under way, unless it is the default
+    write_behind: Optional[int]
+
+    def behind(self) -> Json:
+        """The same as an option of a primary node."""
+        if self.write_behind is None:
+            return {}
+        return {'write-behind': self.write_behind}
 
     @classmethod
     def random(cls, rng: Random) -> 'Layout':
@@ -59,7 +67,8 @@ class Layout(NamedTuple):
             hidden=rng.choice(OVERLAYS),
             top=rng.choice(['quorum', 'quorum', 'raw']),
             discard=rng.choice(['unmap', 'ignore']), align=align,
-            iothread=rng.choice(['', '', 'export', 'node']))
+            iothread=rng.choice(['', '', 'export', 'node']),
+            write_behind=rng.choice([0, 128 * KIB, None]))
 
 
 class Image:

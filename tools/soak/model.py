@@ -235,10 +235,18 @@ class PrimaryNode(Node):
     """Forwards the guest's writes to a target."""
     mode = 'primary'
 
-    def __init__(self, name: str, local: Content, target: Target) -> None:
+    def __init__(self, name: str, local: Content, target: Target,
+                 behind: bool = False) -> None:
         super().__init__(name)
         self.local = local
         self.target = target
+        # Whether writes end before they have arrived; which of them are not
+        # known to have, and whether they have all arrived or failed
+        self.behind = behind
+        self.under_way: List[Write] = []
+        self.quiet = True
+        # Some of them cannot arrive
+        self.doomed = False
         # Whether a request was not forwarded: it failed, or was not tried
         self.failed: Maybe = False
         self.missed = False
@@ -260,10 +268,22 @@ class PrimaryNode(Node):
         if not self.forwards():
             self.missed |= write.kind != 'flush'
             return
+        if self.failed:
+            # nothing is sent any more
+            return
         done = self.arrives()
+        if write.kind == 'flush' and not done:
+            # not sent if there is nothing to flush
+            done = None
+        if self.behind:
+            self.sent(write, done)
+            return
         if write in self.doubtful:
             self.doubtful.remove(write)
             done = None if done else done
+        if self.failed is None and done:
+            # unless another had failed
+            done = None
         if done is None and self.failed is False:
             self.failed = None
         if done is None and self.failed is None:
@@ -272,6 +292,39 @@ class PrimaryNode(Node):
             self.failed = True
             return
         self.target.primary_wrote(write, done)
+
+    def sent(self, write: Write, done: Maybe) -> None:
+        """A write that has ended for the guest is under way."""
+        self.under_way.append(write)
+        self.quiet = False
+        self.doomed |= done is False
+        if write in self.doubtful:
+            self.doubtful.remove(write)
+            self.failed = None
+        self.target.primary_began(write)
+        self.observe()
+
+    def observe(self) -> None:
+        """Something may fail from now on, or still: what is under way, too."""
+        if self.quiet or self.arrives():
+            return
+        self.failed = self.failed or None
+        for write in self.under_way:
+            self.target.primary_began(write)
+
+    def drained(self) -> None:
+        """Nothing is under way any more."""
+        self.quiet = True
+        if self.doomed:
+            self.failed, self.doomed = True, False
+        if self.failed is False:
+            self.all_arrived()
+
+    def all_arrived(self) -> None:
+        """No write under way has failed."""
+        for write in self.under_way:
+            self.target.primary_wrote(write, True)
+        self.under_way.clear()
 
     def guest_began(self, write: Write) -> None:
         """A write is under way that guest_wrote() will tell of."""
@@ -301,13 +354,18 @@ class PrimaryNode(Node):
     def allows_here(self, op: Op) -> Maybe:
         if op in (Op.STOP, Op.FAILOVER):
             return True
-        if self.missed or self.failed:
+        if self.missed or self.failed or self.doomed:
             return False
         return None if self.failed is None else True
 
     def called_here(self, op: Op, done: bool) -> None:
         if op in (Op.START, Op.CHECKPOINT):
             self.failed = self.failed if self.missed else not done
+        if op is Op.FAILOVER:
+            # what was not sent is dropped
+            self.under_way.clear()
+            self.doomed = False
+        self.drained()
         if op is Op.FAILOVER:
             self.stage = Stage.DONE
         elif op is Op.STOP:
@@ -322,13 +380,19 @@ class PrimaryNode(Node):
         return self.stage is Stage.NONE or self.failed
 
     def status_was(self, bad: bool) -> None:
+        if not bad and not self.quiet:
+            # a failure may come to light later
+            return
         self.failed = bad
         if not bad:
             for write in self.pending:
                 self.target.primary_wrote(write, True)
+            self.all_arrived()
 
     def status_done(self) -> None:
         self.pending.clear()
+        if self.quiet:
+            self.under_way.clear()
 
 
 class SecondaryNode(Node, Target):

@@ -191,6 +191,7 @@ class Sequence:
 
     def check_status(self) -> None:
         """Compare what all hosts say about themselves with the model."""
+        self.observe()
         for host in self.hosts.values():
             if host.is_running() and host.nodes:
                 self._check_status(host)
@@ -249,6 +250,10 @@ class Sequence:
         if write.kind == 'trim' and flag == 'fua':
             # the discard may end at the quorum, but the flush goes on
             self.wrote(disk, side, Write('flush'), done)
+        if disk.forwards(side) and self.rng.random() < 0.5:
+            # it is still under way, perhaps
+            return
+        disk.drain()
         self.check_status()
         self.check_range(disk, write.offset, len(write.data))
 
@@ -292,6 +297,8 @@ class Sequence:
         """Read from a side, and compare."""
         if side == DISK and not disk.target.disk_is_known():
             return
+        if side in (DISK, VIEW):
+            disk.drain()
         content, expected = disk.expected(side)
         data = disk.read(side, offset, length)
         what = f'{side}{disk.number}: read {offset} +{length}'
@@ -302,6 +309,7 @@ class Sequence:
         elif disk.primary and disk.primary.model.link:
             # the other host's NBD server has hung up, perhaps
             disk.primary.model.link = None
+            self.observe()
 
     def compare_all(self, disk: Disk) -> None:
         """Compare every byte from every side."""
@@ -309,6 +317,12 @@ class Sequence:
             self.compare(disk, side, 0, disk.layout.size)
 
     # Faults
+
+    def observe(self) -> None:
+        """What is under way may fail, if anything can now."""
+        for disk in self.disks:
+            for _, node in disk.primaries():
+                node.observe()
 
     def host_of(self, disk: Disk, image: Image) -> Host:
         """Where an image is open."""
@@ -329,7 +343,12 @@ class Sequence:
                  f"{'fail' if image.failing else 'work'}")
         self.stats.faults += image.failing
         if kind != 'local':
+            self.observe()
             disk.target.set_fault(kind, image.failing)
+            self.observe()
+        if not image.failing:
+            # what has met the fault is not told of later
+            disk.drain()
 
     def switch_speed(self, disk: Disk) -> None:
         """Make writes to the disk slow, or fast again."""

@@ -197,8 +197,16 @@ def part(seq: Sequence) -> None:
         # one that was not running may forward now, or once it is started
         if disk.exported and (cut or primary and primary.attached
                               and primary.model.stage is not Stage.DONE):
-            seq.log(f'unexport disk{disk.number}')
-            disk.unexport_disk()
+            cut_off(seq, disk)
+
+
+def cut_off(seq: Sequence, disk: Disk) -> None:
+    """The way to the secondary's disk is gone, also for what is under way."""
+    seq.log(f'unexport disk{disk.number}')
+    disk.unexport_disk()
+    seq.observe()
+    disk.drain()
+    seq.check_status()
 
 
 @step(lambda _seq, disk: 0 if not disk.secondary else
@@ -373,14 +381,14 @@ def break_link(seq: Sequence, disk: Disk) -> None:
     disk.primary.host.cmd('yank', instances=[
         {'type': 'block-node', 'node-name': disk.node('link')}])
     disk.primary.model.link = None
+    seq.observe()
     seq.stats.faults += 1
 
 
 @step(lambda seq, disk: 0.5 if disk.exported and seq.may_break(disk) else 0)
 def unexport(seq: Sequence, disk: Disk) -> None:
     """The way to the secondary's disk is gone."""
-    seq.log(f'unexport disk{disk.number}')
-    disk.unexport_disk()
+    cut_off(seq, disk)
     seq.stats.faults += 1
 
 
@@ -434,6 +442,7 @@ def resynchronise(seq: Sequence, disk: Disk) -> None:
 def rebuild(seq: Sequence, disk: Disk) -> None:
     """New nodes, new overlays, and all data copied anew."""
     seq.log(f'rebuild {disk.number}')
+    disk.drain()
     if disk.primary and disk.primary.attached:
         disk.detach()
     if disk.secondary and stage(disk) is not Stage.RUNNING:
