@@ -14,6 +14,8 @@ from model import Maybe, Node, Op, Stage, Verdict, Write
 # Bytes in a second
 SLOW = 4000000
 OUT_OF_DATE = 'out of date', 'cut off'
+# What a secondary says that is failing over, and goes on with it
+UNFLUSHED = 'Flushing the disk'
 
 
 @dataclass
@@ -208,7 +210,8 @@ class Sequence:
                     f"{'' if bad else 'not '}be reported, but status says "
                     f'{error}')
             if bad is None:
-                node.status_was(node is culprit)
+                node.status_was(node is culprit
+                                and UNFLUSHED not in str(error))
             node.status_done()
             if node is culprit:
                 # the status tells no more
