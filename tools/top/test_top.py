@@ -12,11 +12,12 @@ import sys
 import tempfile
 import time
 import unittest
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 from figures import Node, Rate, Side
-from view import View, duration, size, sparkline
+from view import COLUMNS, View, duration, size, sparkline
 
 if TYPE_CHECKING:
     from qemu.machine import QEMUMachine
@@ -199,7 +200,9 @@ class TopTest(unittest.TestCase):
         """Return the cells of a node's row."""
         rows = [line for line in lines if line.startswith(f'  {node} ')]
         self.assertEqual(len(rows), 1, lines)
-        return tuple(re.split(r'  +', rows[0].strip()))
+        ends = [*accumulate(COLUMNS), len(rows[0])]
+        return tuple(rows[0][begin:end].strip()
+                     for begin, end in zip([0, *ends], ends))
 
     def test_primary(self) -> None:
         """Behind, caught up, checkpointed, failed."""
@@ -235,7 +238,8 @@ class TopTest(unittest.TestCase):
         self.assertTrue(any(re.fullmatch(
             r'    \d\d:\d\d:\d\d forward: No space left on device', line)
             for line in lines), lines)
-        self.assertIn('2 +1 failed', self.row(lines, 'forward0')[-1])
+        self.assertRegex(self.row(lines, 'forward0')[-1],
+                         r'^2 \+1 failed [\d.]+/[\d.]+ ms$')
 
     def test_both(self) -> None:
         """A pair: each side with its node, and no line too long."""

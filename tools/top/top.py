@@ -57,6 +57,8 @@ def parse() -> argparse.Namespace:
         parser.error('--demo finds the sockets by itself')
     if not 0.05 <= options.interval <= 60:
         parser.error('--interval wants 0.05 to 60 seconds')
+    if not options.once and not sys.stdout.isatty():
+        parser.error('this is no terminal: use --once')
     return options
 
 

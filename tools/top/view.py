@@ -62,7 +62,7 @@ def size(number: float) -> str:
         number /= 1024
         if number < 999.5:
             break
-    return f'{number:.3g} {unit}'
+    return f'{number:.{2 if number < 9.95 else 3}g} {unit}'
 
 
 def duration(seconds: float) -> str:
