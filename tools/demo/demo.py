@@ -44,6 +44,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, metavar='DIR',
                         help='where the images go (default: the system\'s '
                         'folder for temporary files)')
+    parser.add_argument('--picture', type=Path, metavar='FILE',
+                        help='where a picture of it goes, as SVG (default: '
+                        'demo/SIDE-killed.svg in the cache)')
     parser.add_argument('--keep', action='store_true',
                         help='leave images and logs, and say where')
     return parser.parse_args()
@@ -83,6 +86,14 @@ def main() -> int:
     """Make room for a run, do it, and clean up."""
     options = parse()
     install()
+    if options.picture is None:
+        options.picture = options.cache / 'demo' / f'{options.kill}-killed.svg'
+    try:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
+        options.picture.unlink(missing_ok=True)
+    except OSError as exc:
+        print(f'error: no room for the picture: {exc}', file=sys.stderr)
+        return 2
     work = Path(tempfile.mkdtemp(prefix='colo-demo-', dir=options.work_dir))
     try:
         if len(str(work)) > MAX_WORK_DIR:

@@ -19,7 +19,7 @@ protect() are called again.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from console import Beat
 from guest import run_tool
@@ -30,6 +30,8 @@ from machine import Json, PairError, POLL, STEP_TIMEOUT, Setup, Side, top
 ACTIVE_OPTIONS = ('-o', 'extended_l2=on,cluster_size=128k')
 # Unlimited: the guest must not wait for a migration that is throttled.
 BANDWIDTH = 1 << 40
+# How often the primary is asked how far the secondary is behind, in seconds.
+LAG_EVERY = 0.2
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ class ColoPair:
         self.write_behind: Optional[int] = None
         self._sync_began = 0.0
         self._exporting = False
+        # when, and how many bytes the secondary did not have then
+        self.lag: List[Tuple[float, int]] = []
+        # when, and how many bytes were merged, of how many
+        self.merge: List[Tuple[float, int, int]] = []
 
     @property
     def primary(self) -> Side:
@@ -312,7 +318,14 @@ class ColoPair:
             for checkpoint in done[told:]:
                 tell(checkpoint)
             told = len(done)
+            self._look_at_lag()
             self.primary.console.wait(POLL)
+
+    def _look_at_lag(self) -> None:
+        now = time.time()
+        if not self.lag or now >= self.lag[-1][0] + LAG_EVERY:
+            self.lag.append((now, sum(stats['pending-memory'] for stats
+                                      in self.primary.statistics())))
 
     # One side dies
 
@@ -376,6 +389,8 @@ class ColoPair:
     def _wait_for_failover(self, side: Side, since: float,
                            merge: bool) -> Failover:
         def running() -> bool:
+            if merge:
+                self._look_at_merge(side)
             return (side.cmd('query-migrate').get('status') == 'completed'
                     and side.cmd('query-status')['running']
                     and bool(side.seen('RESUME', since)))
@@ -385,6 +400,8 @@ class ColoPair:
         resumed = side.seen('RESUME')[-1]['when']
 
         def speaks() -> bool:
+            if merge:
+                self._look_at_merge(side)
             beat = side.console.beat
             return beat is not None and beat.when > resumed
 
@@ -396,6 +413,11 @@ class ColoPair:
         return Failover((resumed - since) * 1000,
                         (beat.when - since) * 1000, merged_ms, beat)
 
+    def _look_at_merge(self, side: Side) -> None:
+        told = [stats.get('failover') for stats in side.statistics()]
+        self.merge.append((time.time(), sum(t['done'] for t in told if t),
+                           sum(t['total'] for t in told if t)))
+
     def _wait_for_merge(self, side: Side) -> float:
         """Wait until the overlays are merged into the disk.
 
@@ -403,6 +425,7 @@ class ColoPair:
         not list.  At its end the disk takes the place of the overlays.
         """
         def merged() -> bool:
+            self._look_at_merge(side)
             return all(side.children(f'replication{disk}').get('file')
                        == f'disk{disk}' for disk in self.disks)
 

@@ -2,6 +2,7 @@
 """The demo's story: protect a running VM, kill one side, judge the other."""
 
 import argparse
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
@@ -10,6 +11,7 @@ from console import Beat
 from guest import get_guest
 from machine import Layout, MIB, PairError, Setup, Side, kvm_works
 from pair import Checkpoint, ColoPair, Failover
+from picture import Timeline, Work, draw
 from screen import Screen
 from verify import Verdict, judge
 
@@ -20,6 +22,7 @@ PROBLEMS = 8
 @dataclass
 class Outcome:
     """The numbers that a failover leaves for the verdict."""
+    victim: Side
     failover: Failover
     before: Beat
     safe: Beat
@@ -40,6 +43,8 @@ class Story:
         self.work = work
         self.screen = screen
         self.pair: Optional[ColoPair] = None
+        self._began = time.time()
+        self._sync = (0.0, 0.0)
 
     def run(self) -> bool:
         """Tell it all; return whether nothing was lost."""
@@ -49,7 +54,9 @@ class Story:
         self._protect(pair)
         outcome = self._kill(pair)
         self._go_on(pair)
+        ended = time.time()
         verdict = self._judge(pair, outcome)
+        self._draw(pair, verdict, outcome, ended)
         self._show(verdict, outcome)
         return not verdict.problems
 
@@ -88,7 +95,9 @@ class Story:
     def _protect(self, pair: ColoPair) -> None:
         screen = self.screen
         screen.say('sync', 'copying the disks while the guest writes')
+        sync_began = time.time()
         pair.sync(lambda parts: screen.progress('sync', parts))
+        self._sync = (sync_began, time.time())
         screen.say('sync', 'disks equal, every write is forwarded')
         screen.say('guest', work_line(last_beat(pair.primary)))
         switch = pair.protect()
@@ -126,7 +135,7 @@ class Story:
         if failover.merged_ms is not None:
             screen.say('failover', 'overlays merged into the disk within '
                        f'{failover.merged_ms:.0f} ms of the kill')
-        return Outcome(failover, before, safe, done)
+        return Outcome(victim, failover, before, safe, done)
 
     def _go_on(self, pair: ColoPair) -> None:
         side = pair.primary
@@ -145,6 +154,35 @@ class Story:
             outcome.kept, 'the survivor took over at an older state than that '
             'of the last checkpoint')
         return verdict
+
+    def _draw(self, pair: ColoPair, verdict: Verdict, outcome: Outcome,
+              ended: float) -> None:
+        """Leave a picture of it."""
+        failover = outcome.failover
+        killed = outcome.victim.died()
+
+        def after(milliseconds: float) -> float:
+            return killed + milliseconds / 1000
+
+        timeline = Timeline(
+            victim=outcome.victim.name, survivor=pair.primary.name,
+            killed_side=self.options.kill, began=self._began,
+            sync=self._sync, protected=pair.protected_at, killed=killed,
+            running=after(failover.running_ms),
+            first_output=after(failover.output_ms), ended=ended,
+            merged=None if failover.merged_ms is None
+            else after(failover.merged_ms),
+            checkpoints=[(c.stopped, c.resumed) for c in outcome.checkpoints],
+            work={side.name: [Work(beat.when, beat.tx)
+                              for beat in side.console.beats()
+                              if beat.when <= ended] for side in pair.sides},
+            lag=pair.lag, merge=pair.merge, safe=outcome.safe.tx,
+            taken_over=failover.beat.tx, at_end=verdict.rows,
+            checked=verdict.blocks,
+            host_checked=verdict.host_blocks,
+            wrong=verdict.wrong + verdict.host_wrong,
+            problems=verdict.problems)
+        self.options.picture.write_text(draw(timeline), encoding='utf-8')
 
     def _show(self, verdict: Verdict, outcome: Outcome) -> None:
         """Show the verdict.
@@ -176,6 +214,7 @@ class Story:
                     f'{verdict.host_blocks} in the images')
         screen.item('wrong blocks', f'{verdict.wrong + verdict.host_wrong}',
                     verdict.wrong + verdict.host_wrong == 0)
+        screen.item('picture', str(self.options.picture))
         for problem in verdict.problems[:PROBLEMS]:
             screen.item('problem', problem, False)
         if len(verdict.problems) > PROBLEMS:

@@ -1,0 +1,104 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Check that the demo's picture shows what it was told."""
+
+import unittest
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from typing import List
+
+from picture import GREEN, RED, Timeline, Work, draw
+from svg import Scale
+
+SVG = '{http://www.w3.org/2000/svg}'
+
+GOOD = Timeline(
+    victim='host1', survivor='host2', killed_side='primary', began=1000,
+    sync=(1010, 1011), protected=1013, killed=1020, running=1020.07,
+    first_output=1020.2, ended=1023, merged=1020.18,
+    checkpoints=[(1014.5, 1014.53), (1016, 1016.06), (1017.5, 1017.54)],
+    work={'host1': [Work(1008 + n / 10, n) for n in range(120)],
+          'host2': [Work(1013 + n / 10, 50 + n) for n in range(100)]},
+    lag=[(1013 + n / 5, 1024 * (n % 7)) for n in range(35)],
+    merge=[(1020.1, 0, 65536), (1020.15, 32768, 65536)], safe=95,
+    taken_over=121, at_end=149, checked=36864, host_checked=36865, wrong=0)
+
+
+class PictureTest(unittest.TestCase):
+    """The picture as a program reads it."""
+
+    @staticmethod
+    def texts(root: ET.Element) -> List[str]:
+        """Return all that is written."""
+        return [element.text or '' for element in root.iter(f'{SVG}text')]
+
+    def drawn(self, timeline: Timeline) -> ET.Element:
+        """Draw it; nothing is outside of the picture."""
+        root = ET.fromstring(draw(timeline))
+        width, height = (float(root.get(name, '0'))
+                         for name in ('width', 'height'))
+        for element in root.iter():
+            for name, most in (('x', width), ('x2', width), ('cx', width),
+                               ('y', height), ('y2', height), ('cy', height)):
+                place = float(element.get(name, '0'))
+                self.assertTrue(0 <= place <= most, element.attrib)
+        return root
+
+    def test_nothing_lost(self) -> None:
+        """A killed primary."""
+        root = self.drawn(GOOD)
+        texts = self.texts(root)
+        self.assertIn('The primary is killed. Nothing is lost.', texts)
+        self.assertIn('0 wrong blocks', texts)
+        self.assertIn('the guest runs on host2 70 ms later', texts)
+        self.assertIn('host2 goes on with 121', texts)
+        self.assertIn('when host2 took over: none is missing', texts)
+        self.assertIn('64 KiB of overlays merged 180 ms after the kill',
+                      texts)
+        self.assertIn('The guest stood still for each checkpoint (ms): 3 of '
+                      'them, median 40 ms, longest 60 ms', texts)
+        self.assertIn('36,864', texts)
+        self.assertIn('36,865', texts)
+        bars = [element.findtext(f'{SVG}title')
+                for element in root.iter(f'{SVG}rect')
+                if element.get('class') == 'checkpoint']
+        self.assertEqual(bars, ['checkpoint 1: 30 ms', 'checkpoint 2: 60 ms',
+                                'checkpoint 3: 40 ms'])
+        self.assertIn(GREEN, self.badge(root))
+
+    @staticmethod
+    def badge(root: ET.Element) -> List[str]:
+        """Return the colours of what has round corners."""
+        return [element.get('fill', '') for element in root.iter(f'{SVG}rect')
+                if element.get('rx') == '8']
+
+    def test_something_lost(self) -> None:
+        """It does not look like the other."""
+        root = self.drawn(replace(GOOD, wrong=3, taken_over=90,
+                                  problems=['the guest read wrong <blocks>']))
+        texts = self.texts(root)
+        self.assertIn('The primary is killed. Something is lost.', texts)
+        self.assertIn('3 wrong blocks', texts)
+        self.assertIn('when host2 took over: some are missing', texts)
+        self.assertIn('the guest read wrong <blocks>', texts)
+        self.assertEqual(self.badge(root), [RED])
+
+    def test_secondary_killed(self) -> None:
+        """Nothing is merged then, and maybe nothing was ever behind."""
+        root = self.drawn(replace(GOOD, victim='host2', survivor='host1',
+                                  killed_side='secondary', merged=None,
+                                  merge=[], lag=[]))
+        texts = self.texts(root)
+        self.assertIn('The secondary is killed. Nothing is lost.', texts)
+        self.assertIn('host2 is killed', texts)
+        self.assertIn('Nothing to merge: the primary has its own disks.',
+                      texts)
+
+    def test_ticks(self) -> None:
+        """Round values, all of them inside."""
+        self.assertEqual(Scale(0, 337, 0, 1).ticks(5), [0, 100, 200, 300])
+        self.assertEqual(Scale(17.2, 36, 0, 1).ticks(4), [20, 25, 30, 35])
+
+
+if __name__ == '__main__':
+    unittest.main(verbosity=2)
