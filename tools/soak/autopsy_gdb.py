@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run by gdb on a QEMU that does not go on: what does its block layer wait for?
+"""Run by gdb on a QEMU that does not go on: what its block layer waits for.
 
 Lists exports and their clients, nodes and their requests, throttle groups,
 jobs, and the stacks of all coroutines found there.  QEMU's own qemu-gdb.py has

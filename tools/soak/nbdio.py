@@ -62,7 +62,7 @@ class Client:
         while not done():
             if waited > SECONDS:
                 raise Hang(
-                    f'no answer to {what} of {self._export} in {waited:.0f} s: '
+                    f'{self._export}: no answer to {what} in {waited:.0f} s: '
                     f'{self._nbd.connection_state()}')
             begin = time.monotonic()
             self._nbd.poll(int(1000 * POLL))
