@@ -132,17 +132,22 @@ lock() {
     }
 }
 
+# Have configure find a meson that is new enough.
+use_meson() {
+    local meson
+    meson=$("$BASE/source.sh" meson "$CACHE")
+    export PYTHONPATH=$meson${meson:+${PYTHONPATH:+:}}${PYTHONPATH:-}
+}
+
 # Build a flavour, and hold it unchanged until this process ends. Two locks:
 # who builds holds the first alone; who runs what was built holds the second
 # together with others, and gets it only while holding the first.
 build() {
-    local meson
     # shellcheck disable=SC2034 # common.sh uses it
     STEP=build
     mkdir -p "$CACHE"
     choose_source "$1"
-    meson=$("$BASE/source.sh" meson "$CACHE")
-    export PYTHONPATH=$meson${meson:+${PYTHONPATH:+:}}${PYTHONPATH:-}
+    use_meson
     mkdir -p "$WORK"
     exec 8>"$WORK/build.lock" 9>"$WORK/use.lock"
     lock 8
