@@ -32,13 +32,15 @@ SANITIZE=(
     --extra-ldflags='-static-libasan -static-libubsan'
 )
 
-# What the tests and the demo run.
+# What the tests and the demo run, and what is installed besides.
 TARGETS=(
     qemu-system-x86_64
     qemu-img
     qemu-io
     qemu-nbd
     storage-daemon/qemu-storage-daemon
+    qemu-bridge-helper
+    qemu-pr-helper
     tests/unit/test-replication
 )
 
