@@ -38,6 +38,9 @@ PROGRAMS = ('qemu-img', 'qemu-io', 'qemu-nbd',
 UNIT_TESTS = ('test-replication', 'test-write-behind', 'test-bdrv-drain',
               'test-bdrv-graph-mod', 'test-block-iothread', 'test-blockjob')
 TEST_SECONDS = 120
+
+# No build looks at these
+NOT_BUILT = ('docs/', 'tests/qemu-iotests/', 'MAINTAINERS')
 PROGRESS_SECONDS = 10
 
 WARNING = re.compile(r'^(?:\.\./)*tree/(\S+?):\d+:\d+: warning: ',
@@ -276,9 +279,11 @@ def check_patches(tools: Tools, patches: List[Path], tally: Tally) -> bool:
         if not tally.count(f'{title}: git am', take(tools.tree, patch)):
             return False
         tally.count(f'{title}: checkpatch', checkpatch(tools, patch))
-        if tally.count(f'{title}: build',
-                       compile_tree(tools, overlay.touched_by(patch), title)):
-            tally.count(f'{title}: unit tests', run_unit_tests(tools))
+        names = overlay.touched_by(patch)
+        if not all(name.startswith(NOT_BUILT) for name in names):
+            built = compile_tree(tools, names, title)
+            if tally.count(f'{title}: build', built):
+                tally.count(f'{title}: unit tests', run_unit_tests(tools))
         print(f'[series] {title}: {time.monotonic() - begin:.0f} s',
               flush=True)
     return True
