@@ -24,7 +24,7 @@ typedef struct ReplicationPrimary {
      */
     int forward_error;
 
-    /* The guest wrote while nothing was forwarded.  Atomic operations. */
+    /* The guest wrote, or may have, what was not forwarded.  Atomic operations */
     bool missed;
 
     /* From when a failover begins until nothing is in flight */

@@ -112,7 +112,8 @@ static bool primary_serves_reads(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-           !qatomic_read(&s->primary.forward_error);
+           !qatomic_read(&s->primary.forward_error) &&
+           !qatomic_read(&s->primary.missed);
 }
 
 static void coroutine_fn GRAPH_RDLOCK
@@ -315,6 +316,8 @@ static void primary_abandon(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
+    /* First, lest a read give what was there before the dropped writes */
+    primary_missed(bs);
     write_behind_abandon(s->primary.queue);
 
     if (!s->primary.cancel_timer) {
@@ -369,10 +372,24 @@ static void primary_nothing(BlockDriverState *bs)
 {
 }
 
+static void GRAPH_RDLOCK
+primary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                   BlockReopenQueue *reopen_queue,
+                   uint64_t perm, uint64_t shared,
+                   uint64_t *nperm, uint64_t *nshared)
+{
+    bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+
+    /* What is queued has to be written even if the guest's device has gone */
+    if (!(bs->open_flags & BDRV_O_INACTIVE) && !bdrv_is_read_only(bs)) {
+        *nperm |= BLK_PERM_WRITE;
+    }
+}
+
 const ReplicationRole replication_primary_role = {
     .init               = primary_init,
     .cleanup            = primary_cleanup,
-    .child_perm         = bdrv_default_perms,
+    .child_perm         = primary_child_perm,
     .check_parents      = primary_check_parents,
 
     .start              = primary_start,

@@ -438,7 +438,10 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     BDRVReplicationState *s = bs->opaque;
 
-    s->role->co_await_writes(bs, offset, bytes);
+    if (s->role->serves_reads(bs)) {
+        s->role->co_await_writes(bs, offset, bytes);
+    }
+    /* Again, because of what has become of them */
     if (!s->role->serves_reads(bs)) {
         return -EIO;
     }
@@ -455,7 +458,9 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
     BDRVReplicationState *s = bs->opaque;
 
     *pnum = bytes;
-    s->role->co_await_writes(bs, offset, bytes);
+    if (s->role->serves_reads(bs)) {
+        s->role->co_await_writes(bs, offset, bytes);
+    }
 
     /* Whoever was told that there are zeroes would not try to read */
     if (!s->role->serves_reads(bs)) {

@@ -12,6 +12,7 @@
 #include "qemu/co-shared-resource.h"
 #include "qemu/interval-tree.h"
 #include "qemu/lockable.h"
+#include "qemu/range.h"
 #include "qemu/timer.h"
 
 /* As many requests as are in flight at the child at once */
@@ -204,8 +205,11 @@ write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
     uint64_t last = start + req->bytes - 1;
     IntervalTreeNode *place, *next;
 
-    /* Nobody knows what is there after a discard */
-    if (req->type == WRITE_BEHIND_DISCARD) {
+    /*
+     * Nobody knows what is there after a discard.  And who waits for a request
+     * must not have to wait for younger ones, forever if need be.
+     */
+    if (req->type == WRITE_BEHIND_DISCARD || wb->waiting) {
         return;
     }
 
@@ -587,33 +591,53 @@ void coroutine_fn write_behind_co_flush(WriteBehind *wb)
     }
 }
 
-/* Where to wait for one of the requests that touch the range, or NULL */
+/*
+ * Where to wait for one of the requests that touch the range and are not
+ * younger than @seq, or NULL
+ */
 static CoQueue *
-write_behind_find_waiters(WriteBehind *wb, int64_t offset, int64_t bytes)
+write_behind_find_waiters(WriteBehind *wb, int64_t offset, int64_t bytes,
+                          uint64_t seq)
 {
+    uint64_t last = offset + bytes - 1;
     IntervalTreeNode *place;
     BlockReq *r;
 
-    if (!bytes) {
-        return NULL;
-    }
-    place = interval_tree_iter_first(&wb->queued, offset, offset + bytes - 1);
-    if (place) {
-        return &container_of(place, WriteBehindReq, place)->waiters;
-    }
-    r = reqlist_find_conflict(&wb->in_flight, offset, bytes);
+    for (place = interval_tree_iter_first(&wb->queued, offset, last); place;
+         place = interval_tree_iter_next(place, offset, last)) {
+        WriteBehindReq *req = container_of(place, WriteBehindReq, place);
 
-    return r ? &r->wait_queue : NULL;
+        if (req->seq <= seq) {
+            return &req->waiters;
+        }
+    }
+    QLIST_FOREACH(r, &wb->in_flight, list) {
+        WriteBehindReq *req = container_of(r, WriteBehindReq, in_flight);
+
+        if (req->seq <= seq &&
+            ranges_overlap(offset, bytes, r->offset, r->bytes)) {
+            return &r->wait_queue;
+        }
+    }
+
+    return NULL;
 }
 
 void coroutine_fn
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
     CoQueue *waiters;
+    uint64_t seq;
+
+    if (!bytes) {
+        return;
+    }
 
     QEMU_LOCK_GUARD(&wb->lock);
 
-    while ((waiters = write_behind_find_waiters(wb, offset, bytes))) {
+    /* No younger one takes the place of one that we wait for, see supersede */
+    seq = wb->last_seq;
+    while ((waiters = write_behind_find_waiters(wb, offset, bytes, seq))) {
         write_behind_begin_wait(wb);
         qemu_co_queue_wait(waiters, &wb->lock);
         write_behind_end_wait(wb);

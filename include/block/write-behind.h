@@ -90,7 +90,7 @@ void coroutine_fn GRAPH_RDLOCK
 write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes);
 void coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb);
 
-/* Wait until nothing is queued or in flight that touches this range */
+/* Wait for what is queued or in flight now and touches this range */
 void coroutine_fn GRAPH_RDLOCK
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes);
 

@@ -498,6 +498,23 @@ static void test_primary_zeroes_not_data(void)
     primary_free(p);
 }
 
+/* What is queued still has to be written, although nobody else writes */
+static void test_primary_last_writer_leaves(void)
+{
+    Primary *p = primary_new(", 'inject-error': [{'event': 'none',"
+                             " 'iotype': 'write', 'errno': 0, 'once': true,"
+                             " 'delay-ns': 100000000}]");
+
+    start_ok(PRIMARY);
+    put(p->guest, p->model, 0, CLUSTER, 0xa1);
+    put(p->guest, p->model, 2 * CLUSTER, CLUSTER, 0xa2);
+    blk_set_perm(p->guest, 0, BLK_PERM_ALL, &error_abort);
+    blk_drain(p->guest);
+    checkpoint_ok();
+    check_view(p->link, p->model);
+    primary_free(p);
+}
+
 static void test_primary_states(void)
 {
     Primary *p = primary_new("");
@@ -1482,6 +1499,8 @@ static void add_primary_tests(void)
     g_test_add_func("/replication/primary/fua", test_primary_fua);
     g_test_add_func("/replication/primary/zeroes-not-data",
                     test_primary_zeroes_not_data);
+    g_test_add_func("/replication/primary/last-writer-leaves",
+                    test_primary_last_writer_leaves);
     g_test_add_func("/replication/primary/states", test_primary_states);
     g_test_add_func("/replication/primary/stop/restart", test_primary_stop);
     g_test_add_func("/replication/primary/failover", test_primary_failover);
