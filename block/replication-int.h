@@ -204,6 +204,10 @@ struct ReplicationRole {
     void GRAPH_RDLOCK_PTR coroutine_fn (*co_await_writes)(
         BlockDriverState *bs, int64_t offset, int64_t bytes);
 
+    /* Whether co_await_writes() would have to wait */
+    bool (*has_pending_writes)(BlockDriverState *bs, int64_t offset,
+                               int64_t bytes);
+
     /* Whether a read in the present stage gives the guest's data */
     bool (*serves_reads)(BlockDriverState *bs);
 

@@ -132,6 +132,14 @@ static void primary_trace_forward(BlockDriverState *bs, WriteBehindType type,
                               offset, bytes, flags);
 }
 
+static bool primary_has_pending_writes(BlockDriverState *bs, int64_t offset,
+                                       int64_t bytes)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return write_behind_has_pending(s->primary.queue, offset, bytes);
+}
+
 static void primary_drain_begin(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -406,6 +414,7 @@ const ReplicationRole replication_primary_role = {
 
     .drain_begin        = primary_drain_begin,
     .co_await_writes    = primary_co_await_writes,
+    .has_pending_writes = primary_has_pending_writes,
     .serves_reads       = primary_serves_reads,
     .co_pwritev         = primary_co_pwritev,
     .co_pwrite_zeroes   = primary_co_pwrite_zeroes,

@@ -1314,6 +1314,12 @@ secondary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
 }
 
+static bool secondary_has_pending_writes(BlockDriverState *bs, int64_t offset,
+                                         int64_t bytes)
+{
+    return false;
+}
+
 /*
  * The overlays are scratch no more.  Even if their flushes were not held back,
  * those of the guest have not reached the disk before.
@@ -1435,6 +1441,7 @@ const ReplicationRole replication_secondary_role = {
 
     .drain_begin        = secondary_nothing,
     .co_await_writes    = secondary_co_await_writes,
+    .has_pending_writes = secondary_has_pending_writes,
     .serves_reads       = secondary_serves,
     .co_pwritev         = secondary_co_pwritev,
     .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,

@@ -458,12 +458,13 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
     BDRVReplicationState *s = bs->opaque;
 
     *pnum = bytes;
-    if (s->role->serves_reads(bs)) {
-        s->role->co_await_writes(bs, offset, bytes);
-    }
 
-    /* Whoever was told that there are zeroes would not try to read */
-    if (!s->role->serves_reads(bs)) {
+    /*
+     * Whoever was told that there are zeroes would not try to read.  Do not
+     * wait for writes: quorum asks all children before a read of only one.
+     */
+    if (!s->role->serves_reads(bs) ||
+        s->role->has_pending_writes(bs, offset, bytes)) {
         return BDRV_BLOCK_DATA;
     }
 

@@ -644,6 +644,14 @@ write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
     }
 }
 
+bool write_behind_has_pending(WriteBehind *wb, int64_t offset, int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    return bytes &&
+           write_behind_find_waiters(wb, offset, bytes, wb->last_seq);
+}
+
 void write_behind_drain_begin(WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);

@@ -94,6 +94,9 @@ void coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb);
 void coroutine_fn GRAPH_RDLOCK
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes);
 
+/* Whether write_behind_co_settle() would have to wait.  From any thread. */
+bool write_behind_has_pending(WriteBehind *wb, int64_t offset, int64_t bytes);
+
 /*
  * To be called by .bdrv_drain_begin of @bs: what was held back, to be sent
  * together with more, is sent now.

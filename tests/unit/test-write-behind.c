@@ -733,6 +733,9 @@ static void test_settle(void)
     blk_aio_preadv(filter.blk, 0, &qiov, 0, guest_done, &read);
     run();
     g_assert(!read.done);
+    g_assert(write_behind_has_pending(filter.queue, 15, 1));
+    g_assert(!write_behind_has_pending(filter.queue, 16, 16));
+    g_assert(write_behind_has_pending(filter.queue, 0, DISK_SIZE));
     release_first(0);
     g_assert(!read.done);
     release_first(0);
