@@ -24,7 +24,7 @@ typedef struct ReplicationPrimary {
      */
     int forward_error;
 
-    /* The guest wrote, or may have, what was not forwarded.  Atomic operations */
+    /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
     bool missed;
 
     /* From when a failover begins until nothing is in flight */
