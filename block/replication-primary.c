@@ -287,8 +287,18 @@ static void primary_disown(BlockDriverState *bs, const Error *reason)
 {
 }
 
+static void primary_end_cancel(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    timer_free(s->primary.cancel_timer);
+    s->primary.cancel_timer = NULL;
+}
+
+/* A failover that this comes before, while both drain, does nothing more */
 static void primary_stop(BlockDriverState *bs, Error **errp)
 {
+    primary_end_cancel(bs);
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
@@ -305,14 +315,6 @@ static void primary_cancel(void *opaque)
 
     timer_mod(s->primary.cancel_timer,
               qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + CANCEL_INTERVAL_MS);
-}
-
-static void primary_end_cancel(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    timer_free(s->primary.cancel_timer);
-    s->primary.cancel_timer = NULL;
 }
 
 /*
