@@ -656,6 +656,30 @@ static void secondary_unblock_top(BlockDriverState *bs)
 
 static void secondary_backup_done(void *opaque, int ret);
 
+static bool GRAPH_RDLOCK uses_page_cache(BlockDriverState *bs)
+{
+    BlockDriverState *below;
+
+    while ((below = bdrv_primary_bs(bs))) {
+        bs = below;
+    }
+    return !(bs->open_flags & BDRV_O_NOCACHE);
+}
+
+/*
+ * Let the host copy a cluster by itself?  It saves a read and a trip to the
+ * thread pool.  Not with cache.direct, because the host would copy through the
+ * page cache.  So this is also what those set who do not want a file system to
+ * share the blocks.
+ */
+static bool secondary_copies_in_host(BDRVReplicationState *s)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    return uses_page_cache(s->secondary.disk->bs) &&
+           uses_page_cache(s->secondary.hidden->bs);
+}
+
 /* The context of the nodes is pinned */
 static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
 {
@@ -664,7 +688,10 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     BlockDriverState *hidden = s->secondary.hidden->bs;
     BlockDriverState *disk = s->secondary.disk->bs;
     BlockDriverState *active;
-    BackupPerf perf = { .max_workers = 1 };
+    BackupPerf perf = {
+        .use_copy_range = secondary_copies_in_host(s),
+        .max_workers = 1,
+    };
 
     s->secondary.backup_job =
         backup_job_create(NULL, disk, hidden, 0, MIRROR_SYNC_MODE_NONE, NULL,

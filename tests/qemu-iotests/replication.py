@@ -39,6 +39,13 @@ def main() -> None:
                  required_fmts=['replication', 'quorum', 'blkdebug'])
 
 
+def traces_to_a_log() -> bool:
+    """Whether this QEMU was built so"""
+    path = os.path.join(os.path.dirname(iotests.qemu_prog), 'config-host.h')
+    with open(path, encoding='utf-8') as file:
+        return 'CONFIG_TRACE_LOG' in file.read()
+
+
 def pattern(size: int) -> bytearray:
     """Data without zero bytes in which neighbouring blocks differ"""
     rows = (_PATTERN_ROW[i * 37 % 251:][:512] for i in range(size // 512 + 1))
