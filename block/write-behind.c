@@ -15,14 +15,15 @@
 #include "qemu/range.h"
 #include "qemu/timer.h"
 
-/* As many requests as are in flight at the child at once */
-#define MAX_WORKERS 64
+/* As many requests are in flight at the child at once */
+#define MAX_IN_FLIGHT 64
 
 /* So many queued requests do not wait for those in flight to end */
-#define FULL_BATCH MAX_WORKERS
+#define FULL_BATCH MAX_IN_FLIGHT
 
 /* A request that changes the disk */
 typedef struct WriteBehindReq {
+    WriteBehind *wb;
     WriteBehindType type;
     int64_t offset;
     int64_t bytes;
@@ -89,10 +90,10 @@ struct WriteBehind {
     unsigned waiting;
 
     /*
-     * Coroutines that send requests.  Each of them is a request in flight of
-     * @bs.  There is at least one while anything is queued or to be flushed.
+     * A coroutine is about to begin whatever can be sent.  This is so, or
+     * something is in flight, while anything is queued or to be flushed.
      */
-    unsigned workers;
+    bool beginning;
 
     uint64_t last_seq;
 
@@ -132,7 +133,8 @@ WriteBehind *write_behind_new(BlockDriverState *bs, uint64_t max_bytes,
 
 void write_behind_free(WriteBehind *wb)
 {
-    assert(!wb->workers && QTAILQ_EMPTY(&wb->fifo));
+    assert(!wb->beginning && !wb->nb_in_flight && !wb->flushing);
+    assert(QTAILQ_EMPTY(&wb->fifo));
 
     qemu_mutex_destroy(&wb->lock);
     shres_destroy(wb->room);
@@ -286,7 +288,7 @@ static WriteBehindReq *write_behind_next(WriteBehind *wb)
 {
     WriteBehindReq *req = QTAILQ_FIRST(&wb->fifo);
 
-    if (!req || write_behind_gathers(wb) ||
+    if (!req || wb->nb_in_flight == MAX_IN_FLIGHT || write_behind_gathers(wb) ||
         reqlist_find_conflict(&wb->in_flight, req->offset, req->bytes)) {
         return NULL;
     }
@@ -315,13 +317,11 @@ write_behind_send(WriteBehind *wb, WriteBehindReq *req)
     }
 }
 
-/* Without the lock while the child is at it */
-static int coroutine_fn
-write_behind_do(WriteBehind *wb, WriteBehindReq *req)
+/* Takes the lock, after the child was at it */
+static int coroutine_fn write_behind_do(WriteBehind *wb, WriteBehindReq *req)
 {
     int ret;
 
-    qemu_mutex_unlock(&wb->lock);
     bdrv_graph_co_rdlock();
     ret = write_behind_send(wb, req);
     bdrv_graph_co_rdunlock();
@@ -335,28 +335,30 @@ write_behind_do(WriteBehind *wb, WriteBehindReq *req)
     return ret;
 }
 
-static void coroutine_fn write_behind_work(void *opaque);
+static bool write_behind_has_work(WriteBehind *wb)
+{
+    if (wb->error) {
+        /* To be dropped, and who waits for it to be woken */
+        return !QTAILQ_EMPTY(&wb->fifo) || wb->flush_wanted != wb->flushed;
+    }
+
+    return write_behind_next(wb) || write_behind_may_flush(wb);
+}
+
+static void coroutine_fn write_behind_begin(void *opaque);
 
 /* Called whenever something may have become possible to send */
 static void write_behind_kick(WriteBehind *wb)
 {
-    AioContext *ctx = bdrv_get_aio_context(wb->bs);
-    Coroutine *co;
-
-    if (wb->workers == MAX_WORKERS ||
-        !(write_behind_next(wb) || write_behind_may_flush(wb))) {
+    if (wb->beginning || !write_behind_has_work(wb)) {
         return;
     }
 
-    wb->workers++;
+    /* Not at once: until then, there may be more to send together */
+    wb->beginning = true;
     bdrv_inc_in_flight(wb->bs);
-    co = qemu_coroutine_create(write_behind_work, wb);
-    if (qemu_in_coroutine()) {
-        /* After this one has yielded: not with the lock */
-        aio_co_enter(ctx, co);
-    } else {
-        aio_co_schedule(ctx, co);
-    }
+    aio_co_schedule(bdrv_get_aio_context(wb->bs),
+                    qemu_coroutine_create(write_behind_begin, wb));
 }
 
 /* Until write_behind_end_wait(), send whatever there is.  With the lock. */
@@ -371,14 +373,23 @@ static void write_behind_end_wait(WriteBehind *wb)
     wb->waiting--;
 }
 
-static void coroutine_fn
-write_behind_do_request(WriteBehind *wb, WriteBehindReq *req)
+/*
+ * Gives the lock back, at the end of a coroutine of ours, which may be the last
+ * thing that keeps the queue from being freed
+ */
+static void coroutine_fn write_behind_end(WriteBehind *wb)
 {
-    write_behind_dequeue(wb, req);
-    reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
-    wb->nb_in_flight++;
-    wb->batch -= wb->batch > 0;
+    BlockDriverState *bs = wb->bs;
+
     write_behind_kick(wb);
+    qemu_mutex_unlock(&wb->lock);
+    bdrv_dec_in_flight(bs);
+}
+
+static void coroutine_fn write_behind_do_request(void *opaque)
+{
+    WriteBehindReq *req = opaque;
+    WriteBehind *wb = req->wb;
 
     if (write_behind_do(wb, req) >= 0) {
         wb->stats.sent_requests++;
@@ -389,14 +400,13 @@ write_behind_do_request(WriteBehind *wb, WriteBehindReq *req)
     reqlist_remove_req(&req->in_flight);
     wb->nb_in_flight--;
     write_behind_finish(wb, req);
+    write_behind_end(wb);
 }
 
-static void coroutine_fn write_behind_do_flush(WriteBehind *wb)
+static void coroutine_fn write_behind_do_flush(void *opaque)
 {
+    WriteBehind *wb = opaque;
     WriteBehindReq req = { .type = WRITE_BEHIND_FLUSH };
-
-    wb->flushing = true;
-    write_behind_kick(wb);
 
     if (write_behind_do(wb, &req) >= 0) {
         wb->stats.flushes++;
@@ -404,35 +414,51 @@ static void coroutine_fn write_behind_do_flush(WriteBehind *wb)
     }
     wb->flushing = false;
     qemu_co_queue_restart_all(&wb->flush_waiters);
+    write_behind_end(wb);
 }
 
-/* Send whatever can be sent, until all of it is done by others */
-static void coroutine_fn write_behind_work(void *opaque)
+/* A coroutine that begins to do what is to be done next, or NULL */
+static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
+{
+    WriteBehindReq *req = write_behind_next(wb);
+
+    if (write_behind_may_flush(wb)) {
+        wb->flushing = true;
+        return qemu_coroutine_create(write_behind_do_flush, wb);
+    }
+    if (!req) {
+        return NULL;
+    }
+
+    write_behind_dequeue(wb, req);
+    reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
+    wb->nb_in_flight++;
+    wb->batch -= wb->batch > 0;
+    return qemu_coroutine_create(write_behind_do_request, req);
+}
+
+/* Send whatever can be sent, and let the child send it together */
+static void coroutine_fn write_behind_begin(void *opaque)
 {
     WriteBehind *wb = opaque;
+    Coroutine *co;
 
     qemu_mutex_lock(&wb->lock);
     for (;;) {
-        WriteBehindReq *req;
-
         if (wb->error) {
             write_behind_drop_all(wb);
         }
-
-        req = write_behind_next(wb);
-        if (write_behind_may_flush(wb)) {
-            write_behind_do_flush(wb);
-        } else if (req) {
-            write_behind_do_request(wb, req);
-        } else {
+        co = write_behind_take_next(wb);
+        if (!co) {
             break;
         }
+        bdrv_inc_in_flight(wb->bs);
+        qemu_mutex_unlock(&wb->lock);
+        qemu_coroutine_enter(co);
+        qemu_mutex_lock(&wb->lock);
     }
-    wb->workers--;
-    qemu_mutex_unlock(&wb->lock);
-
-    /* May be the last thing that keeps the queue from being freed */
-    bdrv_dec_in_flight(wb->bs);
+    wb->beginning = false;
+    write_behind_end(wb);
 }
 
 /* With the lock.  Whether @req is queued: otherwise it is dropped. */
@@ -542,6 +568,7 @@ write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
                         BdrvRequestFlags flags)
 {
     write_behind_co_request(wb, (WriteBehindReq) {
+        .wb             = wb,
         .type           = WRITE_BEHIND_WRITE,
         .offset         = offset,
         .bytes          = bytes,
@@ -556,6 +583,7 @@ write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
                               BdrvRequestFlags flags)
 {
     write_behind_co_request(wb, (WriteBehindReq) {
+        .wb             = wb,
         .type           = WRITE_BEHIND_ZEROES,
         .offset         = offset,
         .bytes          = bytes,
@@ -567,6 +595,7 @@ void coroutine_fn
 write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
     write_behind_co_request(wb, (WriteBehindReq) {
+        .wb             = wb,
         .type           = WRITE_BEHIND_DISCARD,
         .offset         = offset,
         .bytes          = bytes,
@@ -663,7 +692,7 @@ void write_behind_abandon(WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    /* If anything is queued, there is a worker that will see this */
+    /* If anything is queued, there is a coroutine that will see this */
     if (!wb->error) {
         wb->error = -ECANCELED;
     }

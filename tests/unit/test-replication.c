@@ -577,6 +577,8 @@ static void test_primary_failover(void)
 
     start_ok(PRIMARY);
     put(p->guest, p->model, 0, CLUSTER, 0xa1);
+    /* what is queued at a failover is dropped */
+    checkpoint_ok();
     stop_ok(true);
     put(p->guest, NULL, CLUSTER, CLUSTER, 0xa2);
     put(p->guest, NULL, 3, 3, 0xa3);

@@ -704,6 +704,24 @@ static void test_error_drops_queued(void)
     teardown();
 }
 
+/* Nothing is queued then, but somebody waits for the flush */
+static void test_error_ends_wait(void)
+{
+    GuestReq *write, *flush;
+
+    setup(0);
+    write = guest_begin(WRITE_BEHIND_WRITE, 0, 4, 1, 0);
+    flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
+    g_assert(!flush->done);
+    release_first(-EIO);
+    g_assert(write->done);
+    g_assert(flush->done);
+    assert_log("w0+4 ");
+    guest_free(write);
+    guest_free(flush);
+    teardown();
+}
+
 static void test_flush_error(void)
 {
     setup(1 << 20);
@@ -1014,6 +1032,7 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/error", test_error);
     g_test_add_func("/write-behind/error-drops-queued",
                     test_error_drops_queued);
+    g_test_add_func("/write-behind/error-ends-wait", test_error_ends_wait);
     g_test_add_func("/write-behind/flush-error", test_flush_error);
     g_test_add_func("/write-behind/settle", test_settle);
     g_test_add_func("/write-behind/abandon", test_abandon);
