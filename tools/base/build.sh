@@ -2,8 +2,8 @@
 # shellcheck shell=bash
 #
 # Build one flavour of QEMU (see overlay.py) in the cache: $WORK/tree is its
-# source, $WORK/build is where it is built. Needs common.sh, $BASE (this
-# folder) and $CACHE.
+# source, $WORK/build is where it is built. Needs common.sh, $ROOT, $BASE (this
+# folder), $CACHE, and the base: $BASE_NAME and $BASE_DIR.
 
 # The python3 on PATH may be another one, without Debian's modules.
 PYTHON=/usr/bin/python3
@@ -32,6 +32,9 @@ SANITIZE=(
     --extra-ldflags='-static-libasan -static-libubsan'
 )
 
+# Where the source of the base is, once that is known.
+PRISTINE=''
+
 # What the tests and the demo run, and what is installed besides.
 TARGETS=(
     qemu-system-x86_64
@@ -49,28 +52,76 @@ OUR_TARGETS=(
     tests/unit/test-write-behind
 )
 
+# The lines of a file of the base, if it has that file, without comments.
+base_file() {
+    [ ! -e "$BASE_DIR/$1" ] || sed 's/ *#.*//; /^ *$/d' "$BASE_DIR/$1"
+}
+
+# Change OPTIONS to what the base has: "- OPTION" leave out, "+ OPTION" add.
+adapt_options() {
+    local sign option word kept
+    while read -r sign option; do
+        case $sign in
+            +) OPTIONS+=("$option") ;;
+            -)
+                kept=()
+                for word in "${OPTIONS[@]}"; do
+                    [ "$word" = "$option" ] || kept+=("$word")
+                done
+                OPTIONS=("${kept[@]}") ;;
+            *) die "$BASE_DIR/configure: a line is neither + nor -: $sign" ;;
+        esac
+    done < <(base_file configure)
+}
+
+# Print the source of a base, or why there is none; exit status 3.
+fetch_source() {
+    "$BASE/source.sh" qemu "$CACHE" "$1"
+}
+
+# Where the user's QEMU is; refuse one that another base is for.
+user_source() {
+    local tree version
+    tree=$(readlink -f "$QEMU_SRC")
+    [ -x "$tree/configure" ] ||
+        die "QEMU_SRC=$QEMU_SRC is not a QEMU source tree"
+    version=$(cut -d . -f 1,2 "$tree/VERSION")
+    [ "$version" = "$BASE_NAME" ] || [ ! -d "$ROOT/bases/$version" ] ||
+        die "QEMU_SRC=$QEMU_SRC is QEMU $version: use --base $version"
+    say "QEMU of $tree, copied"
+    echo "$tree"
+}
+
 # Set FLAVOUR, OPTIONS to configure it with, PRISTINE, the source to build
-# from, and WORK, where to build.
+# from, FROM, options that tell it to tools, and WORK, where to build.
 choose_source() {
+    local lender
     FLAVOUR=$1
     WORK=$CACHE/$FLAVOUR
+    [ "$BASE_NAME" = "$REFERENCE" ] || WORK+=-$BASE_NAME
     [ "$FLAVOUR" = stock ] || TARGETS+=("${OUR_TARGETS[@]}")
     OPTIONS=("${CONFIGURE[@]}")
     [ "$FLAVOUR" != sanitize ] || OPTIONS+=("${SANITIZE[@]}")
-    if [ -z "${QEMU_SRC:-}" ]; then
-        PRISTINE=$("$BASE/source.sh" qemu "$CACHE")
-        return
+    adapt_options
+    if [ -n "${QEMU_SRC:-}" ]; then
+        PRISTINE=${PRISTINE:-$(user_source)}
+        WORK+=-$(sha256sum <<<"$PRISTINE" | cut -c1-8)
+    elif [ -z "$PRISTINE" ]; then
+        PRISTINE=$(fetch_source "$BASE_NAME") ||
+            die "no source of QEMU $BASE_NAME: $PRISTINE"
     fi
-    PRISTINE=$(readlink -f "$QEMU_SRC")
-    [ -x "$PRISTINE/configure" ] ||
-        die "QEMU_SRC=$QEMU_SRC is not a QEMU source tree"
-    WORK+=-$(sha256sum <<<"$PRISTINE" | cut -c1-8)
-    say "QEMU of $PRISTINE, copied"
+    FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
+    if [ -n "$(base_file borrowed)" ]; then
+        lender=$(fetch_source "$REFERENCE") ||
+            die "no source of QEMU $REFERENCE, which $BASE_NAME borrows" \
+                "files from: $lender"
+        FROM+=(--reference "$lender")
+    fi
 }
 
 overlay() {
-    "$PYTHON" "$BASE/overlay.py" --flavour "$FLAVOUR" \
-        --pristine "$PRISTINE" --tree "$WORK/tree" "$@"
+    "$PYTHON" "$BASE/overlay.py" --flavour "$FLAVOUR" "${FROM[@]}" \
+        --tree "$WORK/tree" "$@"
 }
 
 # Whatever makes a configured build useless when it changes.
@@ -134,11 +185,14 @@ lock() {
     }
 }
 
-# Have configure find a meson that is new enough.
+# Have configure find a meson that is new enough: as a module, or, if it is
+# an old one, as a program.
 use_meson() {
     local meson
     meson=$("$BASE/source.sh" meson "$CACHE")
-    export PYTHONPATH=$meson${meson:+${PYTHONPATH:+:}}${PYTHONPATH:-}
+    [ -n "$meson" ] || return 0
+    export PYTHONPATH=$meson${PYTHONPATH:+:$PYTHONPATH}
+    export PATH=${meson%/lib/*}/bin:$PATH
 }
 
 # Build a flavour, and hold it unchanged until this process ends. Two locks:

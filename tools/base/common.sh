@@ -11,6 +11,10 @@ die() {
     exit 1
 }
 
+# The base that the checkout itself is for.
+# shellcheck disable=SC2034 # who reads this file uses it
+REFERENCE=10.0
+
 # Messages go to stderr: stdout is for results.
 say() {
     echo "[$STEP] $*" >&2
@@ -80,16 +84,17 @@ if [ "$(id -u)" = 0 ]; then
     APT_OPTIONS+=(-o APT::Sandbox::User=root)
 fi
 
-# apt-get with index lists of our own under $1 and the sources in file $2
-# ("own": those of the user): the machine's apt state is not touched.
-private_apt_get() {
-    local dir=$1 sources=$2
-    shift 2
+# private_apt DIR SOURCES TOOL ARGUMENT...: apt-get or apt-cache with index
+# lists of our own under DIR and the sources in file SOURCES ("own": those of
+# the user): the machine's apt state is not touched.
+private_apt() {
+    local dir=$1 sources=$2 tool=$3
+    shift 3
     mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial"
     local options=(-o "Dir::State::Lists=$dir/lists" -o "Dir::Cache=$dir/cache")
     if [ "$sources" != own ]; then
         options+=(-o "Dir::Etc::sourcelist=$sources"
                   -o Dir::Etc::sourceparts=/dev/null)
     fi
-    apt-get "${APT_OPTIONS[@]}" "${options[@]}" "$@"
+    "$tool" "${APT_OPTIONS[@]}" "${options[@]}" "$@"
 }

@@ -28,7 +28,7 @@ system_lists() {
     apt-get "${APT_OPTIONS[@]}" "$@"
 }
 private_lists() {
-    private_apt_get "$cache/apt-own" own "$@"
+    private_apt "$cache/apt-own" own apt-get "$@"
 }
 
 # The packages to download, as apt with the lists $1 sees them.

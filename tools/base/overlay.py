@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Make a QEMU tree from a pristine source, our files and our patches.
 
-The tree is a function of these three and of nothing else: whatever differs
+What another base than the reference needs besides is told by bases.py. The
+tree is a function of these and of nothing else: whatever differs
 from what they give is copied or removed, and only that, so that a rebuild
 after a small change is small, a file or patch that went away is noticed and
 an interrupted run is repaired by the next.
@@ -10,6 +11,7 @@ an interrupted run is repaired by the next.
 
 import argparse
 import filecmp
+from fnmatch import fnmatchcase
 import os
 from pathlib import Path
 import re
@@ -17,7 +19,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from typing import Dict, Iterator, List, NamedTuple, Set
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Set
+
+from bases import Base, CHECKOUT, Failure, REFERENCE
 
 # Where QEMU keeps what this project replaces or adds. Everything else in
 # the checkout (tools, the root's meson.build, ...) is not part of QEMU.
@@ -62,8 +66,13 @@ FLAVOURS = {
 }
 
 
-class Failure(Exception):
-    """Something that the user has to put right; says what."""
+class Contents(NamedTuple):
+    """What a tree has to hold: files by their names, and where they are."""
+    wanted: Dict[str, Path]
+    # those of wanted that this project adds
+    ours: Dict[str, Path]
+    # those that come from the reference, as it has them
+    borrowed: Dict[str, Path]
 
 
 def walk(top: Path, skip: Set[str]) -> Iterator[str]:
@@ -86,16 +95,16 @@ def walk(top: Path, skip: Set[str]) -> Iterator[str]:
                 yield prefix + name
 
 
-def overlay_files(checkout: Path) -> Dict[str, Path]:
-    """Our files by their path in QEMU's tree."""
+def overlay_files() -> Dict[str, Path]:
+    """Our files by their path in QEMU's tree, as the checkout has them."""
     found = {}
     for top in OVERLAY:
-        path = checkout / top
+        path = CHECKOUT / top
         names = ['.'] if path.is_file() else walk(path, set())
         for name in names:
             relative = os.path.normpath(os.path.join(top, name))
             if not any(map(LITTER.fullmatch, relative.split('/'))):
-                found[relative] = checkout / relative
+                found[relative] = CHECKOUT / relative
     return found
 
 
@@ -117,14 +126,18 @@ def touched_by(patch: Path) -> List[str]:
     return re.findall(r'^(?:---|\+\+\+) [ab]/(\S+)', text, re.MULTILINE)
 
 
-def apply_patches(patches: List[Path], pristine: Path, staging: Path) -> None:
-    """Leave in staging what the patches make of pristine files."""
+def apply_patches(patches: Iterable[Path], sources: Dict[str, Path],
+                  staging: Path) -> Set[str]:
+    """Leave in staging what the patches make of sources; return the names."""
+    staging.mkdir()
+    touched = set()
     for patch in patches:
         for name in touched_by(patch):
             target = staging / name
-            if not target.exists() and (pristine / name).exists():
+            if name not in touched and sources[name].exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(pristine / name, target)
+                shutil.copy2(sources[name], target)
+            touched.add(name)
         result = subprocess.run(
             ['patch', '-p1', '--fuzz=0', '--batch', '--no-backup-if-mismatch',
              '-d', str(staging), '-i', str(patch)],
@@ -132,49 +145,70 @@ def apply_patches(patches: List[Path], pristine: Path, staging: Path) -> None:
             text=True, check=False)
         if result.returncode:
             raise Failure(f'{patch} does not apply:\n{result.stdout}')
+    return touched
 
 
-def put_section(checkout: Path, pristine: Path, staging: Path) -> None:
-    """Leave in staging QEMU's MAINTAINERS with our section in it."""
-    section = (checkout / MAINTAINERS).read_text(encoding='utf-8')
-    source = staging / MAINTAINERS
-    if not source.exists():
-        source = pristine / MAINTAINERS
+def put_section(source: Path, target: Path) -> None:
+    """Put QEMU's MAINTAINERS with our section in it where target is."""
+    section = (CHECKOUT / MAINTAINERS).read_text(encoding='utf-8')
     title = re.escape(section.splitlines()[0])
     text, count = re.subn(rf'^{title}\n(?:.+\n)+', lambda _: section,
                           source.read_text(encoding='utf-8'),
                           flags=re.MULTILINE)
     if count != 1:
         raise Failure(f'{source} has {count} sections with the title of ours')
-    (staging / MAINTAINERS).write_text(text, encoding='utf-8')
-    shutil.copymode(source, staging / MAINTAINERS)
+    target.write_text(text, encoding='utf-8')
+    shutil.copymode(source, target)
 
 
-def wanted_files(flavour: Flavour, pristine: Path, checkout: Path,
-                 staging: Path) -> Dict[str, Path]:
-    """Every file that the tree has to hold, and where its content is."""
-    patches = sorted((checkout / 'patches').glob(flavour.patches))
+def our_files(base: Base, staging: Path) -> Dict[str, Path]:
+    """Our files by their path in QEMU's tree, as the base needs them."""
+    ours = overlay_files()
+    patches = base.own_patches()
+    names = {name for patch in patches for name in touched_by(patch)}
+    foreign = sorted(name for name in names
+                     if name not in ours and (base.pristine / name).exists())
+    if foreign:
+        raise Failure(f'these are files of QEMU, change them with a patch '
+                      f'that is not in {base.folder}/own: {foreign}')
+    sources = {name: ours.get(name, staging / name) for name in names}
+    for name in apply_patches(patches, sources, staging):
+        ours[name] = staging / name
+    return {name: path for name, path in ours.items() if path.exists()}
+
+
+def contents(flavour: Flavour, base: Base, staging: Path) -> Contents:
+    """What the tree has to hold; staging is an empty folder."""
+    patches = [path for name, path in base.patches().items()
+               if fnmatchcase(name, f'*/{flavour.patches}')]
     touched = {name for patch in patches for name in touched_by(patch)}
     ours: Dict[str, Path] = {}
+    borrowed: Dict[str, Path] = {}
     gone = set(UNUSED | touched)
     if flavour.overlay:
-        ours = overlay_files(checkout)
-        check_overlay(ours, pristine)
+        ours = our_files(base, staging / 'ours')
+        check_overlay(ours, base.pristine)
+        borrowed = base.borrowed()
         gone |= REPLACED
-    both = sorted(touched & ours.keys())
+    both = sorted((touched | borrowed.keys()) & ours.keys())
     if both:
-        raise Failure(f'patches touch files of ours: {both}')
-    apply_patches(patches, pristine, staging)
+        raise Failure(f'these are files of ours and of QEMU: {both}')
+    patched = staging / 'patched'
+    apply_patches(patches, {name: borrowed.get(name, base.pristine / name)
+                            for name in touched}, patched)
     if flavour.overlay:
-        put_section(checkout, pristine, staging)
+        source = patched if MAINTAINERS in touched else base.pristine
+        put_section(source / MAINTAINERS, patched / MAINTAINERS)
         touched.add(MAINTAINERS)
         gone.add(MAINTAINERS)
 
-    wanted = {name: pristine / name for name in walk(pristine, gone)}
-    wanted.update((name, staging / name) for name in touched
-                  if (staging / name).exists())
+    wanted = {name: base.pristine / name
+              for name in walk(base.pristine, gone)}
+    wanted.update(borrowed)
+    wanted.update((name, patched / name) for name in touched
+                  if (patched / name).exists())
     wanted.update(ours)
-    return wanted
+    return Contents(wanted, ours, borrowed)
 
 
 def same(source: Path, target: Path) -> bool:
@@ -237,19 +271,22 @@ def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--flavour', choices=FLAVOURS, required=True)
+    parser.add_argument('--base', default=REFERENCE)
     parser.add_argument('--pristine', type=Path, required=True)
+    parser.add_argument('--reference', type=Path,
+                        help="the reference's pristine source")
     parser.add_argument('--tree', type=Path, required=True)
     parser.add_argument('--check', action='store_true',
                         help='change nothing, fail if the tree is stale')
     parser.add_argument('--list', action='store_true',
                         help='print the files that do not come from QEMU')
     args = parser.parse_args()
-    checkout = Path(__file__).resolve().parents[2]
+    base = Base(args.base, args.pristine, args.reference)
 
     with tempfile.TemporaryDirectory() as staging:
         try:
-            wanted = wanted_files(FLAVOURS[args.flavour], args.pristine,
-                                  checkout, Path(staging))
+            wanted = contents(FLAVOURS[args.flavour], base,
+                              Path(staging)).wanted
         except Failure as failure:
             print(f'error: {failure}', file=sys.stderr)
             return 1

@@ -1,28 +1,36 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# source.sh qemu CACHE     print the folder of an unpacked QEMU source
-# source.sh meson CACHE    print the folder of a meson new enough for QEMU,
-#                          for PYTHONPATH; an empty line: Debian's is
+# source.sh qemu CACHE BASE  print the folder of an unpacked QEMU source; if
+#                            it cannot be had, print why; exit status 3
+# source.sh meson CACHE      print the folder of a meson new enough for QEMU,
+#                            for PYTHONPATH; an empty line: Debian's is
 #
 # Both come from Debian's archive, from the mirror that this machine uses,
 # through apt lists in CACHE: the machine's apt configuration stays as it is.
+# bases/BASE/source holds the beginning of the version and the Debian suites
+# to look in.
 
 set -euo pipefail
-. "$(dirname "$(readlink -f "$0")")/common.sh"
+here=$(dirname "$(readlink -f "$0")")
+. "$here/common.sh"
 STEP=source
 
-SUITE=trixie
-SERIES=10.0
 # bookworm's meson is older than QEMU wants
 BOOKWORM_MESON_SUITE=bookworm-backports
+UNAVAILABLE=3
 
 what=$1
 cache=$2
+base=${3:-$REFERENCE}
+# lists of suites that are newer than this machine are kept apart
 lists=$cache/apt
+[ "$base" = "$REFERENCE" ] || lists+=-$base
+read -r PREFIX SUITES < <(grep -v '^#' "$here/../../bases/$base/source")
+read -ra SUITES <<<"$SUITES"
 
 private() {
-    private_apt_get "$lists" "$lists/sources.list" "$@"
+    private_apt "$lists" "$lists/sources.list" "$@"
 }
 
 # shellcheck disable=SC2016 # apt and awk expand these, not the shell
@@ -34,8 +42,8 @@ mirror() {
           awk "$filter")
     if [ -z "$uri" ]; then
         # This machine has no lists; the same sources, read into ours.
-        private_apt_get "$cache/apt-own" own update >&2 || return 1
-        uri=$(private_apt_get "$cache/apt-own" own indextargets \
+        private_apt "$cache/apt-own" own apt-get update >&2 || return 1
+        uri=$(private_apt "$cache/apt-own" own apt-get indextargets \
                   --format "$format" 'Created-By: Packages' | awk "$filter")
     fi
     [ -n "$uri" ] || {
@@ -54,17 +62,20 @@ keyring() {
 }
 
 update_lists() {
-    local uri options
+    local uri options suite
     uri=$(mirror) || return 1
     options="[signed-by=$(keyring)]"
     mkdir -p "$lists"
     {
-        echo "deb-src $options $uri $SUITE main"
-        ! is_debian_12 ||
+        for suite in "${SUITES[@]}"; do
+            echo "deb-src $options $uri $suite main"
+        done
+        # meson is asked for without a base
+        ! is_debian_12 || [ "$base" != "$REFERENCE" ] ||
             echo "deb $options $uri $BOOKWORM_MESON_SUITE main"
     } >"$lists/sources.list"
     # apt calls it a success to keep old lists where no new ones came
-    private -o APT::Update::Error-Mode=any update
+    private apt-get -o APT::Update::Error-Mode=any update
 }
 
 # The archive is asked at most once a day, so that a rebuild needs no network.
@@ -76,44 +87,76 @@ refresh_lists() {
     fi
 }
 
+# The versions of QEMU that the suite lists, the newest first.
+listed_versions() {
+    private apt-cache --only-source showsrc qemu |
+        sed -n 's/^Version: //p' |
+        grep "^\([0-9]*:\)\?${PREFIX//./\\.}[.+~-]" | sort -rVu
+}
+
 download_qemu() {
-    local into=$1 part
+    local version=$1 into=$2 part
     part=$(mktemp -d "$cache/source/part.XXXXXX")
     # shellcheck disable=SC2064 # the folder of now
     trap "rm -rf '$part'" EXIT
     cd "$part"
-    logged "$cache/log/source.log" "downloading QEMU $version" \
-        private --download-only --only-source source qemu
-    logged "$cache/log/unpack.log" "unpacking QEMU $version" \
+    logged "$cache/log/source.log" "downloading QEMU ${version#*:}" \
+        private apt-get --download-only --only-source source "qemu=$version"
+    logged "$cache/log/unpack.log" "unpacking QEMU ${version#*:}" \
         dpkg-source -x ./*.dsc tree
     mv tree "$into"
 }
 
-qemu() {
-    local version tree=''
-    mkdir -p "$cache/source"
-    if refresh_lists; then
-        version=$(private --print-uris --only-source source qemu |
-                  sed -n 's/.* qemu_\(.*\)\.dsc .*/\1/p')
-        [[ $version == "$SERIES".* ]] ||
-            die "$SUITE holds QEMU '$version', this driver is for $SERIES:" \
-                "set QEMU_SRC to a tree of $SERIES"
-        tree=$cache/source/qemu-$version
-        [ -d "$tree" ] || (download_qemu "$tree") || tree=''
-    fi
-    if [ -n "$tree" ]; then
-        say "QEMU $version, from Debian's archive"
+# Print the folder of the newest listed version that can be had. The lists
+# may name files that the archive has removed meanwhile.
+newest_qemu() {
+    local version tree
+    for version in $(listed_versions); do
+        # files are called without the epoch
+        tree=$cache/source/qemu-${version#*:}
+        if [ -d "$tree" ] || (download_qemu "$version" "$tree"); then
+            say "QEMU ${version#*:}, from Debian's archive"
+            echo "$tree"
+            return
+        fi
+    done
+    return 1
+}
+
+cached_qemu() {
+    find "$cache/source" -maxdepth 1 -name "qemu-${PREFIX}[.+~-]*" | sort -V |
+        tail -n 1
+}
+
+# Why no version could be had.
+why_no_qemu() {
+    if [ ! -e "$lists/updated" ]; then
+        echo "cannot reach Debian's archive:" \
+             "$(tail -n 1 "$cache/log/apt-update.log")"
+    elif [ -z "$(listed_versions)" ]; then
+        echo "${SUITES[*]} of Debian's archive has no QEMU $PREFIX any more"
     else
-        # what the lists name may be gone: read them again next time
-        rm -f "$lists/updated"
-        tree=$(find "$cache/source" -maxdepth 1 -name "qemu-$SERIES.*" |
-               sort -V | tail -n 1)
-        [ -n "$tree" ] ||
-            die "cannot get QEMU from Debian's archive:" \
-                "$(tail -n 5 "$cache/log/apt-update.log")"
-        say "Debian's archive is out of reach: using the cached" \
-            "$(basename "$tree")"
+        echo "cannot download QEMU $PREFIX, which Debian's archive lists:" \
+             "$(grep '^E: ' "$cache/log/source.log" | head -n 1)"
     fi
+}
+
+qemu() {
+    local tree why
+    mkdir -p "$cache/source"
+    if refresh_lists && tree=$(newest_qemu); then
+        echo "$tree"
+        return
+    fi
+    why=$(why_no_qemu)
+    # what the lists name may be gone: read them again next time
+    rm -f "$lists/updated"
+    tree=$(cached_qemu)
+    if [ -z "$tree" ]; then
+        echo "$why"
+        exit $UNAVAILABLE
+    fi
+    say "$why: using the cached $(basename "$tree")"
     echo "$tree"
 }
 
@@ -127,7 +170,7 @@ meson() {
         mkdir -p "$dir.part/deb"
         cd "$dir.part/deb"
         logged "$cache/log/meson.log" "downloading meson" \
-            private download meson
+            private apt-get download meson
         dpkg-deb -x ./*.deb "$dir.part"
         mv "$dir.part" "$dir"
     fi

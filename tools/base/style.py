@@ -42,7 +42,7 @@ def scripts(top: str, language: str, suffix: str) -> List[str]:
 
 def c_files(suffixes: str) -> List[str]:
     """The C files that we add to QEMU, by their path in its tree."""
-    return sorted(name for name in overlay_files(ROOT)
+    return sorted(name for name in overlay_files()
                   if name.endswith(tuple(suffixes.split())))
 
 

@@ -16,6 +16,8 @@ from manifest import HERE
 
 sys.path.insert(0, str(HERE.parent / 'base'))
 # pylint: disable=wrong-import-position
+import bases  # noqa: E402
+from bases import Base  # noqa: E402
 import overlay  # noqa: E402
 
 
@@ -35,17 +37,22 @@ class Tree:
         return run(list(words), self.folder, dict(self.env, **(extra or {})),
                    data)
 
-    def refuse_version(self, pristine: Path) -> None:
+    def refuse_version(self, base: Base) -> None:
         """Refuse another QEMU than the series is for."""
         have = compose.version_of(self.folder)
-        want = compose.series_of(compose.version_of(pristine))
-        if compose.series_of(have) != want:
+        want = compose.series_of(compose.version_of(base.pristine))
+        other = compose.series_of(have)
+        if other != want:
+            hint = ''
+            if base._replace(name=other).folder.exists():
+                hint = f': use --base {other}'
             raise Failure(f'{self.folder} is QEMU {have}, and the series is '
-                          f'for {want}')
+                          f'for {want}{hint}')
 
-    def refuse_applied(self, pristine: Path, names: List[str]) -> None:
+    def refuse_applied(self, base: Base, names: List[str]) -> None:
         """Refuse a tree that the series, or another one, was applied to."""
-        added = [name for name in names if not (pristine / name).exists()]
+        added = [name for name in names
+                 if not (base.pristine / name).exists()]
         there = [name for name in added if (self.folder / name).exists()]
         if not there:
             return
@@ -53,9 +60,8 @@ class Tree:
             raise Failure(f'{self.folder} has a part of this series or '
                           f'another version of it: {there[0]}')
         with tempfile.TemporaryDirectory() as staging:
-            wanted = overlay.wanted_files(
-                overlay.FLAVOURS['ours'], pristine, compose.CHECKOUT,
-                Path(staging))
+            wanted = overlay.contents(overlay.FLAVOURS['ours'], base,
+                                      Path(staging)).wanted
             if all((self.folder / name).read_bytes()
                    == wanted[name].read_bytes() for name in names):
                 raise Failure(f'{self.folder} has this series already')
@@ -117,11 +123,11 @@ class Tree:
                 f'{self.folder}')
 
 
-def apply_series(series: compose.Series, pristine: Path, folder: Path) -> str:
+def apply_series(series: compose.Series, base: Base, folder: Path) -> str:
     """Apply the series to a tree, or refuse; say what was done."""
     tree = Tree(folder)
-    tree.refuse_version(pristine)
-    tree.refuse_applied(pristine, sorted({
+    tree.refuse_version(base)
+    tree.refuse_applied(base, sorted({
         name for patch in series.patches
         for name in overlay.touched_by(patch)}))
     tree.refuse_dirty()
@@ -133,10 +139,7 @@ def apply_series(series: compose.Series, pristine: Path, folder: Path) -> str:
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(prog='./run apply', description=__doc__)
-    parser.add_argument('--cache', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--pristine', type=Path, required=True,
-                        help=argparse.SUPPRESS)
+    compose.add_arguments(parser)
     parser.add_argument('dir', type=Path, metavar='DIR',
                         help='a QEMU source tree, with or without git')
     args = parser.parse_args()
@@ -144,9 +147,10 @@ def main() -> int:
         target = Path(os.path.realpath(args.dir))
         compose.version_of(target)
         with tempfile.TemporaryDirectory() as folder:
-            series = compose.make(args.cache, args.pristine, Path(folder))
-            done = apply_series(series, args.pristine, target)
-    except (Failure, overlay.Failure) as failure:
+            base = compose.base_of(args)
+            series = compose.make(args.cache, base, Path(folder))
+            done = apply_series(series, base, target)
+    except (Failure, bases.Failure) as failure:
         print(f'error: {failure}', file=sys.stderr)
         return 1
     print(f'[series] {done}')

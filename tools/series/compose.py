@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Makes the series out of the checkout: commits, then files to send."""
 
+import argparse
 from datetime import datetime, timezone
 import fcntl
 import hashlib
@@ -8,15 +9,17 @@ from pathlib import Path
 import re
 import sys
 import tempfile
+import textwrap
 from typing import Dict, List, NamedTuple, Optional
 
 from gitrepo import (Failure, Identity, NOBODY, Repository, clean_environment,
                      configured, run)
-from manifest import HERE, Step, read_steps
+from manifest import BORROWED, HERE, Step, read_steps
 
-CHECKOUT = HERE.parents[1]
-sys.path.insert(0, str(CHECKOUT / 'tools/base'))
+sys.path.insert(0, str(HERE.parent / 'base'))
 # pylint: disable=wrong-import-position
+from bases import Base, CHECKOUT, REFERENCE  # noqa: E402
+import bases  # noqa: E402
 import overlay  # noqa: E402
 
 COVER = HERE / 'cover'
@@ -80,24 +83,26 @@ def apply_step(repository: Repository, step: Step,
                files: Dict[str, Path]) -> None:
     """Bring one step into the index."""
     for name in step.patches:
-        repository.run(['apply', '--cached', CHECKOUT / name])
+        repository.run(['apply', '--cached', files[name]])
     for name in step.files:
-        repository.put(name, files[name])
+        where = name[len(BORROWED):] if name.startswith(BORROWED) else name
+        repository.put(where, files[name])
 
 
 class Composer:
     """Makes the commits for one base."""
 
-    def __init__(self, cache: Path, pristine: Path, who: Identity,
+    def __init__(self, cache: Path, base: Base, who: Identity,
                  signed_off: bool) -> None:
-        self.pristine = pristine
+        self.base = base
+        self.pristine = base.pristine
         self.who = who
         self.signed_off = who if signed_off else None
-        key = hashlib.sha256(str(pristine).encode()).hexdigest()[:8]
-        folder = cache / f'series/{version_of(pristine)}-{key}.git'
+        key = hashlib.sha256(str(self.pristine).encode()).hexdigest()[:8]
+        folder = cache / f'series/{version_of(self.pristine)}-{key}.git'
         self.repository = Repository(folder)
 
-    def base(self) -> str:
+    def commit_base(self) -> str:
         """A commit of the pristine source, without firmware's."""
         names = list(overlay.walk(self.pristine, set(overlay.UNUSED)))
         self.repository.read_names(self.pristine, names)
@@ -108,16 +113,16 @@ class Composer:
 
     def commits(self, staging: Path) -> Commits:
         """The series on top of the base."""
-        wanted = overlay.wanted_files(overlay.FLAVOURS['ours'],
-                                      self.pristine, CHECKOUT, staging)
-        changed = {name: source for name, source in wanted.items()
+        contents = overlay.contents(overlay.FLAVOURS['ours'], self.base,
+                                    staging)
+        changed = {name: source for name, source in contents.wanted.items()
                    if self.pristine not in source.parents}
-        files = dict(overlay.overlay_files(CHECKOUT),
-                     MAINTAINERS=changed['MAINTAINERS'])
-        patches = sorted(str(path.relative_to(CHECKOUT))
-                         for path in CHECKOUT.glob('patches/*.patch'))
-        steps = read_steps(CHECKOUT, [*files, *patches])
-        base = tip = self.base()
+        files = dict(contents.ours, MAINTAINERS=changed['MAINTAINERS'])
+        files.update(self.base.patches())
+        files.update((BORROWED + name, source)
+                     for name, source in contents.borrowed.items())
+        steps = read_steps(files, self.base.name == REFERENCE)
+        base = tip = self.commit_base()
         for step in steps:
             apply_step(self.repository, step, files)
             tip = self.repository.commit(
@@ -137,10 +142,29 @@ class Composer:
                           f'{different.split()}')
 
 
-def write_cover(path: Path) -> None:
+def about_base(base: Base) -> str:
+    """What the cover letter tells of a base that is not the reference."""
+    left_out = ''
+    for name, reason in bases.read_reasons(base.folder / 'without').items():
+        subject = read_message(CHECKOUT / bases.PATCHES / name, None)
+        text = f'{subject.splitlines()[0]}: {reason}'
+        left_out += '\n' + textwrap.fill(text, 72, initial_indent='* ',
+                                         subsequent_indent='  ')
+    text = textwrap.fill(
+        f'This is the series for QEMU {base.name}.  It was made for '
+        f'{REFERENCE}, which the figures are of, and is changed where '
+        f'{base.name} is different.', 76)
+    if left_out:
+        text += f'  It lacks these patches:\n{left_out}'
+    return f'For QEMU {base.name}\n{"-" * (9 + len(base.name))}\n\n{text}\n'
+
+
+def write_cover(path: Path, base: Base) -> None:
     """Fill in what git leaves open in a cover letter."""
     subject, _, blurb = COVER.read_text('utf-8').partition('\n\n')
     blurb = blurb.strip() + '\n'
+    if base.name != REFERENCE:
+        blurb += f'\n\n{about_base(base)}'
     if MEASURED.exists():
         blurb += '\n\n' + MEASURED.read_text('utf-8').strip() + '\n'
     text = path.read_text('utf-8')
@@ -148,21 +172,22 @@ def write_cover(path: Path) -> None:
     path.write_text(text.replace('*** BLURB HERE ***', blurb), 'utf-8')
 
 
-def write(repository: Repository, commits: Commits, folder: Path,
-          who: Identity) -> List[Path]:
+def write(composer: Composer, commits: Commits,
+          folder: Path) -> List[Path]:
     """Write the series as mails; return the patches without the cover."""
     folder.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in folder.glob('*.patch'))
     if there:
         raise Failure(f'{folder} has patches already: {there[0]}, ...')
     # -B: a file that is replaced is removed and added, not mixed line by line
-    repository.run(
+    composer.repository.run(
         ['format-patch', '--quiet', '--cover-letter', '--no-signature',
          '--zero-commit', '--no-renames', '-B', '--stat=72',
          '-o', folder.resolve(), f'{commits.base}..{commits.tip}'],
-        extra=dict(who.environment(), GIT_COMMITTER_DATE=last_change()))
+        extra=dict(composer.who.environment(),
+                   GIT_COMMITTER_DATE=last_change()))
     paths = sorted(folder.glob('*.patch'))
-    write_cover(paths[0])
+    write_cover(paths[0], composer.base)
     return paths[1:]
 
 
@@ -175,20 +200,36 @@ def identity(signed_off: bool) -> Identity:
     return who or NOBODY
 
 
-def make(cache: Path, pristine: Path, folder: Path,
+def make(cache: Path, base: Base, folder: Path,
          signed_off: bool = False) -> Series:
-    """Write the series against a pristine source into a folder."""
+    """Write the series for a base into a folder."""
     (cache / 'series').mkdir(parents=True, exist_ok=True)
     with open(cache / 'series/use.lock', 'w', encoding='utf-8') as lock, \
             tempfile.TemporaryDirectory() as staging:
         # the index is one
         fcntl.flock(lock, fcntl.LOCK_EX)
         who = identity(signed_off)
-        composer = Composer(cache, pristine, who, signed_off)
+        composer = Composer(cache, base, who, signed_off)
         try:
             commits = composer.commits(Path(staging))
-        except overlay.Failure as failure:
+            return Series(composer.repository.folder,
+                          write(composer, commits, folder))
+        except bases.Failure as failure:
             raise Failure(str(failure)) from None
-        repository = composer.repository
-        return Series(repository.folder,
-                      write(repository, commits, folder, who))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ./run tells each program about the base."""
+    parser.add_argument('--cache', type=Path, required=True,
+                        help=argparse.SUPPRESS)
+    parser.add_argument('--base', metavar='VERSION', default=REFERENCE,
+                        help=f'the QEMU that the series is for: one of '
+                        f'bases/, by default {REFERENCE}')
+    parser.add_argument('--pristine', type=Path, required=True,
+                        help=argparse.SUPPRESS)
+    parser.add_argument('--reference', type=Path, help=argparse.SUPPRESS)
+
+
+def base_of(args: argparse.Namespace) -> Base:
+    """The base that the arguments name."""
+    return Base(args.base, args.pristine, args.reference)

@@ -12,6 +12,8 @@ HERE = Path(__file__).resolve().parent
 MANIFEST = HERE / 'manifest'
 MESSAGES = HERE / 'messages'
 PATCHES = 'patches/'
+# files that a base is given from the reference's QEMU
+BORROWED = 'borrowed/'
 
 
 class Step(NamedTuple):
@@ -52,8 +54,9 @@ def called(name: str) -> str:
     return re.sub(rf'^{PATCHES}\d+-', PATCHES, name)
 
 
-def sort_out(names: Iterable[str], lines: List[Line]) -> Dict[Line, List[str]]:
-    """Find the line of each file; each line must have one."""
+def sort_out(names: Iterable[str], lines: List[Line],
+             complete: bool) -> Dict[Line, List[str]]:
+    """Find the line of each file; if complete, each line must have one."""
     found: Dict[Line, List[str]] = {line: [] for line in lines}
     lost = []
     for name in sorted(names):
@@ -68,34 +71,40 @@ def sort_out(names: Iterable[str], lines: List[Line]) -> Dict[Line, List[str]]:
             found[line].append(name)
     if lost:
         raise Failure(f'{MANIFEST} puts these into no patch: {lost}')
-    empty = [line.pattern for line in lines if not found[line]]
-    if empty:
+    empty = [line.pattern for line in lines
+             if not found[line] and not line.pattern.startswith(BORROWED)]
+    if empty and complete:
         raise Failure(f'{MANIFEST} names what there is not: {empty}')
     return found
 
 
-def read_steps(checkout: Path, names: Iterable[str]) -> List[Step]:
-    """The patches of the series; names are all files that are in it."""
+def read_steps(files: Dict[str, Path], complete: bool) -> List[Step]:
+    """The patches of the series; files are all that are in it.
+
+    They are complete in the reference: another base may lack some.
+    """
+    lines = read_lines()
+    unused = sorted({path.name for path in MESSAGES.iterdir()}
+                    - {line.message for line in lines})
+    if unused:
+        raise Failure(f'{MANIFEST} does not use these messages: {unused}')
     steps: List[Step] = []
     by_message: Dict[str, Step] = {}
-    for line, found in sort_out(names, read_lines()).items():
+    for line, found in sort_out(files, lines, complete).items():
         if not line.message:
-            steps += [Step(checkout / name, [], [name]) for name in found]
+            steps += [Step(files[name], [], [name]) for name in found]
             continue
         step = by_message.get(line.message)
-        if step is None:
+        if step is None and found:
             step = Step(MESSAGES / line.message, [], [])
             if not step.message.exists():
                 raise Failure(f'{step.message} is missing')
             by_message[line.message] = step
             steps.append(step)
         for name in found:
+            assert step
             part = step.patches if name.startswith(PATCHES) else step.files
             part.append(name)
-    unused = sorted({path.name for path in MESSAGES.iterdir()}
-                    - by_message.keys())
-    if unused:
-        raise Failure(f'{MANIFEST} does not use these messages: {unused}')
     for step in steps:
         step.patches.sort()
     return steps

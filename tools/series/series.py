@@ -13,12 +13,7 @@ from gitrepo import Failure
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(prog='./run series', description=__doc__)
-    parser.add_argument('--cache', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--pristine', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--base', metavar='VERSION',
-                        help='the QEMU that the series is for')
+    compose.add_arguments(parser)
     parser.add_argument('-o', '--output', type=Path, required=True,
                         metavar='DIR', help='the folder to write to')
     parser.add_argument('-s', '--signoff', action='store_true',
@@ -26,18 +21,13 @@ def main() -> int:
                         'configured for')
     args = parser.parse_args()
     try:
-        version = compose.version_of(args.pristine)
-        base = compose.series_of(version)
-        if args.base not in (None, base, version):
-            raise Failure(f'there is no series for QEMU {args.base}, only '
-                          f'for {base}')
-        series = compose.make(args.cache, args.pristine, args.output,
+        series = compose.make(args.cache, compose.base_of(args), args.output,
                               args.signoff)
     except Failure as failure:
         print(f'error: {failure}', file=sys.stderr)
         return 1
     print(f'[series] {len(series.patches)} patches and a cover letter for '
-          f'QEMU {version}', file=sys.stderr)
+          f'QEMU {compose.version_of(args.pristine)}', file=sys.stderr)
     print(args.output)
     return 0
 

@@ -26,8 +26,10 @@ import compose
 from gitrepo import Failure, NOBODY, reproducible_environment, run
 from manifest import HERE
 
-sys.path.insert(0, str(compose.CHECKOUT / 'tools/base'))
+sys.path.insert(0, str(HERE.parent / 'base'))
 # pylint: disable=wrong-import-position
+import bases  # noqa: E402
+from bases import Base  # noqa: E402
 import overlay  # noqa: E402
 
 EXPECTED = HERE / 'checkpatch-expected'
@@ -195,7 +197,7 @@ def configure(tools: Tools, options: List[str]) -> None:
     run_quietly(command, tools.build, 'configuring')
 
 
-def wanted_files(pristine: Path, keep: Path) -> Dict[str, Path]:
+def wanted_files(base: Base, keep: Path) -> Dict[str, Path]:
     """What ./run build builds: each file, and where its content is.
 
     What does not come from QEMU is copied: the checkout may change before
@@ -203,10 +205,10 @@ def wanted_files(pristine: Path, keep: Path) -> Dict[str, Path]:
     """
     shutil.rmtree(keep, ignore_errors=True)
     with tempfile.TemporaryDirectory() as staging:
-        wanted = overlay.wanted_files(overlay.FLAVOURS['ours'], pristine,
-                                      compose.CHECKOUT, Path(staging))
+        wanted = overlay.contents(overlay.FLAVOURS['ours'], base,
+                                  Path(staging)).wanted
         for name, source in wanted.items():
-            if pristine not in source.parents:
+            if base.pristine not in source.parents:
                 overlay.copy(source, keep / name, False)
                 wanted[name] = keep / name
     return wanted
@@ -230,10 +232,10 @@ def tree_complaint(tree: Path, wanted: Dict[str, Path]) -> str:
     return f'these files differ: {different}' if different else ''
 
 
-def refusal(series: compose.Series, pristine: Path, tree: Path) -> str:
+def refusal(series: compose.Series, base: Base, tree: Path) -> str:
     """Why ./run apply refuses a tree; it must."""
     try:
-        apply_series(series, pristine, tree)
+        apply_series(series, base, tree)
     except Failure as failure:
         return str(failure)
     return 'it was applied'
@@ -242,11 +244,12 @@ def refusal(series: compose.Series, pristine: Path, tree: Path) -> str:
 def check_apply(series: compose.Series, args: argparse.Namespace,
                 wanted: Dict[str, Path], tally: Tally) -> None:
     """What ./run apply does to trees with and without git."""
+    base = compose.base_of(args)
     tree = args.cache / 'series-check/applied'
     changed = 'block.c'
 
     def expect(what: str, words: str) -> None:
-        said = refusal(series, args.pristine, tree)
+        said = refusal(series, base, tree)
         tally.count(f'apply: {what} is refused',
                     '' if words in said else said)
 
@@ -260,7 +263,7 @@ def check_apply(series: compose.Series, args: argparse.Namespace,
         else:
             shutil.rmtree(tree / '.git')
         try:
-            apply_series(series, args.pristine, tree)
+            apply_series(series, base, tree)
             complaint = tree_complaint(tree, wanted)
         except Failure as failure:
             complaint = str(failure)
@@ -292,18 +295,19 @@ def check_patches(tools: Tools, patches: List[Path], tally: Tally) -> bool:
 def check(args: argparse.Namespace, tally: Tally) -> None:
     """Write the series and check it."""
     work = args.cache / 'series-check'
+    base = compose.base_of(args)
     patches = work / 'patches'
     shutil.rmtree(patches, ignore_errors=True)
-    wanted = wanted_files(args.pristine, work / 'wanted')
-    series = compose.make(args.cache, args.pristine, patches)
+    wanted = wanted_files(base, work / 'wanted')
+    series = compose.make(args.cache, base, patches)
     tally.count('the series can be made of the checkout', '')
     tools = Tools(work / 'tree', work / 'build', read_expected(),
                   {name for patch in series.patches
                    for name in overlay.touched_by(patch)})
     copy_base(series.repository, tools.tree)
     configure(tools, args.options)
-    base = compile_tree(tools, [], 'the base, without patches,')
-    if not tally.count('the base builds', base):
+    built = compile_tree(tools, [], 'the base, without patches,')
+    if not tally.count('the base builds', built):
         return
     if check_patches(tools, series.patches, tally):
         tally.count('the tree is what ./run build builds',
@@ -314,8 +318,7 @@ def check(args: argparse.Namespace, tally: Tally) -> None:
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--cache', type=Path, required=True)
-    parser.add_argument('--pristine', type=Path, required=True)
+    compose.add_arguments(parser)
     parser.add_argument('options', nargs='*',
                         help='for configure, after --')
     args = parser.parse_args()
@@ -332,7 +335,7 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             check(args, tally)
-        except Failure as failure:
+        except (Failure, bases.Failure) as failure:
             tally.count('check', str(failure))
     print(f'[series] {time.monotonic() - begin:.0f} s')
     print(f'{tally.passed} passed, {tally.failed} failed')
