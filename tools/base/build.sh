@@ -5,7 +5,9 @@
 # source, $WORK/build is where it is built. Needs common.sh, $ROOT, $BASE (this
 # folder), $CACHE, and the base: $BASE_NAME and $BASE_DIR.
 
-# The python3 on PATH may be another one, without Debian's modules.
+# The python3 on PATH may be another one, without Debian's modules. configure
+# is told in the environment: old ones take --python as a wish for their own
+# meson.
 PYTHON=/usr/bin/python3
 
 CONFIGURE=(
@@ -142,8 +144,9 @@ configure() {
     mkdir -p "$WORK/build"
     (
         cd "$WORK/build" || exit
+        export PYTHON
         logged "$WORK/configure.log" configuring \
-            ../tree/configure --python="$PYTHON" "${OPTIONS[@]}"
+            ../tree/configure "${OPTIONS[@]}"
     )
     configuration >"$WORK/configuration"
 }
