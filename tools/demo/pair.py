@@ -248,7 +248,8 @@ class ColoPair:
             return False
         ordered = [jobs[f'sync{disk}'] for disk in self.disks]
         progress([job['offset'] / (job['len'] or 1) for job in ordered])
-        return all(job['ready'] and job['actively-synced']
+        # old QEMUs do not tell: they are ready no sooner than that
+        return all(job['ready'] and job.get('actively-synced', True)
                    for job in ordered)
 
     def _check_mirrors(self, side: Side) -> None:
