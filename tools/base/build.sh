@@ -95,7 +95,8 @@ user_source() {
 }
 
 # Set FLAVOUR, OPTIONS to configure it with, PRISTINE, the source to build
-# from, FROM, options that tell it to tools, and WORK, where to build.
+# from, FROM, options that tell it to tools, WORK, where to build, and MODULES,
+# the source whose Python modules the tools use.
 choose_source() {
     local lender
     FLAVOUR=$1
@@ -113,11 +114,14 @@ choose_source() {
             die "no source of QEMU $BASE_NAME: $PRISTINE"
     fi
     FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
+    MODULES=$PRISTINE
     if [ -n "$(base_file borrowed)" ]; then
         lender=$(fetch_source "$REFERENCE") ||
             die "no source of QEMU $REFERENCE, which $BASE_NAME borrows" \
                 "files from: $lender"
         FROM+=(--reference "$lender")
+        # those of a base that has to borrow are too old
+        MODULES=$lender
     fi
 }
 
