@@ -86,7 +86,8 @@ def checkpatch(args: argparse.Namespace) -> bool:
     good = run(command + ['-f'] + c_files('.c .h'))
     # Nobody has signed the patches off: that is for who submits them.
     return run(command + ['--no-signoff', '--patch']
-               + [str(path) for path in ROOT.glob('patches/*.patch')]
+               + [str(path) for pattern in ('patches', 'bases/*/*')
+                  for path in ROOT.glob(f'{pattern}/*.patch')]
                ) and good
 
 
