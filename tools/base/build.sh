@@ -98,7 +98,7 @@ user_source() {
 # from, FROM, options that tell it to tools, WORK, where to build, and MODULES,
 # the source whose Python modules the tools use.
 choose_source() {
-    local lender
+    local lender=''
     FLAVOUR=$1
     WORK=$CACHE/$FLAVOUR
     [ "$BASE_NAME" = "$REFERENCE" ] || WORK+=-$BASE_NAME
@@ -114,15 +114,15 @@ choose_source() {
             die "no source of QEMU $BASE_NAME: $PRISTINE"
     fi
     FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
-    MODULES=$PRISTINE
     if [ -n "$(base_file borrowed)" ]; then
         lender=$(fetch_source "$REFERENCE") ||
             die "no source of QEMU $REFERENCE, which $BASE_NAME borrows" \
                 "files from: $lender"
         FROM+=(--reference "$lender")
-        # those of a base that has to borrow are too old
-        MODULES=$lender
     fi
+    # those of a base that has to borrow are too old
+    # shellcheck disable=SC2034 # run uses it
+    MODULES=${lender:-$PRISTINE}
 }
 
 overlay() {
