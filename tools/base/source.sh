@@ -131,7 +131,7 @@ cached_qemu() {
 # Why no version could be had.
 why_no_qemu() {
     if [ ! -e "$lists/updated" ]; then
-        echo "cannot reach Debian's archive:" \
+        echo "cannot read the lists of Debian's archive:" \
              "$(tail -n 1 "$cache/log/apt-update.log")"
     elif [ -z "$(listed_versions)" ]; then
         echo "${SUITES[*]} of Debian's archive has no QEMU $PREFIX any more"
