@@ -119,6 +119,7 @@ newest_qemu() {
             echo "$tree"
             return
         fi
+        say "QEMU ${version#*:} is listed, but cannot be had"
     done
     return 1
 }
