@@ -37,11 +37,7 @@ class PrimaryCase(replication.TestCase):
             image = {'driver': 'blkdebug', 'image': image, **faults}
         options = json.dumps({'driver': fmt, 'file': image})
         # ends in kill_server()
-        # pylint: disable=consider-using-with
-        self.server = subprocess.Popen(
-            [iotests.qemu_nbd_prog, '--persistent', '--discard=unmap',
-             '-k', self.socket, f'json:{options}'])
-        wait_until(lambda: os.path.exists(self.socket), 'qemu-nbd')
+        self.server = replication.nbd_server(self.socket, f'json:{options}')
 
     def kill_server(self) -> None:
         if self.server:

@@ -39,6 +39,27 @@ def main() -> None:
                  required_fmts=['replication', 'quorum', 'blkdebug'])
 
 
+def nbd_server(socket: str, *args: str) -> 'subprocess.Popen[bytes]':
+    """A qemu-nbd that listens, and that the caller ends"""
+    # it is there once qemu-nbd listens, the socket before
+    pid_file = f'{socket}.pid'
+    # pylint: disable=consider-using-with
+    server = subprocess.Popen(
+        [iotests.qemu_nbd_prog, '--persistent', '--discard=unmap',
+         '--pid-file', pid_file, '-k', socket, *args])
+
+    def listens() -> bool:
+        try:
+            with open(pid_file, encoding='ascii') as file:
+                return file.read() == f'{server.pid}\n'
+        except FileNotFoundError:
+            return False
+
+    wait_until(listens, 'qemu-nbd')
+    iotests.try_remove(pid_file)
+    return server
+
+
 def traces_to_a_log() -> bool:
     """Whether this QEMU was built so"""
     path = os.path.join(os.path.dirname(iotests.qemu_prog), 'config-host.h')
