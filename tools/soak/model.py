@@ -135,6 +135,9 @@ class Write(NamedTuple):
         """Nobody promises what a discard leaves there."""
         if self.kind == 'trim' or not done:
             content.maybe(self.offset, self.data)
+            if self.kind == 'write':
+                # qcow2 may zero a cluster before it writes to it
+                content.maybe(self.offset, bytes(len(self.data)))
         else:
             content.write(self.offset, self.data)
 
