@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""
+A server of NBD that takes one request at a time, each from its first byte to
+the last one of its reply, and that can hang up or stall anywhere in between.
+
+Neither can be asked of qemu-nbd, which reads ahead while it sends.
+"""
+
+import socket
+import struct
+import threading
+from typing import List, NamedTuple, Optional, Set
+
+GREETING = struct.Struct('>QQH')
+OPTION = struct.Struct('>QII')
+OPTION_REPLY = struct.Struct('>QIII')
+EXPORT_INFO = struct.Struct('>HQH')
+REQUEST = struct.Struct('>IHHQQI')
+REPLY = struct.Struct('>IIQ')
+
+GREETING_MAGIC = 0x4e42444d41474943
+OPTION_MAGIC = 0x49484156454f5054
+OPTION_REPLY_MAGIC = 0x3e889045565a9
+REQUEST_MAGIC = 0x25609513
+REPLY_MAGIC = 0x67446698
+
+FIXED_NEWSTYLE = 1
+OPT_GO = 7
+REP_ACK, REP_INFO, REP_ERR_UNSUP = 1, 3, 0x80000001
+INFO_EXPORT = 0
+HAS_FLAGS, SEND_FLUSH = 1, 4
+CMD_READ, CMD_WRITE, CMD_DISC = 0, 1, 2
+
+# A kernel gives up a peer that reads nothing for as long
+SOCKET_SECONDS = 30.0
+
+
+class HungUp(Exception):
+    """The connection has ended, by whichever side."""
+
+
+class Life(NamedTuple):
+    """How a connection goes: so many bytes of requests are taken."""
+    bytes_taken: Optional[int] = None
+    # then: read nothing more, but stay
+    stalls: bool = False
+
+
+class OneSlotServer:
+    """Serves as many connections as it has lives, one by one."""
+
+    def __init__(self, path: str, data: bytearray, *lives: Life) -> None:
+        self.data = data
+        # The writes that a reply was sent to
+        self.done: Set[int] = set()
+        self.stalled = threading.Event()
+        self._lives: List[Life] = list(lives)
+        self._life = Life()
+        self._taken = 0
+        self._conn: Optional[socket.socket] = None
+        self._end = threading.Event()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, also in the middle."""
+        self._end.set()
+        for sock in self._listener, self._conn:
+            try:
+                if sock:
+                    sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                # it has ended by itself
+                pass
+        self._thread.join()
+
+    def _serve(self) -> None:
+        with self._listener:
+            for self._life in self._lives:
+                try:
+                    conn, _ = self._listener.accept()
+                except OSError:
+                    return
+                conn.settimeout(SOCKET_SECONDS)
+                self._conn, self._taken = conn, 0
+                with conn:
+                    try:
+                        self._negotiate()
+                        while not self._end.is_set():
+                            self._answer()
+                    except (HungUp, OSError):
+                        pass
+
+    def _send(self, data: bytes) -> None:
+        assert self._conn
+        self._conn.sendall(data)
+
+    def _recv(self, size: int) -> bytearray:
+        assert self._conn
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            length = self._conn.recv_into(view)
+            if not length:
+                raise HungUp
+            view = view[length:]
+        return data
+
+    def _negotiate(self) -> None:
+        self._send(GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE))
+        self._recv(4)
+        option = None
+        while option != OPT_GO:
+            _, option, length = OPTION.unpack(self._recv(OPTION.size))
+            self._recv(length)
+            if option == OPT_GO:
+                self._tell(option, REP_INFO, EXPORT_INFO.pack(
+                    INFO_EXPORT, len(self.data), HAS_FLAGS | SEND_FLUSH))
+                self._tell(option, REP_ACK)
+            else:
+                self._tell(option, REP_ERR_UNSUP)
+
+    def _tell(self, option: int, reply: int, data: bytes = b'') -> None:
+        self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply,
+                                     len(data)) + data)
+
+    def _take(self, size: int) -> bytearray:
+        """A part of a request, if life lasts for so long"""
+        life = self._life
+        if life.bytes_taken is not None:
+            left = life.bytes_taken - self._taken
+            if left < size:
+                self._recv(left)
+                if life.stalls:
+                    self.stalled.set()
+                    self._end.wait()
+                raise HungUp
+        self._taken += size
+        return self._recv(size)
+
+    def _answer(self) -> None:
+        """One request, and all of its reply before the next"""
+        magic, _, command, cookie, start, length = REQUEST.unpack(
+            self._take(REQUEST.size))
+        assert magic == REQUEST_MAGIC
+        reply = bytearray(REPLY.pack(REPLY_MAGIC, 0, cookie))
+        if command == CMD_DISC:
+            raise HungUp
+        if command == CMD_READ:
+            reply += self.data[start:start + length]
+        elif command == CMD_WRITE:
+            self.data[start:start + length] = self._take(length)
+            self.done.add(start)
+        self._send(reply)
