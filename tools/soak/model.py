@@ -329,6 +329,11 @@ class PrimaryNode(Node):
             self.target.primary_wrote(write, True)
         self.under_way.clear()
 
+    def target_replaced(self) -> None:
+        """A failover has undone what arrived and what, perhaps, did not."""
+        self.under_way.clear()
+        self.pending.clear()
+
     def guest_began(self, write: Write) -> None:
         """A write is under way that guest_wrote() will tell of."""
         arrives = self.arrives()

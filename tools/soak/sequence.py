@@ -229,6 +229,8 @@ class Sequence:
         self._check_status(host)
         if model.stage is Stage.FAILOVER:
             model.merge_ended(True)
+            if disk.primary:
+                disk.primary.model.target_replaced()
         self.log(f'{host.name}: {model.name} is {model.stage.value}')
 
     # Requests
