@@ -193,7 +193,7 @@ def main() -> int:
     parser.add_argument('--base', default=REFERENCE)
     parser.add_argument('--reference', type=Path,
                         help='the source whose Python modules the tools use')
-    parser.add_argument('--seed', default='')
+    parser.add_argument('--seed', default='1')
     parser.add_argument('--sanitize', action='store_true',
                         help='the build is one with sanitizers')
     parser.add_argument('suites', nargs='+')
