@@ -39,6 +39,12 @@ def _depth_1(row: Row) -> bool:
             and row.mark == 'burst')
 
 
+def _queue_full(row: Row) -> bool:
+    # what takes no time at all never has a queue
+    return (row.group == 'primary' and row.mark == 'steady'
+            and row.line != 'null-co 0 ms' and WRITE_BEHIND not in row.line)
+
+
 def _idle(row: Row) -> bool:
     return row.title.endswith(', idle') and '8 disks' in row.line
 
@@ -46,8 +52,7 @@ def _idle(row: Row) -> bool:
 GOALS: List[Goal] = [
     Goal('primary, 1 ms, depth 1, burst: part of unprotected', _depth_1,
          UNPROTECTED, 0.9),
-    Goal('primary, queue full: not slower than stock',
-         _is('primary', '', marks=('steady',)), STOCK, 1),
+    Goal('primary, queue full: not slower than stock', _queue_full, STOCK, 1),
     Goal('secondary, 4 KiB fresh in step: times as fast as stock',
          _is('secondary', '4 KiB', marks=('fresh, in step',)), STOCK, 2),
     Goal('secondary, all else that arrives: not slower than stock',
