@@ -10,11 +10,13 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
+#include "qapi/qapi-commands-yank.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
+#include "qemu/yank.h"
 #include "replication-int.h"
 #include "trace.h"
 
@@ -26,6 +28,9 @@
 
 /* In a failover, how often to end what waits for the secondary */
 #define CANCEL_INTERVAL_MS 100
+
+/* In a failover, a secondary that has not answered for so long is dead */
+#define HANG_UP_MS 1000
 
 static const char *const forward_names[] = {
     [WRITE_BEHIND_WRITE]    = "write",
@@ -302,25 +307,46 @@ static void primary_stop(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
+/* Do to all connections of @bs what yank does */
+static void GRAPH_RDLOCK primary_yank(BlockDriverState *bs)
+{
+    YankInstanceList node = {
+        .value = BLOCKDEV_YANK_INSTANCE(bs->node_name),
+    };
+    BdrvChild *c;
+
+    /* An error means that this node has none */
+    qmp_yank(&node, NULL);
+    QLIST_FOREACH(c, &bs->children, next) {
+        primary_yank(c->bs);
+    }
+}
+
 static void primary_cancel(void *opaque)
 {
     BlockDriverState *bs = opaque;
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *link;
+    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
 
-    bdrv_graph_rdlock_main_loop();
-    link = bs->file->bs;
-    bdrv_graph_rdunlock_main_loop();
-    bdrv_cancel_in_flight(link);
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    timer_mod(s->primary.cancel_timer,
-              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + CANCEL_INTERVAL_MS);
+    bdrv_cancel_in_flight(bs->file->bs);
+    if (now >= s->primary.hang_up_ms) {
+        warn_report("Replication node '%s' cuts the connection to the "
+                    "secondary, which has not answered for %d ms",
+                    bdrv_get_node_name(bs), HANG_UP_MS);
+        primary_yank(bs->file->bs);
+        s->primary.hang_up_ms = INT64_MAX;
+    }
+
+    timer_mod(s->primary.cancel_timer, now + CANCEL_INTERVAL_MS);
 }
 
 /*
- * The secondary may have died without a word, and what is sent there hang.  If
- * the client of the link finds that out only later, it then begins to wait for
- * the secondary to come back: so do not cancel that only once.
+ * The secondary may have died without a word, and what is sent there hang: then
+ * nothing ends it but to cut the connection.  If the client of the link finds
+ * out by itself, it may begin to wait for the secondary to come back: so do not
+ * cancel that only once.
  */
 static void primary_abandon(BlockDriverState *bs)
 {
@@ -331,6 +357,8 @@ static void primary_abandon(BlockDriverState *bs)
     write_behind_abandon(s->primary.queue);
 
     if (!s->primary.cancel_timer) {
+        s->primary.hang_up_ms = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+                                HANG_UP_MS;
         /* Runs while the main loop waits for the requests in flight */
         s->primary.cancel_timer = aio_timer_new(qemu_get_aio_context(),
                                                 QEMU_CLOCK_REALTIME, SCALE_MS,
