@@ -189,6 +189,14 @@ void replication_get_error_all(Error **errp)
     replication_visit_all(replication_get_error_one, NULL, errp);
 }
 
+static void replication_abandon_one(ReplicationState *rs, void *opaque,
+                                    Error **errp)
+{
+    if (rs->ops->abandon) {
+        rs->ops->abandon(rs);
+    }
+}
+
 static void replication_stop_one(ReplicationState *rs, void *opaque,
                                  Error **errp)
 {
@@ -201,5 +209,8 @@ void replication_stop_all(bool failover, Error **errp)
 {
     GLOBAL_STATE_CODE();
 
+    if (failover) {
+        replication_visit_all(replication_abandon_one, NULL, NULL);
+    }
     replication_visit_all(replication_stop_one, &failover, errp);
 }

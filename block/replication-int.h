@@ -29,8 +29,9 @@ typedef struct ReplicationPrimary {
 
     /* From when a failover begins until nothing is in flight */
     QEMUTimer *cancel_timer;
-    /* When to cut the connection, in QEMU_CLOCK_REALTIME ms */
+    /* From when on to cut the connection, in QEMU_CLOCK_REALTIME ms */
     int64_t hang_up_ms;
+    bool hung_up;
 } ReplicationPrimary;
 
 /* What tells whether an overlay was written to since it was emptied */

@@ -307,18 +307,22 @@ static void primary_stop(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
-/* Do to all connections of @bs what yank does */
-static void GRAPH_RDLOCK primary_yank(BlockDriverState *bs)
+/* End what hangs in @bs and below; if @hang_up, as yank does */
+static void GRAPH_RDLOCK
+primary_cancel_node(BlockDriverState *bs, bool hang_up)
 {
     YankInstanceList node = {
         .value = BLOCKDEV_YANK_INSTANCE(bs->node_name),
     };
     BdrvChild *c;
 
-    /* An error means that this node has none */
-    qmp_yank(&node, NULL);
+    bdrv_cancel_in_flight(bs);
+    if (hang_up) {
+        /* It is no error that most nodes have no connection */
+        qmp_yank(&node, NULL);
+    }
     QLIST_FOREACH(c, &bs->children, next) {
-        primary_yank(c->bs);
+        primary_cancel_node(c->bs, hang_up);
     }
 }
 
@@ -327,17 +331,18 @@ static void primary_cancel(void *opaque)
     BlockDriverState *bs = opaque;
     BDRVReplicationState *s = bs->opaque;
     int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
+    /* Not if it is somebody else whom the main loop waits for */
+    bool hang_up = now >= s->primary.hang_up_ms && qatomic_read(&bs->in_flight);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    bdrv_cancel_in_flight(bs->file->bs);
-    if (now >= s->primary.hang_up_ms) {
+    if (hang_up && !s->primary.hung_up) {
+        s->primary.hung_up = true;
         warn_report("Replication node '%s' cuts the connection to the "
                     "secondary, which has not answered for %d ms",
                     bdrv_get_node_name(bs), HANG_UP_MS);
-        primary_yank(bs->file->bs);
-        s->primary.hang_up_ms = INT64_MAX;
     }
+    primary_cancel_node(bs->file->bs, hang_up);
 
     timer_mod(s->primary.cancel_timer, now + CANCEL_INTERVAL_MS);
 }

@@ -295,6 +295,18 @@ static void replication_undo_start(ReplicationState *rs)
     replication_op_end(bs);
 }
 
+static void replication_abandon(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_may(bs, REPLICATION_OP_FAILOVER, NULL)) {
+        s->role->abandon(bs);
+    }
+}
+
 static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
@@ -304,10 +316,6 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
     GLOBAL_STATE_CODE();
 
     trace_replication_stop(bs, bdrv_get_node_name(bs), failover);
-    if (failover && replication_may(bs, op, NULL)) {
-        s->role->abandon(bs);
-    }
-
     replication_op_begin(bs);
     if (replication_may(bs, op, errp)) {
         if (failover) {
@@ -428,6 +436,7 @@ static ReplicationOps replication_ops = {
     .check      = replication_check,
     .checkpoint = replication_checkpoint,
     .disown     = replication_disown,
+    .abandon    = replication_abandon,
     .get_error  = replication_get_error,
 };
 

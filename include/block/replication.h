@@ -87,6 +87,13 @@ struct ReplicationOps {
      * half-way: this one does not stand for the same checkpoint.
      */
     void (*disown)(ReplicationState *rs, const Error *reason);
+
+    /*
+     * Optional.  A failover begins: stop() need not wait for the peer any more.
+     * All nodes are told so before the first is stopped, lest each of them wait
+     * for a peer that is dead, one after the other.
+     */
+    void (*abandon)(ReplicationState *rs);
 };
 
 /*
