@@ -31,7 +31,7 @@ INFO_EXPORT = 0
 HAS_FLAGS, SEND_FLUSH = 1, 4
 CMD_READ, CMD_WRITE, CMD_DISC = 0, 1, 2
 
-# A kernel gives up a peer that reads nothing for as long
+# A client that hangs does not hang the test for longer
 SOCKET_SECONDS = 30.0
 
 
@@ -53,6 +53,7 @@ class OneSlotServer:
         self.data = data
         # The writes that a reply was sent to
         self.done: Set[int] = set()
+        self.connections = 0
         self.stalled = threading.Event()
         self._lives: List[Life] = list(lives)
         self._life = Life()
@@ -85,6 +86,7 @@ class OneSlotServer:
                 except OSError:
                     return
                 conn.settimeout(SOCKET_SECONDS)
+                self.connections += 1
                 self._conn, self._taken = conn, 0
                 with conn:
                     try:
