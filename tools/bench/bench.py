@@ -75,7 +75,8 @@ def parse() -> argparse.Namespace:
 def find_subjects(options: argparse.Namespace, place: Place
                   ) -> Dict[str, Subject]:
     """Ask both builds what they can."""
-    builds = {UNPROTECTED: options.stock, STOCK: options.stock,
+    # what is faster in QEMU itself is no merit of the driver
+    builds = {UNPROTECTED: options.ours, STOCK: options.stock,
               OURS: options.ours}
     subjects = {}
     for name in NAMES:
