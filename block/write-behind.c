@@ -18,8 +18,11 @@
 /* As many requests are in flight at the child at once */
 #define MAX_IN_FLIGHT 64
 
-/* So many queued requests do not wait for those in flight to end */
-#define FULL_BATCH MAX_IN_FLIGHT
+/*
+ * So many queued requests do not wait for those in flight to end.  More writes
+ * of 4 KiB at once would not fit in the buffer of a unix socket.
+ */
+#define FULL_BATCH (MAX_IN_FLIGHT / 2)
 
 /* A request that changes the disk */
 typedef struct WriteBehindReq {
