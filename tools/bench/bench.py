@@ -54,6 +54,9 @@ def parse() -> argparse.Namespace:
                         f'(default: {PACE.minutes:g})')
     parser.add_argument('--only', nargs='+', metavar='GROUP',
                         choices=list(GROUPS), help='only these groups')
+    parser.add_argument('--match', nargs='+', metavar='TEXT', default=[],
+                        help='only what has all these texts in its name, as '
+                        'the progress shows it')
     parser.add_argument('--list', action=ListGroups, nargs=0,
                         help='print the groups')
     parser.add_argument('--quick', action='store_true',
@@ -106,7 +109,8 @@ def run(options: argparse.Namespace, place: Place) -> int:
     setting = Setting(place, pace, subjects, notes.append)
     known = facts(place, subjects)
     progress = Progress()
-    session = Session(setting, options.only or list(GROUPS), progress)
+    session = Session(setting, options.only or list(GROUPS), options.match,
+                      progress)
     known['runs'] = str(session.run())
     outcome = Outcome(session.samples, session.rows, known, notes,
                       session.failed)

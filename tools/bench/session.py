@@ -53,7 +53,7 @@ class Session:
     """A whole run of the benchmark."""
 
     def __init__(self, setting: Setting, names: List[str],
-                 progress: Progress) -> None:
+                 match: List[str], progress: Progress) -> None:
         self._setting = setting
         self._progress = progress
         self.samples = Samples()
@@ -64,7 +64,11 @@ class Session:
         self._cells: Dict[str, List[Cell]] = {}
         for name in names:
             progress.show(f'{name}: preparing')
-            self._cells[name] = GROUPS[name].cells(setting, images)
+            self._cells[name] = [
+                cell for cell in GROUPS[name].cells(setting, images)
+                if all(text in cell.name for text in match)]
+        if not any(self._cells.values()):
+            raise BenchError(f"no name has all of: {', '.join(match)}")
 
     @property
     def rows(self) -> Dict[str, List[Row]]:
