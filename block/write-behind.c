@@ -19,8 +19,8 @@
 #define MAX_IN_FLIGHT 64
 
 /*
- * So many queued requests do not wait for those in flight to end.  More writes
- * of 4 KiB at once would not fit in the buffer of a unix socket.
+ * So many queued requests do not wait for those in flight to end.  All of
+ * MAX_IN_FLIGHT, if of 4 KiB, would not fit in the buffer of a unix socket.
  */
 #define FULL_BATCH (MAX_IN_FLIGHT / 2)
 

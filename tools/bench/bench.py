@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
                         choices=list(GROUPS), help='only these groups')
     parser.add_argument('--match', nargs='+', metavar='TEXT', default=[],
                         help='only what has all these texts in its name, as '
-                        'the progress shows it')
+                        'the progress shows it, and what it is compared with')
     parser.add_argument('--list', action=ListGroups, nargs=0,
                         help='print the groups')
     parser.add_argument('--quick', action='store_true',

@@ -106,9 +106,9 @@ def unprotected_name(work: Work, kind: str) -> str:
     return f'{GROUP}: {work.title}, unprotected, {kind}'
 
 
-def has_goal(remote: Remote) -> bool:
+def limit_beside(remote: Remote) -> bool:
     """
-    Whether the limit of a row is measured beside it, not once for all rows.
+    Whether the plain disk is measured beside it, not once for all rows.
 
     A shared machine may be a third slower ten seconds later.
     """
@@ -118,7 +118,7 @@ def has_goal(remote: Remote) -> bool:
 def work_rows(work: Work, remote: Remote) -> Dict[str, Row]:
     """The rows of a workload."""
     return {kind: row(GROUP, work.title, str(remote), IOPS, kind,
-                      others=None if has_goal(remote) else
+                      others=None if limit_beside(remote) else
                       {UNPROTECTED: unprotected_name(work, kind)})
             for kind in (BURST, STEADY)}
 
@@ -131,7 +131,7 @@ def cells(setting: Setting, image: Path) -> List[Cell]:
         setting.note(f'this build does not know {WRITE_BEHIND}: no rows '
                      'with it')
     for work, ways in plan(setting):
-        if not all(map(has_goal, ways)):
+        if not all(map(limit_beside, ways)):
             result.append(Cell(
                 f'{work.title}, unprotected',
                 partial(measure, setting, image, work, None, None,
@@ -146,7 +146,7 @@ def cells(setting: Setting, image: Path) -> List[Cell]:
                         {kind: each.figures[OURS]
                          for kind, each in rows.items()}),
                 tuple(rows.values()),
-                NAMES if has_goal(remote) else PROTECTED))
+                NAMES if limit_beside(remote) else PROTECTED))
             if waits and remote == Remote('NBD', 1):
                 result.append(waiting(setting, image, work, remote,
                                       rows[STEADY]))

@@ -9,7 +9,7 @@ from typing import Dict, List, Set, Tuple
 from figures import Cell, Row, Samples, Setting
 from groups import GROUPS, Images
 from monitor import BenchError
-from subject import OURS, STOCK
+from subject import OURS, STOCK, UNPROTECTED
 
 PROGRESS_SECONDS = 10.0
 WIDTH = 78
@@ -49,6 +49,15 @@ class Progress:
             print(f"\r{'':<{WIDTH}}\r", end='', file=sys.stderr, flush=True)
 
 
+def chosen(group: str, cells: List[Cell], match: List[str]) -> List[Cell]:
+    """Those with all texts in their names, and what is the limit of those."""
+    found = [cell for cell in cells
+             if all(text in cell.name for text in match)]
+    limits = [row.figures[UNPROTECTED] for cell in found for row in cell.rows]
+    return [cell for cell in cells if cell in found or not cell.rows and any(
+        limit.startswith(f'{group}: {cell.name}') for limit in limits)]
+
+
 class Session:
     """A whole run of the benchmark."""
 
@@ -64,9 +73,8 @@ class Session:
         self._cells: Dict[str, List[Cell]] = {}
         for name in names:
             progress.show(f'{name}: preparing')
-            self._cells[name] = [
-                cell for cell in GROUPS[name].cells(setting, images)
-                if all(text in cell.name for text in match)]
+            self._cells[name] = chosen(
+                name, GROUPS[name].cells(setting, images), match)
         if not any(self._cells.values()):
             raise BenchError(f"no name has all of: {', '.join(match)}")
 
