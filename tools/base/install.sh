@@ -16,10 +16,11 @@ programs=(qemu-system-x86_64 qemu-img qemu-io qemu-nbd
           storage-daemon/qemu-storage-daemon)
 helpers=(qemu-bridge-helper qemu-pr-helper)
 share=$prefix/share/qemu
-# seabios, ipxe-qemu and what qemu-system-data has for x86
+# seabios, ipxe-qemu, whose files Debian 13 has moved, and what
+# qemu-system-data has for x86
 firmware=(
     /usr/share/seabios/*.bin
-    /usr/lib/ipxe/qemu/*.rom
+    /usr/{lib/ipxe,share}/qemu/{efi,pxe}-*.rom
     /usr/share/qemu/{kvmvapic,linuxboot,linuxboot_dma,multiboot}.bin
     /usr/share/qemu/{multiboot_dma,pvh}.bin
     /usr/share/qemu/qboot.rom
