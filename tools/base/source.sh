@@ -3,10 +3,11 @@
 #
 # source.sh qemu CACHE BASE  print the folder of an unpacked QEMU source; if
 #                            it cannot be had, print why; exit status 3
+# source.sh mirror CACHE     print the address of the mirror
 # source.sh meson CACHE      print the folder of a meson new enough for QEMU,
 #                            for PYTHONPATH; an empty line: Debian's is
 #
-# Both come from Debian's archive, from the mirror that this machine uses,
+# Sources come from Debian's archive, from the mirror that this machine uses,
 # through apt lists in CACHE: the machine's apt configuration stays as it is.
 # bases/BASE/source holds the beginning of the version and the Debian suites
 # to look in.
@@ -95,16 +96,18 @@ listed_versions() {
 }
 
 download_qemu() {
-    local version=$1 into=$2 part
+    local version=$1 into=$2 files=$cache/source/files part
+    mkdir -p "$files"
     part=$(mktemp -d "$cache/source/part.XXXXXX")
     # shellcheck disable=SC2064 # the folder of now
     trap "rm -rf '$part'" EXIT
-    cd "$part"
+    # apt does not download again what is there, and checks it
+    cd "$files"
     logged "$cache/log/source.log" "downloading QEMU ${version#*:}" \
         private apt-get --download-only --only-source source "qemu=$version"
     logged "$cache/log/unpack.log" "unpacking QEMU ${version#*:}" \
-        dpkg-source -x ./*.dsc tree
-    mv tree "$into"
+        dpkg-source -x "qemu_${version#*:}.dsc" "$part/tree"
+    mv "$part/tree" "$into"
 }
 
 # Print the folder of the newest listed version that can be had. The lists
