@@ -77,7 +77,7 @@ def mypy(args: argparse.Namespace) -> bool:
 
 def shellcheck(_args: argparse.Namespace) -> bool:
     """All of our shell scripts."""
-    return run(['shellcheck', '-x', '-P', str(ROOT / 'tools/base'),
+    return run(['shellcheck', '-x', '-P', f"{ROOT / 'tools/base'}:{ROOT}",
                 str(ROOT / 'run'), str(ROOT / '.ci/run')]
                + scripts('tools', 'sh', '.sh'))
 
