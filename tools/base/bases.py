@@ -8,15 +8,12 @@ patches/    take the place of the files of patches/ that have the same name, or
             are there besides
 without     files of patches/ that the base does not get, and why
 own/        patches to our own files
-borrowed    files of the reference's QEMU that the base is given
-configure   options of configure: "- OPTION" is left out, "+ OPTION" added
 tests       SUITE/TEST that the base cannot pass, and why
 source      where it comes from (see source.sh)
-packages    Debian packages that only it needs
 """
 
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 REFERENCE = '10.0'
@@ -53,8 +50,6 @@ class Base(NamedTuple):
     name: str
     # its source as it came
     pristine: Path
-    # that of the reference, for the files that are borrowed from there
-    reference: Optional[Path] = None
 
     @property
     def folder(self) -> Path:
@@ -80,21 +75,6 @@ class Base(NamedTuple):
     def own_patches(self) -> List[Path]:
         """The patches to our own files, in their order."""
         return sorted((self.folder / 'own').glob('*.patch'))
-
-    def borrowed(self) -> Dict[str, Path]:
-        """The files that come from the reference, by their names."""
-        names = read_lines(self.folder / 'borrowed')
-        if names and not self.reference:
-            raise Failure(f'{self.folder}/borrowed wants the source of QEMU '
-                          f'{REFERENCE}')
-        files = {name: (self.reference or Path()) / name for name in names}
-        lacking = [name for name in names if not files[name].exists()]
-        if lacking:
-            raise Failure(f'{self.reference} does not have: {lacking}')
-        there = [name for name in names if (self.pristine / name).exists()]
-        if there:
-            raise Failure(f'{self.pristine} has already: {there}')
-        return files
 
     def broken_tests(self) -> Dict[str, str]:
         """The tests that it cannot pass as SUITE/TEST, and why."""

@@ -6,8 +6,7 @@
 # folder), $CACHE, and the base: $BASE_NAME and $BASE_DIR.
 
 # The python3 on PATH may be another one, without Debian's modules. configure
-# is told in the environment: old ones take --python as a wish for their own
-# meson.
+# is told in the environment.
 PYTHON=/usr/bin/python3
 
 CONFIGURE=(
@@ -54,28 +53,6 @@ OUR_TARGETS=(
     tests/unit/test-write-behind
 )
 
-# The lines of a file of the base, if it has that file, without comments.
-base_file() {
-    [ ! -e "$BASE_DIR/$1" ] || sed 's/ *#.*//; /^ *$/d' "$BASE_DIR/$1"
-}
-
-# Change OPTIONS to what the base has: "- OPTION" leave out, "+ OPTION" add.
-adapt_options() {
-    local sign option word kept
-    while read -r sign option; do
-        case $sign in
-            +) OPTIONS+=("$option") ;;
-            -)
-                kept=()
-                for word in "${OPTIONS[@]}"; do
-                    [ "$word" = "$option" ] || kept+=("$word")
-                done
-                OPTIONS=("${kept[@]}") ;;
-            *) die "$BASE_DIR/configure: a line is neither + nor -: $sign" ;;
-        esac
-    done < <(base_file configure)
-}
-
 # Print the source of a base, or why there is none; exit status 3.
 fetch_source() {
     "$BASE/source.sh" qemu "$CACHE" "$1"
@@ -95,17 +72,14 @@ user_source() {
 }
 
 # Set FLAVOUR, OPTIONS to configure it with, PRISTINE, the source to build
-# from, FROM, options that tell it to tools, WORK, where to build, and MODULES,
-# the source whose Python modules the tools use.
+# from, FROM, options that tell it to tools, and WORK, where to build.
 choose_source() {
-    local lender=''
     FLAVOUR=$1
     WORK=$CACHE/$FLAVOUR
     [ "$BASE_NAME" = "$REFERENCE" ] || WORK+=-$BASE_NAME
     [ "$FLAVOUR" = stock ] || TARGETS+=("${OUR_TARGETS[@]}")
     OPTIONS=("${CONFIGURE[@]}")
     [ "$FLAVOUR" != sanitize ] || OPTIONS+=("${SANITIZE[@]}")
-    adapt_options
     if [ -n "${QEMU_SRC:-}" ]; then
         PRISTINE=${PRISTINE:-$(user_source)}
         WORK+=-$(sha256sum <<<"$PRISTINE" | cut -c1-8)
@@ -114,15 +88,6 @@ choose_source() {
             die "no source of QEMU $BASE_NAME: $PRISTINE"
     fi
     FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
-    if [ -n "$(base_file borrowed)" ]; then
-        lender=$(fetch_source "$REFERENCE") ||
-            die "no source of QEMU $REFERENCE, which $BASE_NAME borrows" \
-                "files from: $lender"
-        FROM+=(--reference "$lender")
-    fi
-    # those of a base that has to borrow are too old
-    # shellcheck disable=SC2034 # run uses it
-    MODULES=${lender:-$PRISTINE}
 }
 
 overlay() {
@@ -192,14 +157,12 @@ lock() {
     }
 }
 
-# Have configure find a meson that is new enough: as a module, or, if it is
-# an old one, as a program.
+# Have configure find a meson that is new enough.
 use_meson() {
     local meson
     meson=$("$BASE/source.sh" meson "$CACHE")
     [ -n "$meson" ] || return 0
     export PYTHONPATH=$meson${PYTHONPATH:+:$PYTHONPATH}
-    export PATH=${meson%/lib/*}/bin:$PATH
 }
 
 # Build a flavour, and hold it unchanged until this process ends. Two locks:

@@ -61,7 +61,6 @@ def setup(folder: Path, args: argparse.Namespace) -> None:
     command = [*MESON, 'setup', str(folder), str(ROOT),
                f'-Dqemu_build={args.build}', f'-Dqemu_tree={args.tree}',
                f'-Dqemu_pristine={args.pristine}', f'-Dcache={args.cache}',
-               f'-Dqemu_modules={args.reference or args.tree}',
                f'-Dseed={args.seed}']
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True,
                             stderr=subprocess.STDOUT, check=False)
@@ -191,8 +190,6 @@ def main() -> int:
     for name in ('--build', '--tree', '--pristine', '--cache'):
         parser.add_argument(name, type=Path, required=True)
     parser.add_argument('--base', default=REFERENCE)
-    parser.add_argument('--reference', type=Path,
-                        help='the source whose Python modules the tools use')
     parser.add_argument('--seed', default='1')
     parser.add_argument('--sanitize', action='store_true',
                         help='the build is one with sanitizers')

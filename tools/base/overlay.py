@@ -71,8 +71,6 @@ class Contents(NamedTuple):
     wanted: Dict[str, Path]
     # those of wanted that this project adds
     ours: Dict[str, Path]
-    # those that come from the reference, as it has them
-    borrowed: Dict[str, Path]
 
 
 def walk(top: Path, skip: Set[str]) -> Iterator[str]:
@@ -183,19 +181,17 @@ def contents(flavour: Flavour, base: Base, staging: Path) -> Contents:
                if fnmatchcase(name, f'*/{flavour.patches}')]
     touched = {name for patch in patches for name in touched_by(patch)}
     ours: Dict[str, Path] = {}
-    borrowed: Dict[str, Path] = {}
     gone = set(UNUSED | touched)
     if flavour.overlay:
         ours = our_files(base, staging / 'ours')
         check_overlay(ours, base.pristine)
-        borrowed = base.borrowed()
         gone |= REPLACED
-    both = sorted((touched | borrowed.keys()) & ours.keys())
+    both = sorted(touched & ours.keys())
     if both:
         raise Failure(f'these are files of ours and of QEMU: {both}')
     patched = staging / 'patched'
-    apply_patches(patches, {name: borrowed.get(name, base.pristine / name)
-                            for name in touched}, patched)
+    apply_patches(patches, {name: base.pristine / name for name in touched},
+                  patched)
     if flavour.overlay:
         source = patched if MAINTAINERS in touched else base.pristine
         put_section(source / MAINTAINERS, patched / MAINTAINERS)
@@ -204,11 +200,10 @@ def contents(flavour: Flavour, base: Base, staging: Path) -> Contents:
 
     wanted = {name: base.pristine / name
               for name in walk(base.pristine, gone)}
-    wanted.update(borrowed)
     wanted.update((name, patched / name) for name in touched
                   if (patched / name).exists())
     wanted.update(ours)
-    return Contents(wanted, ours, borrowed)
+    return Contents(wanted, ours)
 
 
 def same(source: Path, target: Path) -> bool:
@@ -273,15 +268,13 @@ def main() -> int:
     parser.add_argument('--flavour', choices=FLAVOURS, required=True)
     parser.add_argument('--base', default=REFERENCE)
     parser.add_argument('--pristine', type=Path, required=True)
-    parser.add_argument('--reference', type=Path,
-                        help="the reference's pristine source")
     parser.add_argument('--tree', type=Path, required=True)
     parser.add_argument('--check', action='store_true',
                         help='change nothing, fail if the tree is stale')
     parser.add_argument('--list', action='store_true',
                         help='print the files that do not come from QEMU')
     args = parser.parse_args()
-    base = Base(args.base, args.pristine, args.reference)
+    base = Base(args.base, args.pristine)
 
     with tempfile.TemporaryDirectory() as staging:
         try:

@@ -54,7 +54,7 @@ def flake8(_args: argparse.Namespace) -> bool:
 
 def mypy(args: argparse.Namespace) -> bool:
     """All of our Python: each folder is a program of its own."""
-    python = str(args.modules / 'python')
+    python = str(args.tree / 'python')
     good = True
     folders = sorted((ROOT / 'tools').iterdir())
     # they use modules of each other
@@ -133,7 +133,6 @@ def main() -> int:
     parser.add_argument('tool', choices=TOOLS)
     parser.add_argument('--build', type=Path, required=True)
     parser.add_argument('--tree', type=Path, required=True)
-    parser.add_argument('--modules', type=Path, required=True)
     args = parser.parse_args()
     return 0 if TOOLS[args.tool](args) else 1
 

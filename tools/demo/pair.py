@@ -248,8 +248,7 @@ class ColoPair:
             return False
         ordered = [jobs[f'sync{disk}'] for disk in self.disks]
         progress([job['offset'] / (job['len'] or 1) for job in ordered])
-        # old QEMUs do not tell: they are ready no sooner than that
-        return all(job['ready'] and job.get('actively-synced', True)
+        return all(job['ready'] and job['actively-synced']
                    for job in ordered)
 
     def _check_mirrors(self, side: Side) -> None:

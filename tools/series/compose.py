@@ -14,7 +14,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 from gitrepo import (Failure, Identity, NOBODY, Repository, clean_environment,
                      configured, run)
-from manifest import BORROWED, HERE, Step, read_steps
+from manifest import HERE, Step, read_steps
 
 sys.path.insert(0, str(HERE.parent / 'base'))
 # pylint: disable=wrong-import-position
@@ -85,8 +85,7 @@ def apply_step(repository: Repository, step: Step,
     for name in step.patches:
         repository.run(['apply', '--cached', files[name]])
     for name in step.files:
-        where = name[len(BORROWED):] if name.startswith(BORROWED) else name
-        repository.put(where, files[name])
+        repository.put(name, files[name])
 
 
 class Composer:
@@ -119,8 +118,6 @@ class Composer:
                    if self.pristine not in source.parents}
         files = dict(contents.ours, MAINTAINERS=changed['MAINTAINERS'])
         files.update(self.base.patches())
-        files.update((BORROWED + name, source)
-                     for name, source in contents.borrowed.items())
         steps = read_steps(files, self.base.name == REFERENCE)
         base = tip = self.commit_base()
         for step in steps:
@@ -227,9 +224,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         f'bases/, by default {REFERENCE}')
     parser.add_argument('--pristine', type=Path, required=True,
                         help=argparse.SUPPRESS)
-    parser.add_argument('--reference', type=Path, help=argparse.SUPPRESS)
 
 
 def base_of(args: argparse.Namespace) -> Base:
     """The base that the arguments name."""
-    return Base(args.base, args.pristine, args.reference)
+    return Base(args.base, args.pristine)

@@ -12,8 +12,6 @@ HERE = Path(__file__).resolve().parent
 MANIFEST = HERE / 'manifest'
 MESSAGES = HERE / 'messages'
 PATCHES = 'patches/'
-# files that a base is given from the reference's QEMU
-BORROWED = 'borrowed/'
 
 
 class Step(NamedTuple):
@@ -71,8 +69,7 @@ def sort_out(names: Iterable[str], lines: List[Line],
             found[line].append(name)
     if lost:
         raise Failure(f'{MANIFEST} puts these into no patch: {lost}')
-    empty = [line.pattern for line in lines
-             if not found[line] and not line.pattern.startswith(BORROWED)]
+    empty = [line.pattern for line in lines if not found[line]]
     if empty and complete:
         raise Failure(f'{MANIFEST} names what there is not: {empty}')
     return found

@@ -225,8 +225,7 @@ def is_same(here: Path, there: Path) -> bool:
 
 def tree_complaint(tree: Path, wanted: Dict[str, Path]) -> str:
     """How a tree differs from what is wanted."""
-    # an old configure leaves the second in a git tree
-    have = set(overlay.walk(tree, {'.git', '.git-submodule-status'}))
+    have = set(overlay.walk(tree, {'.git'}))
     different = sorted(have ^ wanted.keys()) + sorted(
         name for name in have & wanted.keys()
         if not is_same(tree / name, wanted[name]))
@@ -275,18 +274,15 @@ def check_apply(series: compose.Series, args: argparse.Namespace,
     shutil.rmtree(tree)
 
 
-def check_patches(tools: Tools, patches: List[Path], borrowed: Set[str],
-                  tally: Tally) -> bool:
+def check_patches(tools: Tools, patches: List[Path], tally: Tally) -> bool:
     """Check each patch in turn; were all applied?"""
     for number, patch in enumerate(patches, 1):
         begin = time.monotonic()
         title = f'{number}/{len(patches)} {patch.stem[5:]}'
         if not tally.count(f'{title}: git am', take(tools.tree, patch)):
             return False
+        tally.count(f'{title}: checkpatch', checkpatch(tools, patch))
         names = overlay.touched_by(patch)
-        # what comes from a newer QEMU stays as it is there
-        if not borrowed.issuperset(names):
-            tally.count(f'{title}: checkpatch', checkpatch(tools, patch))
         if not all(name.startswith(NOT_BUILT) for name in names):
             built = compile_tree(tools, names, title)
             if tally.count(f'{title}: build', built):
@@ -313,7 +309,7 @@ def check(args: argparse.Namespace, tally: Tally) -> None:
     built = compile_tree(tools, [], 'the base, without patches,')
     if not tally.count('the base builds', built):
         return
-    if check_patches(tools, series.patches, set(base.borrowed()), tally):
+    if check_patches(tools, series.patches, tally):
         tally.count('the tree is what ./run build builds',
                     tree_complaint(tools.tree, wanted))
     check_apply(series, args, wanted, tally)
