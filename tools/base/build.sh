@@ -51,6 +51,7 @@ TARGETS=(
 # The same for what QEMU does not have, so that the stock flavour does not.
 OUR_TARGETS=(
     tests/unit/test-write-behind
+    tests/qtest/migration-test
 )
 
 # Print the source of a base, or why there is none; exit status 3.
