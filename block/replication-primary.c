@@ -208,7 +208,7 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
     /* Where no write is forwarded there is nothing to flush, nor to miss */
     if (primary_forwards(bs)) {
         primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
-        write_behind_co_flush(s->primary.queue);
+        write_behind_co_flush(s->primary.queue, false);
     }
 
     return 0;
@@ -381,12 +381,12 @@ static void primary_failover(BlockDriverState *bs, Error **errp)
 static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
-    uint64_t write_behind = qemu_opt_get_size(opts,
-                                              REPLICATION_OPT_WRITE_BEHIND,
-                                              DEFAULT_WRITE_BEHIND);
+    const WriteBehindOptions queue = {
+        .max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
+                                       DEFAULT_WRITE_BEHIND),
+    };
 
-    s->primary.queue = write_behind_new(bs, write_behind,
-                                        primary_forward_failed);
+    s->primary.queue = write_behind_new(bs, &queue, primary_forward_failed);
 
     /*
      * A write of zeroes that must not fall back to data could succeed on one

@@ -9,7 +9,6 @@
 #include "block/block_int.h"
 #include "block/reqlist.h"
 #include "block/write-behind.h"
-#include "qemu/co-shared-resource.h"
 #include "qemu/interval-tree.h"
 #include "qemu/lockable.h"
 #include "qemu/range.h"
@@ -23,6 +22,9 @@
  * MAX_IN_FLIGHT, if of 4 KiB, would not fit in the buffer of a unix socket.
  */
 #define FULL_BATCH (MAX_IN_FLIGHT / 2)
+
+/* The time without progress is measured in so many ticks */
+#define TIMEOUT_TICKS 4
 
 /* A request that changes the disk */
 typedef struct WriteBehindReq {
@@ -41,6 +43,7 @@ typedef struct WriteBehindReq {
     uint64_t room;
     QEMUIOVector copy;
     bool done;
+    int ret;
 
     /* Ascending, without gaps, in the order of arrival */
     uint64_t seq;
@@ -62,17 +65,19 @@ typedef struct WriteBehindReq {
 
 struct WriteBehind {
     BlockDriverState *bs;
-    uint64_t max_bytes;
+    WriteBehindOptions opts;
     WriteBehindErrorFunc *on_error;
-
-    /* The memory that is not taken */
-    SharedResource *room;
 
     /* Held while waiting for room, lest small requests overtake large ones */
     CoMutex admission;
 
     /* Protects all that follows */
     QemuMutex lock;
+
+    /* The memory that is taken, and who waits until @room_wanted is not */
+    uint64_t room_taken;
+    uint64_t room_wanted;
+    CoQueue room_waiter;
 
     /* Requests that were not begun, by their age and by their place */
     QTAILQ_HEAD(, WriteBehindReq) fifo;
@@ -113,34 +118,54 @@ struct WriteBehind {
     /* A negative errno: nothing is sent any more */
     int error;
 
+    /*
+     * Runs in the main loop while anything is pending, unless it has given the
+     * child up.  It counts ticks in which nothing was completed, rather than
+     * look at the clock, so that time in which we were stopped does not count.
+     */
+    QEMUTimer *timer;
+    bool watching;
+    bool hung_up;
+    bool progress;
+    unsigned idle_ticks;
+
     WriteBehindStats stats;
 };
 
-WriteBehind *write_behind_new(BlockDriverState *bs, uint64_t max_bytes,
+static void write_behind_tick(void *opaque);
+
+WriteBehind *write_behind_new(BlockDriverState *bs,
+                              const WriteBehindOptions *opts,
                               WriteBehindErrorFunc *on_error)
 {
     WriteBehind *wb = g_new0(WriteBehind, 1);
 
+    GLOBAL_STATE_CODE();
+
     wb->bs = bs;
-    wb->max_bytes = max_bytes;
+    wb->opts = *opts;
     wb->on_error = on_error;
-    wb->room = shres_create(max_bytes);
     qemu_co_mutex_init(&wb->admission);
     qemu_mutex_init(&wb->lock);
+    qemu_co_queue_init(&wb->room_waiter);
     QTAILQ_INIT(&wb->fifo);
     QLIST_INIT(&wb->in_flight);
     qemu_co_queue_init(&wb->flush_waiters);
+    /* Has to run while the main loop waits for the requests in flight */
+    wb->timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
+                              SCALE_NS, write_behind_tick, wb);
 
     return wb;
 }
 
 void write_behind_free(WriteBehind *wb)
 {
+    GLOBAL_STATE_CODE();
     assert(!wb->beginning && !wb->nb_in_flight && !wb->flushing);
     assert(QTAILQ_EMPTY(&wb->fifo));
 
+    timer_free(wb->timer);
     qemu_mutex_destroy(&wb->lock);
-    shres_destroy(wb->room);
     g_free(wb);
 }
 
@@ -162,20 +187,39 @@ write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
     qemu_co_queue_restart_all(&req->waiters);
 }
 
+static bool write_behind_has_room(WriteBehind *wb, uint64_t room)
+{
+    return wb->room_taken + room <= wb->opts.max_bytes;
+}
+
+static void coroutine_fn write_behind_wake_room_waiter(WriteBehind *wb)
+{
+    if (wb->error || write_behind_has_room(wb, wb->room_wanted)) {
+        qemu_co_queue_restart_all(&wb->room_waiter);
+    }
+}
+
+static void coroutine_fn write_behind_put_room(WriteBehind *wb, uint64_t room)
+{
+    wb->room_taken -= room;
+    write_behind_wake_room_waiter(wb);
+}
+
 /* The request is neither queued nor in flight any more */
 static void coroutine_fn
-write_behind_finish(WriteBehind *wb, WriteBehindReq *req)
+write_behind_finish(WriteBehind *wb, WriteBehindReq *req, int ret)
 {
     wb->stats.pending_requests--;
     wb->stats.pending_bytes -= req->room;
 
     if (!req->room) {
         req->done = true;
+        req->ret = ret;
         qemu_co_queue_restart_all(&req->waiters);
         return;
     }
 
-    co_put_to_shres(wb->room, req->room);
+    write_behind_put_room(wb, req->room);
     g_free(req);
 }
 
@@ -186,14 +230,15 @@ static void coroutine_fn write_behind_drop_all(WriteBehind *wb)
     QTAILQ_FOREACH_SAFE(req, &wb->fifo, next, next) {
         write_behind_dequeue(wb, req);
         wb->stats.dropped_requests++;
-        write_behind_finish(wb, req);
+        write_behind_finish(wb, req, wb->error);
     }
 
+    write_behind_wake_room_waiter(wb);
     wb->flush_wanted = wb->flush_target = wb->flushed;
     qemu_co_queue_restart_all(&wb->flush_waiters);
 }
 
-static void coroutine_fn
+static void
 write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
 {
     if (!wb->error) {
@@ -236,7 +281,7 @@ write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
         wb->stats.superseded_requests++;
         wb->stats.superseded_bytes += old->bytes;
         write_behind_dequeue(wb, old);
-        write_behind_finish(wb, old);
+        write_behind_finish(wb, old, 0);
     }
 }
 
@@ -279,7 +324,7 @@ static bool write_behind_gathers(WriteBehind *wb)
     }
 
     return !wb->batch && !wb->waiting &&
-           wb->stats.pending_bytes < wb->max_bytes / 2 &&
+           wb->stats.pending_bytes < wb->opts.max_bytes / 2 &&
            !qatomic_read(&wb->bs->quiesce_counter);
 }
 
@@ -299,10 +344,33 @@ static WriteBehindReq *write_behind_next(WriteBehind *wb)
     return req;
 }
 
+/*
+ * The child may have become smaller than it was when the guest's disk was put
+ * above it, and what is beyond its end is refused by an assertion there.  The
+ * same goes for filters: each remembers the size.
+ */
+static bool coroutine_fn GRAPH_RDLOCK
+write_behind_is_in_bounds(WriteBehind *wb, WriteBehindReq *req)
+{
+    BlockDriverState *bs;
+
+    for (bs = wb->bs->file->bs; bs; bs = bdrv_filter_bs(bs)) {
+        if (bdrv_co_getlength(bs) < req->offset + req->bytes) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 write_behind_send(WriteBehind *wb, WriteBehindReq *req)
 {
     BdrvChild *child = wb->bs->file;
+
+    if (!write_behind_is_in_bounds(wb, req)) {
+        return -EIO;
+    }
 
     switch (req->type) {
     case WRITE_BEHIND_WRITE:
@@ -329,6 +397,7 @@ static int coroutine_fn write_behind_do(WriteBehind *wb, WriteBehindReq *req)
     ret = write_behind_send(wb, req);
     bdrv_graph_co_rdunlock();
     qemu_mutex_lock(&wb->lock);
+    wb->progress = true;
 
     if (ret < 0) {
         wb->stats.failed_requests++;
@@ -342,7 +411,8 @@ static bool write_behind_has_work(WriteBehind *wb)
 {
     if (wb->error) {
         /* To be dropped, and who waits for it to be woken */
-        return !QTAILQ_EMPTY(&wb->fifo) || wb->flush_wanted != wb->flushed;
+        return !QTAILQ_EMPTY(&wb->fifo) || wb->flush_wanted != wb->flushed ||
+               !qemu_co_queue_empty(&wb->room_waiter);
     }
 
     return write_behind_next(wb) || write_behind_may_flush(wb);
@@ -362,6 +432,67 @@ static void write_behind_kick(WriteBehind *wb)
     bdrv_inc_in_flight(wb->bs);
     aio_co_schedule(bdrv_get_aio_context(wb->bs),
                     qemu_coroutine_create(write_behind_begin, wb));
+}
+
+static bool write_behind_is_pending(WriteBehind *wb)
+{
+    return wb->stats.pending_requests || wb->flushing;
+}
+
+static void write_behind_next_tick(WriteBehind *wb)
+{
+    int64_t tick = MAX(wb->opts.timeout_ms * SCALE_MS / TIMEOUT_TICKS, 1);
+
+    wb->watching = true;
+    timer_mod(wb->timer, qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + tick);
+}
+
+/* Called before anything is sent */
+static void write_behind_watch(WriteBehind *wb)
+{
+    if (!wb->nb_in_flight && !wb->flushing) {
+        wb->progress = true;
+    }
+    if (wb->opts.timeout_ms && !wb->watching && !wb->hung_up) {
+        write_behind_next_tick(wb);
+    }
+}
+
+/* With the lock.  Whether the child has to be given up. */
+static bool write_behind_is_stuck(WriteBehind *wb)
+{
+    wb->watching = false;
+    if (!write_behind_is_pending(wb)) {
+        return false;
+    }
+
+    wb->idle_ticks = wb->progress ? 0 : wb->idle_ticks + 1;
+    wb->progress = false;
+    if (wb->idle_ticks < TIMEOUT_TICKS) {
+        write_behind_next_tick(wb);
+        return false;
+    }
+
+    return true;
+}
+
+static void write_behind_tick(void *opaque)
+{
+    WriteBehind *wb = opaque;
+    WriteBehindReq *oldest;
+
+    WITH_QEMU_LOCK_GUARD(&wb->lock) {
+        if (!write_behind_is_stuck(wb)) {
+            return;
+        }
+        wb->hung_up = true;
+        oldest = write_behind_oldest(wb);
+        write_behind_fail(wb, oldest ? oldest->type : WRITE_BEHIND_FLUSH,
+                          -ETIMEDOUT);
+        write_behind_kick(wb);
+    }
+
+    wb->opts.hang_up(wb->bs);
 }
 
 /* Until write_behind_end_wait(), send whatever there is.  With the lock. */
@@ -393,8 +524,9 @@ static void coroutine_fn write_behind_do_request(void *opaque)
 {
     WriteBehindReq *req = opaque;
     WriteBehind *wb = req->wb;
+    int ret = write_behind_do(wb, req);
 
-    if (write_behind_do(wb, req) >= 0) {
+    if (ret >= 0) {
         wb->stats.sent_requests++;
         if (req->type != WRITE_BEHIND_DISCARD) {
             wb->stats.sent_bytes += req->bytes;
@@ -402,7 +534,7 @@ static void coroutine_fn write_behind_do_request(void *opaque)
     }
     reqlist_remove_req(&req->in_flight);
     wb->nb_in_flight--;
-    write_behind_finish(wb, req);
+    write_behind_finish(wb, req, MIN(ret, 0));
     write_behind_end(wb);
 }
 
@@ -426,6 +558,7 @@ static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
     WriteBehindReq *req = write_behind_next(wb);
 
     if (write_behind_may_flush(wb)) {
+        write_behind_watch(wb);
         wb->flushing = true;
         return qemu_coroutine_create(write_behind_do_flush, wb);
     }
@@ -433,6 +566,7 @@ static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
         return NULL;
     }
 
+    write_behind_watch(wb);
     write_behind_dequeue(wb, req);
     reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
     wb->nb_in_flight++;
@@ -464,8 +598,8 @@ static void coroutine_fn write_behind_begin(void *opaque)
     write_behind_end(wb);
 }
 
-/* With the lock.  Whether @req is queued: otherwise it is dropped. */
-static bool coroutine_fn
+/* With the lock.  If this returns an error, @req was dropped. */
+static int coroutine_fn
 write_behind_add(WriteBehind *wb, WriteBehindReq *req)
 {
     WriteBehindStats *stats = &wb->stats;
@@ -478,8 +612,8 @@ write_behind_add(WriteBehind *wb, WriteBehindReq *req)
 
     if (wb->error) {
         stats->dropped_requests++;
-        write_behind_finish(wb, req);
-        return false;
+        write_behind_finish(wb, req, wb->error);
+        return wb->error;
     }
 
     req->seq = ++wb->last_seq;
@@ -488,11 +622,11 @@ write_behind_add(WriteBehind *wb, WriteBehindReq *req)
     write_behind_enqueue(wb, req);
     write_behind_kick(wb);
 
-    return true;
+    return 0;
 }
 
 /* Queue @req, which is the caller's, and wait until it is done */
-static void coroutine_fn
+static int coroutine_fn
 write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
 {
     QEMU_LOCK_GUARD(&wb->lock);
@@ -503,6 +637,21 @@ write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
         qemu_co_queue_wait(&req->waiters, &wb->lock);
     }
     write_behind_end_wait(wb);
+
+    return req->ret;
+}
+
+/* Whoever comes later waits behind.  After an error, there is room. */
+static void coroutine_fn write_behind_get_room(WriteBehind *wb, uint64_t room)
+{
+    QEMU_LOCK_GUARD(&wb->admission);
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    wb->room_wanted = room;
+    while (!write_behind_has_room(wb, room) && !wb->error) {
+        qemu_co_queue_wait(&wb->room_waiter, &wb->lock);
+    }
+    wb->room_taken += room;
 }
 
 /*
@@ -516,13 +665,11 @@ write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
     uint64_t room = sizeof(*req) + bytes;
     WriteBehindReq *taken;
 
-    if (room > wb->max_bytes) {
+    if (room > wb->opts.max_bytes) {
         return NULL;
     }
 
-    WITH_QEMU_LOCK_GUARD(&wb->admission) {
-        co_get_from_shres(wb->room, room);
-    }
+    write_behind_get_room(wb, room);
 
     /*
      * The data is behind the request, and not aligned: with an allocator that
@@ -530,7 +677,8 @@ write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
      */
     taken = g_try_malloc(room);
     if (!taken) {
-        co_put_to_shres(wb->room, room);
+        QEMU_LOCK_GUARD(&wb->lock);
+        write_behind_put_room(wb, room);
         return NULL;
     }
 
@@ -547,30 +695,30 @@ write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
     return taken;
 }
 
-static void coroutine_fn GRAPH_RDLOCK
+static int coroutine_fn GRAPH_RDLOCK
 write_behind_co_request(WriteBehind *wb, WriteBehindReq req)
 {
     WriteBehindReq *taken;
 
     if (!req.bytes) {
-        return;
+        return 0;
     }
 
     taken = write_behind_take(wb, &req);
-    if (taken) {
-        QEMU_LOCK_GUARD(&wb->lock);
-        write_behind_add(wb, taken);
-    } else {
-        write_behind_add_and_wait(wb, &req);
+    if (!taken) {
+        return write_behind_add_and_wait(wb, &req);
     }
+
+    QEMU_LOCK_GUARD(&wb->lock);
+    return write_behind_add(wb, taken);
 }
 
-void coroutine_fn
+int coroutine_fn
 write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
                         QEMUIOVector *qiov, size_t qiov_offset,
                         BdrvRequestFlags flags)
 {
-    write_behind_co_request(wb, (WriteBehindReq) {
+    return write_behind_co_request(wb, (WriteBehindReq) {
         .wb             = wb,
         .type           = WRITE_BEHIND_WRITE,
         .offset         = offset,
@@ -581,11 +729,11 @@ write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
     });
 }
 
-void coroutine_fn
+int coroutine_fn
 write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
                               BdrvRequestFlags flags)
 {
-    write_behind_co_request(wb, (WriteBehindReq) {
+    return write_behind_co_request(wb, (WriteBehindReq) {
         .wb             = wb,
         .type           = WRITE_BEHIND_ZEROES,
         .offset         = offset,
@@ -594,10 +742,10 @@ write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
     });
 }
 
-void coroutine_fn
+int coroutine_fn
 write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
-    write_behind_co_request(wb, (WriteBehindReq) {
+    return write_behind_co_request(wb, (WriteBehindReq) {
         .wb             = wb,
         .type           = WRITE_BEHIND_DISCARD,
         .offset         = offset,
@@ -605,7 +753,7 @@ write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
     });
 }
 
-void coroutine_fn write_behind_co_flush(WriteBehind *wb)
+int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
 {
     uint64_t seq;
 
@@ -613,14 +761,23 @@ void coroutine_fn write_behind_co_flush(WriteBehind *wb)
 
     seq = wb->last_seq;
     if (wb->error || seq <= wb->flushed) {
-        return;
+        return wb->error;
     }
 
     wb->flush_wanted = seq;
     write_behind_kick(wb);
-    while (!wb->max_bytes && wb->flushed < seq && !wb->error) {
+    if (!wait && wb->opts.max_bytes) {
+        return 0;
+    }
+
+    /* No younger request may take the place of one that we wait for */
+    write_behind_begin_wait(wb);
+    while (wb->flushed < seq && !wb->error) {
         qemu_co_queue_wait(&wb->flush_waiters, &wb->lock);
     }
+    write_behind_end_wait(wb);
+
+    return wb->flushed < seq ? wb->error : 0;
 }
 
 /*
@@ -695,9 +852,9 @@ void write_behind_abandon(WriteBehind *wb)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    /* If anything is queued, there is a coroutine that will see this */
     if (!wb->error) {
         wb->error = -ECANCELED;
+        write_behind_kick(wb);
     }
 }
 

@@ -12,6 +12,7 @@
  * - A request that was not begun when a newer one covers all of it is not sent.
  * - The first failure is reported once.  Then whatever is queued is dropped,
  *   and so is everything that comes later, lest it end up on top of a hole.
+ * - If the child does not complete anything for too long, that is a failure.
  * - Requests in the queue count as requests in flight on the node: when it is
  *   drained, the queue is empty.
  *
@@ -58,37 +59,65 @@ typedef struct WriteBehindStats {
 } WriteBehindStats;
 
 /*
- * Called in a coroutine for the first request of a queue that fails, with a
- * negative errno.  Must not yield, nor call any function of the queue.
+ * Called for the first request of a queue that fails, with a negative errno.
+ * In any thread, with a lock held: must not yield, nor call any function of
+ * the queue.
  */
 typedef void WriteBehindErrorFunc(BlockDriverState *bs, WriteBehindType type,
                                   int ret);
 
 /*
- * Create the queue of @bs, a node whose requests go to bs->file.  The requests
- * in it take up to @max_bytes of memory.  When there is no room, or if a
- * request is larger than that, it waits; with 0, all do.
+ * Called at most once, in the main loop, when nothing has been completed for
+ * too long: to end what hangs in the child.  Must not poll.
  */
-WriteBehind *write_behind_new(BlockDriverState *bs, uint64_t max_bytes,
+typedef void WriteBehindHangUpFunc(BlockDriverState *bs);
+
+typedef struct WriteBehindOptions {
+    /*
+     * The memory that requests in the queue may take.  When there is no room,
+     * or if a request is larger than that, it waits; with 0, all do.
+     */
+    uint64_t max_bytes;
+
+    /*
+     * If not 0, a request waits as well while more is in the queue than the
+     * child lately completed in this time.
+     */
+    uint64_t max_ms;
+
+    /* If not 0, the child has to complete something in this time */
+    uint64_t timeout_ms;
+    WriteBehindHangUpFunc *hang_up;
+} WriteBehindOptions;
+
+/* Create the queue of @bs, a node whose requests go to bs->file */
+WriteBehind *write_behind_new(BlockDriverState *bs,
+                              const WriteBehindOptions *opts,
                               WriteBehindErrorFunc *on_error);
 
 /* To be called when @bs is drained */
 void write_behind_free(WriteBehind *wb);
 
 /*
- * The requests.  They return when they are queued, or if they have to wait, as
- * said above, when the child has done them.  None of them returns an error.
+ * The requests.  They return 0 when they are queued, or if they have to wait,
+ * as said above, when the child has done them.  If the queue has failed, they
+ * are dropped and return the error, a negative errno.
  */
-void coroutine_fn GRAPH_RDLOCK
+int coroutine_fn GRAPH_RDLOCK
 write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
                         QEMUIOVector *qiov, size_t qiov_offset,
                         BdrvRequestFlags flags);
-void coroutine_fn GRAPH_RDLOCK
+int coroutine_fn GRAPH_RDLOCK
 write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
                               BdrvRequestFlags flags);
-void coroutine_fn GRAPH_RDLOCK
+int coroutine_fn GRAPH_RDLOCK
 write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes);
-void coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb);
+
+/*
+ * Flush what was queued before.  If @wait, or without a queue, return when the
+ * child has done it, or with the error of the queue.
+ */
+int coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb, bool wait);
 
 /* Wait for what is queued or in flight now and touches this range */
 void coroutine_fn GRAPH_RDLOCK

@@ -54,7 +54,12 @@ static struct {
     int errors;
     WriteBehindType error_type;
     int error;
+    int hang_ups;
+    bool flush_waits;
 } filter;
+
+/* What setup() gives the next queue, but for the memory */
+static WriteBehindOptions filter_opts;
 
 static bool overlap(const ChildReq *a, const ChildReq *b)
 {
@@ -190,35 +195,36 @@ static void filter_error(BlockDriverState *bs, WriteBehindType type, int ret)
     filter.error = ret;
 }
 
+static void filter_hang_up(BlockDriverState *bs)
+{
+    filter.hang_ups++;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 filter_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                        QEMUIOVector *qiov, size_t qiov_offset,
                        BdrvRequestFlags flags)
 {
-    write_behind_co_pwritev(filter.queue, offset, bytes, qiov, qiov_offset,
-                            flags);
-    return 0;
+    return write_behind_co_pwritev(filter.queue, offset, bytes, qiov, qiov_offset,
+                                   flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 filter_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
                         BdrvRequestFlags flags)
 {
-    write_behind_co_pwrite_zeroes(filter.queue, offset, bytes, flags);
-    return 0;
+    return write_behind_co_pwrite_zeroes(filter.queue, offset, bytes, flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 filter_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    write_behind_co_pdiscard(filter.queue, offset, bytes);
-    return 0;
+    return write_behind_co_pdiscard(filter.queue, offset, bytes);
 }
 
 static int coroutine_fn GRAPH_RDLOCK filter_co_flush(BlockDriverState *bs)
 {
-    write_behind_co_flush(filter.queue);
-    return 0;
+    return write_behind_co_flush(filter.queue, filter.flush_waits);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -258,6 +264,7 @@ static BlockDriver bdrv_filter = {
 
 static void setup(uint64_t max_bytes)
 {
+    WriteBehindOptions opts = filter_opts;
     BlockDriverState *child_bs, *filter_bs;
 
     memset(&filter, 0, sizeof(filter));
@@ -281,7 +288,8 @@ static void setup(uint64_t max_bytes)
         filter_bs, child_bs, "file", &child_of_bds,
         BDRV_CHILD_FILTERED | BDRV_CHILD_PRIMARY, &error_abort);
     bdrv_graph_wrunlock();
-    filter.queue = write_behind_new(filter_bs, max_bytes, filter_error);
+    opts.max_bytes = max_bytes;
+    filter.queue = write_behind_new(filter_bs, &opts, filter_error);
 
     filter.blk = blk_new(qemu_get_aio_context(),
                          BLK_PERM_WRITE | BLK_PERM_CONSISTENT_READ,
@@ -336,13 +344,15 @@ typedef struct GuestReq {
     int64_t offset;
     int64_t bytes;
     bool done;
+    int ret;
+    int expected;
 } GuestReq;
 
 static void guest_done(void *opaque, int ret)
 {
     GuestReq *req = opaque;
 
-    g_assert_cmpint(ret, ==, 0);
+    req->ret = ret;
     req->done = true;
 }
 
@@ -383,6 +393,7 @@ static GuestReq *guest_begin(WriteBehindType type, int first, int nb_cells,
 static void guest_free(GuestReq *req)
 {
     g_assert(req->done);
+    g_assert_cmpint(req->ret, ==, req->expected);
     g_free(req->buf);
     g_free(req);
 }
@@ -392,6 +403,16 @@ static void guest_do(WriteBehindType type, int first, int nb_cells,
                      uint32_t value, BdrvRequestFlags flags)
 {
     guest_free(guest_begin(type, first, nb_cells, value, flags));
+}
+
+/* The same, but the queue has failed */
+static void guest_fail(WriteBehindType type, int first, int nb_cells,
+                       int error)
+{
+    GuestReq *req = guest_begin(type, first, nb_cells, 1, 0);
+
+    req->expected = error;
+    guest_free(req);
 }
 
 static void guest_write(int first, int nb_cells, uint32_t value)
@@ -675,15 +696,16 @@ static void test_error(void)
     g_assert_cmpint(filter.errors, ==, 1);
 
     g_string_truncate(child.log, 0);
-    guest_write(0, 4, 4);
-    guest_do(WRITE_BEHIND_DISCARD, 0, 4, 4, 0);
-    guest_flush();
+    guest_fail(WRITE_BEHIND_WRITE, 0, 4, -ENOSPC);
+    guest_fail(WRITE_BEHIND_DISCARD, 0, 4, -ENOSPC);
+    guest_fail(WRITE_BEHIND_FLUSH, 0, 0, -ENOSPC);
     assert_log("");
     stats = get_stats();
     g_assert_cmpuint(stats.sent_requests, ==, 2);
     g_assert_cmpuint(stats.dropped_requests, ==, 2);
     g_assert_cmpuint(stats.pending_requests, ==, 0);
 
+    waiting->expected = -ENOSPC;
     guest_free(waiting);
     teardown();
 }
@@ -717,6 +739,7 @@ static void test_error_ends_wait(void)
     g_assert(write->done);
     g_assert(flush->done);
     assert_log("w0+4 ");
+    write->expected = flush->expected = -EIO;
     guest_free(write);
     guest_free(flush);
     teardown();
@@ -732,9 +755,151 @@ static void test_flush_error(void)
     release_first(-EIO);
     g_assert_cmpint(filter.errors, ==, 1);
     g_assert_cmpint(filter.error_type, ==, WRITE_BEHIND_FLUSH);
-    guest_flush();
+    guest_fail(WRITE_BEHIND_FLUSH, 0, 0, -EIO);
     assert_log("w0+4 f ");
     teardown();
+}
+
+/* With a queue, somebody may want to know all the same */
+static void test_flush_waits(void)
+{
+    GuestReq *flush;
+
+    setup(1 << 20);
+    filter.flush_waits = true;
+    guest_write(0, 4, 1);
+    guest_write(8, 4, 2);
+    flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
+    /* Does not take the place of what the flush waits for */
+    guest_write(8, 4, 3);
+    release_first(0);
+    assert_log("w0+4 w8+4 ");
+    release_first(0);
+    g_assert(!flush->done);
+    assert_log("w0+4 w8+4 f w8+4 ");
+    release_first(0);
+    g_assert(flush->done);
+    assert_cells(child.stable, 8, 4, 2);
+    guest_free(flush);
+
+    flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
+    release_first(0);
+    g_assert(!flush->done);
+    release_first(-EIO);
+    g_assert(flush->done);
+    flush->expected = -EIO;
+    guest_free(flush);
+    teardown();
+}
+
+static void shrink_child(void)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    blk_bs(filter.blk)->file->bs->total_sectors--;
+}
+
+/* What is beyond the end of the child is a failure like any other */
+static void test_short(void)
+{
+    setup(1 << 20);
+    shrink_child();
+    guest_write(NB_CELLS - 128 - 4, 4, 1);
+    release_all();
+    g_assert_cmpint(filter.errors, ==, 0);
+    guest_write(NB_CELLS - 128 - 4, 5, 2);
+    g_assert_cmpint(filter.errors, ==, 1);
+    g_assert_cmpint(filter.error, ==, -EIO);
+    guest_fail(WRITE_BEHIND_WRITE, 0, 4, -EIO);
+    assert_cells(child.data, NB_CELLS - 128 - 4, 4, 1);
+    teardown();
+}
+
+static void wait_for_hang_up(void)
+{
+    while (!filter.hang_ups) {
+        aio_poll(qemu_get_aio_context(), true);
+    }
+    run();
+}
+
+/* Whoever waits for room, or for the child to flush, goes on */
+static void test_timeout(void)
+{
+    GuestReq *room, *behind, *flush;
+
+    filter_opts = (WriteBehindOptions) {
+        .timeout_ms = 20,
+        .hang_up    = filter_hang_up,
+    };
+    setup(1000);
+    guest_write(0, 4, 1);
+    guest_write(0, 4, 2);
+    room = guest_begin(WRITE_BEHIND_WRITE, 8, 120, 3, 0);
+    behind = guest_begin(WRITE_BEHIND_WRITE, 8, 4, 3, 0);
+    filter.flush_waits = true;
+    flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
+    g_assert(!room->done && !behind->done && !flush->done);
+
+    wait_for_hang_up();
+    g_assert(room->done && behind->done && flush->done);
+    room->expected = behind->expected = flush->expected = -ETIMEDOUT;
+    g_assert_cmpint(filter.errors, ==, 1);
+    g_assert_cmpint(filter.error, ==, -ETIMEDOUT);
+    guest_fail(WRITE_BEHIND_WRITE, 0, 4, -ETIMEDOUT);
+    release_all();
+    assert_log("w0+4 ");
+
+    guest_free(room);
+    guest_free(behind);
+    guest_free(flush);
+    teardown();
+    filter_opts = (WriteBehindOptions) { };
+}
+
+static void sleep_and_run(int ms)
+{
+    int64_t end = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
+
+    while (qemu_clock_get_ms(QEMU_CLOCK_REALTIME) < end) {
+        run();
+    }
+}
+
+/* Slow is not dead, nor is who has nothing to do */
+static void test_timeout_progress(void)
+{
+    filter_opts = (WriteBehindOptions) {
+        .timeout_ms = 200,
+        .hang_up    = filter_hang_up,
+    };
+    setup(1 << 20);
+    sleep_and_run(250);
+    for (int i = 0; i < 8; i++) {
+        guest_write(8 * i, 4, i);
+    }
+    for (int i = 0; i < 8; i++) {
+        sleep_and_run(50);
+        release_first(0);
+    }
+    guest_flush();
+    sleep_and_run(50);
+    release_first(0);
+    sleep_and_run(250);
+    g_assert_cmpint(filter.hang_ups, ==, 0);
+    g_assert_cmpint(filter.errors, ==, 0);
+
+    /* A flush can hang as well */
+    guest_write(0, 4, 1);
+    release_first(0);
+    guest_flush();
+    assert_log("w0+4 w8+4 w16+4 w24+4 w32+4 w40+4 w48+4 w56+4 f w0+4 f ");
+    wait_for_hang_up();
+    g_assert_cmpint(filter.error_type, ==, WRITE_BEHIND_FLUSH);
+    release_all();
+    g_assert_cmpint(filter.hang_ups, ==, 1);
+    teardown();
+    filter_opts = (WriteBehindOptions) { };
 }
 
 static void test_settle(void)
@@ -777,7 +942,7 @@ static void test_abandon(void)
     guest_write(0, 4, 2);
     guest_flush();
     write_behind_abandon(filter.queue);
-    guest_write(8, 4, 3);
+    guest_fail(WRITE_BEHIND_WRITE, 8, 4, -ECANCELED);
     release_all();
     assert_log("w0+4 ");
     g_assert_cmpint(filter.errors, ==, 0);
@@ -1034,6 +1199,10 @@ int main(int argc, char **argv)
                     test_error_drops_queued);
     g_test_add_func("/write-behind/error-ends-wait", test_error_ends_wait);
     g_test_add_func("/write-behind/flush-error", test_flush_error);
+    g_test_add_func("/write-behind/flush-waits", test_flush_waits);
+    g_test_add_func("/write-behind/short", test_short);
+    g_test_add_func("/write-behind/timeout", test_timeout);
+    g_test_add_func("/write-behind/timeout-progress", test_timeout_progress);
     g_test_add_func("/write-behind/settle", test_settle);
     g_test_add_func("/write-behind/abandon", test_abandon);
     g_test_add_func("/write-behind/drain", test_drain);
