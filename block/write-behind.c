@@ -7,15 +7,15 @@
 #include "qemu/osdep.h"
 #include "block/block-io.h"
 #include "block/block_int.h"
-#include "block/reqlist.h"
 #include "block/write-behind.h"
 #include "qemu/interval-tree.h"
 #include "qemu/lockable.h"
-#include "qemu/range.h"
 #include "qemu/timer.h"
+#include "qemu/units.h"
 
-/* As many requests are in flight at the child at once */
+/* As many requests, and about as many bytes, are in flight at once */
 #define MAX_IN_FLIGHT 64
+#define MAX_IN_FLIGHT_BYTES (32 * MiB)
 
 /*
  * So many queued requests do not wait for those in flight to end.  All of
@@ -23,15 +23,56 @@
  */
 #define FULL_BATCH (MAX_IN_FLIGHT / 2)
 
+/*
+ * What is contiguous is joined until it is as large as this.  More would make
+ * the cost of a request no smaller, and delay what waits for a part of it.
+ */
+#define MAX_JOINED_DATA (1 * MiB)
+#define MAX_JOINED_PARTS 256
+#define MAX_JOINED_ZEROES (16 * MiB)
+
+/* Larger requests are cut, so that a child that is slow shows progress */
+#define MAX_REQUEST (16 * MiB)
+
 /* The time without progress is measured in so many ticks */
 #define TIMEOUT_TICKS 4
 
-/* A request that changes the disk */
+/*
+ * With a bound in time, the first and the smallest of what may be in the queue.
+ * See write_behind_weigh() for the unit.
+ */
+#define FIRST_LIMIT (4 * MiB)
+#define MIN_LIMIT (256 * KiB)
+
+/*
+ * A place in the queue, that of a request, or of somebody who waits for the
+ * requests in a range: its turn comes when all older requests that overlap are
+ * done.
+ */
+typedef struct Place {
+    IntervalTreeNode range;
+
+    /* Ascending in the order of arrival.  The parts of a request share it. */
+    uint64_t seq;
+
+    /* If so, it is in WriteBehind.ready, else in a request's followers */
+    bool ready;
+    QTAILQ_ENTRY(Place) next;
+    QLIST_ENTRY(Place) follow;
+
+    /* Nobody waits any more: the request, or those in the range, are done */
+    bool is_request;
+    bool done;
+    CoQueue waiter;
+} Place;
+
+typedef QTAILQ_HEAD(PlaceList, Place) PlaceList;
+typedef QLIST_HEAD(FollowerList, Place) FollowerList;
+
+/* A request that changes the disk, or what is left of it */
 typedef struct WriteBehindReq {
-    WriteBehind *wb;
+    Place place;
     WriteBehindType type;
-    int64_t offset;
-    int64_t bytes;
     BdrvRequestFlags flags;
     QEMUIOVector *qiov;
     size_t qiov_offset;
@@ -42,26 +83,41 @@ typedef struct WriteBehindReq {
      */
     uint64_t room;
     QEMUIOVector copy;
-    bool done;
     int ret;
 
-    /* Ascending, without gaps, in the order of arrival */
-    uint64_t seq;
+    /* How many of those that we were given it stands for */
+    unsigned requests;
+
+    /* What is counted for it in WriteBehind.weight */
+    uint64_t weight;
+
+    /* When it came, and WriteBehind.carried at that time */
     int64_t since_ns;
+    uint64_t carried;
 
-    /* While it is queued, in WriteBehind.fifo and .queued */
+    /* In WriteBehind.pending */
     QTAILQ_ENTRY(WriteBehindReq) next;
-    IntervalTreeNode place;
+    bool queued;
 
-    /* While it is in flight, in WriteBehind.in_flight */
-    BlockReq in_flight;
-
-    /* Woken when the request ceases to be queued, and when it is done */
-    CoQueue waiters;
+    /* Some of those whose turn comes only after this */
+    FollowerList followers;
 
     /* What @copy consists of */
     uint8_t data[];
 } WriteBehindReq;
+
+/* One or more requests that are contiguous, in flight together */
+typedef struct WriteBehindSend {
+    WriteBehind *wb;
+    PlaceList parts;
+    unsigned nb_parts;
+
+    /* In WriteBehind.in_flight */
+    IntervalTreeNode range;
+
+    /* Of the oldest of them */
+    uint64_t seq;
+} WriteBehindSend;
 
 struct WriteBehind {
     BlockDriverState *bs;
@@ -74,28 +130,51 @@ struct WriteBehind {
     /* Protects all that follows */
     QemuMutex lock;
 
-    /* The memory that is taken, and who waits until @room_wanted is not */
-    uint64_t room_taken;
-    uint64_t room_wanted;
+    /* What is taken, and who waits until there is room for what it wants */
+    uint64_t room;
+    uint64_t weight;
+    uint64_t wanted_room;
+    uint64_t wanted_weight;
     CoQueue room_waiter;
 
-    /* Requests that were not begun, by their age and by their place */
-    QTAILQ_HEAD(, WriteBehindReq) fifo;
+    /*
+     * The weight that the child has completed in all, and what it completes in
+     * opts.max_ms.
+     */
+    uint64_t carried;
+    uint64_t limit;
+    int64_t limit_raised_ns;
+
+    /* All requests by age, and those that were not begun by their range */
+    QTAILQ_HEAD(, WriteBehindReq) pending;
     IntervalTreeRoot queued;
 
-    BlockReqList in_flight;
+    /* Those of @queued that may begin; the others follow one that is pending */
+    PlaceList ready;
+
+    /* WriteBehindSend by their range */
+    IntervalTreeRoot in_flight;
 
     unsigned nb_queued;
     unsigned nb_in_flight;
+    uint64_t in_flight_bytes;
 
     /*
      * As in Nagle's algorithm, requests gather while others are in flight, lest
-     * the guest be disturbed by the end of each of them.  When none is, or when
-     * there are many, @batch of them begin.  None is held back while somebody
-     * is @waiting, or when they take much memory.
+     * the guest be disturbed by the end of each of them, and so that they can
+     * be joined.  When none is, or when there are many, @batch of them begin.
+     * None is held back while somebody is @waiting, or when they take much
+     * memory.
      */
     unsigned batch;
     unsigned waiting;
+
+    /*
+     * What is not younger than this has somebody who waits for it.  No younger
+     * request takes the place of it: who waits must not have to wait for those,
+     * forever if need be.
+     */
+    uint64_t awaited;
 
     /*
      * A coroutine is about to begin whatever can be sent.  This is so, or
@@ -148,8 +227,9 @@ WriteBehind *write_behind_new(BlockDriverState *bs,
     qemu_co_mutex_init(&wb->admission);
     qemu_mutex_init(&wb->lock);
     qemu_co_queue_init(&wb->room_waiter);
-    QTAILQ_INIT(&wb->fifo);
-    QLIST_INIT(&wb->in_flight);
+    wb->limit = FIRST_LIMIT;
+    QTAILQ_INIT(&wb->pending);
+    QTAILQ_INIT(&wb->ready);
     qemu_co_queue_init(&wb->flush_waiters);
     /* Has to run while the main loop waits for the requests in flight */
     wb->timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
@@ -162,64 +242,173 @@ void write_behind_free(WriteBehind *wb)
 {
     GLOBAL_STATE_CODE();
     assert(!wb->beginning && !wb->nb_in_flight && !wb->flushing);
-    assert(QTAILQ_EMPTY(&wb->fifo));
+    assert(QTAILQ_EMPTY(&wb->pending));
 
     timer_free(wb->timer);
     qemu_mutex_destroy(&wb->lock);
     g_free(wb);
 }
 
-static void write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
+static int64_t write_behind_range_bytes(const IntervalTreeNode *range)
 {
-    req->place.start = req->offset;
-    req->place.last = req->offset + req->bytes - 1;
-    interval_tree_insert(&req->place, &wb->queued);
-    QTAILQ_INSERT_TAIL(&wb->fifo, req, next);
-    wb->nb_queued++;
+    return range->last - range->start + 1;
 }
 
-static void coroutine_fn
-write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
+static int64_t write_behind_req_bytes(const WriteBehindReq *req)
 {
-    QTAILQ_REMOVE(&wb->fifo, req, next);
-    interval_tree_remove(&req->place, &wb->queued);
-    wb->nb_queued--;
-    qemu_co_queue_restart_all(&req->waiters);
+    return write_behind_range_bytes(&req->place.range);
 }
 
-static bool write_behind_has_room(WriteBehind *wb, uint64_t room)
+static WriteBehindReq *write_behind_req(Place *place)
 {
-    return wb->room_taken + room <= wb->opts.max_bytes;
+    return container_of(place, WriteBehindReq, place);
+}
+
+/*
+ * How much of the child's time a request takes, in bytes of data that take as
+ * long: each has a cost of its own, and zeroes cost little.  It need not be
+ * right, as what the child completes is measured in the same unit.  But the
+ * better it is, the less does another mix of requests change the measure.
+ */
+static uint64_t write_behind_weigh(WriteBehindType type, int64_t bytes)
+{
+    return 4 * KiB + (type == WRITE_BEHIND_WRITE ? bytes : bytes / 64);
+}
+
+static bool
+write_behind_has_room(WriteBehind *wb, uint64_t room, uint64_t weight)
+{
+    return wb->room + room <= wb->opts.max_bytes &&
+           (!wb->opts.max_ms || !wb->weight ||
+            wb->weight + weight <= wb->limit);
 }
 
 static void coroutine_fn write_behind_wake_room_waiter(WriteBehind *wb)
 {
-    if (wb->error || write_behind_has_room(wb, wb->room_wanted)) {
+    if (wb->error ||
+        write_behind_has_room(wb, wb->wanted_room, wb->wanted_weight)) {
         qemu_co_queue_restart_all(&wb->room_waiter);
     }
 }
 
-static void coroutine_fn write_behind_put_room(WriteBehind *wb, uint64_t room)
+static void coroutine_fn
+write_behind_put_room(WriteBehind *wb, uint64_t room, uint64_t weight)
 {
-    wb->room_taken -= room;
+    wb->room -= room;
+    wb->weight -= weight;
     write_behind_wake_room_waiter(wb);
 }
 
-/* The request is neither queued nor in flight any more */
-static void coroutine_fn
-write_behind_finish(WriteBehind *wb, WriteBehindReq *req, int ret)
+/*
+ * The followers of a request that touches the range and is older than @seq, or
+ * NULL
+ */
+static FollowerList *
+write_behind_find_older(WriteBehind *wb, uint64_t start, uint64_t last,
+                        uint64_t seq)
 {
-    wb->stats.pending_requests--;
-    wb->stats.pending_bytes -= req->room;
+    IntervalTreeNode *node;
 
-    if (!req->room) {
-        req->done = true;
-        req->ret = ret;
-        qemu_co_queue_restart_all(&req->waiters);
+    for (node = interval_tree_iter_first(&wb->in_flight, start, last); node;
+         node = interval_tree_iter_next(node, start, last)) {
+        WriteBehindSend *send = container_of(node, WriteBehindSend, range);
+
+        if (send->seq < seq) {
+            return &write_behind_req(QTAILQ_FIRST(&send->parts))->followers;
+        }
+    }
+    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+         node = interval_tree_iter_next(node, start, last)) {
+        WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
+
+        if (req->place.seq < seq) {
+            return &req->followers;
+        }
+    }
+
+    return NULL;
+}
+
+/*
+ * Let it follow one of the older ones that overlap, or have its turn.  If it
+ * @followed another, that is neither queued nor in flight any more.
+ */
+static void coroutine_fn
+write_behind_line_up(WriteBehind *wb, Place *place, bool followed)
+{
+    FollowerList *followers = write_behind_find_older(wb, place->range.start,
+                                                      place->range.last,
+                                                      place->seq);
+
+    if (followers) {
+        QLIST_INSERT_HEAD(followers, place, follow);
+        return;
+    }
+    if (!place->is_request) {
+        place->done = true;
+        qemu_co_queue_restart_all(&place->waiter);
         return;
     }
 
-    write_behind_put_room(wb, req->room);
+    place->ready = true;
+    if (followed) {
+        /* It is older than most */
+        QTAILQ_INSERT_HEAD(&wb->ready, place, next);
+    } else {
+        QTAILQ_INSERT_TAIL(&wb->ready, place, next);
+    }
+}
+
+static void coroutine_fn
+write_behind_line_up_followers(WriteBehind *wb, WriteBehindReq *req)
+{
+    Place *place;
+
+    while ((place = QLIST_FIRST(&req->followers))) {
+        QLIST_REMOVE(place, follow);
+        write_behind_line_up(wb, place, true);
+    }
+}
+
+static void coroutine_fn
+write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
+{
+    QLIST_INIT(&req->followers);
+    interval_tree_insert(&req->place.range, &wb->queued);
+    req->queued = true;
+    wb->nb_queued++;
+    write_behind_line_up(wb, &req->place, false);
+}
+
+static void write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
+{
+    if (req->place.ready) {
+        QTAILQ_REMOVE(&wb->ready, &req->place, next);
+    } else {
+        QLIST_REMOVE(&req->place, follow);
+    }
+    interval_tree_remove(&req->place.range, &wb->queued);
+    req->queued = false;
+    wb->nb_queued--;
+}
+
+/* The request, which is not queued any more, is not in flight either */
+static void coroutine_fn
+write_behind_finish(WriteBehind *wb, WriteBehindReq *req, int ret)
+{
+    QTAILQ_REMOVE(&wb->pending, req, next);
+    wb->stats.pending_requests -= req->requests;
+    wb->stats.pending_bytes -= req->room;
+    write_behind_line_up_followers(wb, req);
+
+    if (!req->room) {
+        req->ret = ret;
+        req->place.done = true;
+        qemu_co_queue_restart_all(&req->place.waiter);
+        return;
+    }
+
+    write_behind_put_room(wb, req->room, req->weight);
     g_free(req);
 }
 
@@ -227,10 +416,12 @@ static void coroutine_fn write_behind_drop_all(WriteBehind *wb)
 {
     WriteBehindReq *req, *next;
 
-    QTAILQ_FOREACH_SAFE(req, &wb->fifo, next, next) {
-        write_behind_dequeue(wb, req);
-        wb->stats.dropped_requests++;
-        write_behind_finish(wb, req, wb->error);
+    QTAILQ_FOREACH_SAFE(req, &wb->pending, next, next) {
+        if (req->queued) {
+            write_behind_dequeue(wb, req);
+            wb->stats.dropped_requests += req->requests;
+            write_behind_finish(wb, req, wb->error);
+        }
     }
 
     write_behind_wake_room_waiter(wb);
@@ -238,8 +429,7 @@ static void coroutine_fn write_behind_drop_all(WriteBehind *wb)
     qemu_co_queue_restart_all(&wb->flush_waiters);
 }
 
-static void
-write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
+static void write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
 {
     if (!wb->error) {
         wb->error = ret;
@@ -247,58 +437,178 @@ write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
     }
 }
 
-/* Do not send what is queued and will be overwritten at once */
-static void coroutine_fn
-write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
+/*
+ * Whether a part of @old need not be sent because of @req.  Nobody knows what
+ * is there after a discard.
+ */
+static bool write_behind_may_cut(WriteBehind *wb, const WriteBehindReq *old,
+                                 const WriteBehindReq *req)
 {
-    uint64_t start = req->offset;
-    uint64_t last = start + req->bytes - 1;
-    IntervalTreeNode *place, *next;
+    return old->room && old->place.seq > wb->awaited &&
+           (req->type != WRITE_BEHIND_DISCARD || old->type == req->type);
+}
 
-    /*
-     * Nobody knows what is there after a discard.  And who waits for a request
-     * must not have to wait for younger ones, forever if need be.
-     */
-    if (req->type == WRITE_BEHIND_DISCARD || wb->waiting) {
+/* What is left of @req.  It may still follow one that it overlaps no more. */
+static void write_behind_set_range(WriteBehind *wb, WriteBehindReq *req,
+                                   uint64_t start, uint64_t last)
+{
+    IntervalTreeNode *range = &req->place.range;
+    uint64_t weight;
+
+    interval_tree_remove(range, &wb->queued);
+    req->qiov_offset += start - range->start;
+    range->start = start;
+    range->last = last;
+    interval_tree_insert(range, &wb->queued);
+
+    weight = write_behind_weigh(req->type, last - start + 1);
+    wb->weight -= req->weight - weight;
+    req->weight = weight;
+}
+
+/*
+ * Cut what is behind @start off @req, and queue it as a request of its own.
+ * Only without data, and if there is room.
+ */
+static bool coroutine_fn
+write_behind_split(WriteBehind *wb, WriteBehindReq *req, uint64_t start)
+{
+    uint64_t last = req->place.range.last;
+    WriteBehindReq *tail;
+
+    if (req->type == WRITE_BEHIND_WRITE ||
+        wb->room + sizeof(*tail) > wb->opts.max_bytes) {
+        return false;
+    }
+
+    tail = g_new(WriteBehindReq, 1);
+    *tail = *req;
+    tail->room = sizeof(*tail);
+    tail->requests = 0;
+    tail->weight = write_behind_weigh(tail->type, last - start + 1);
+    tail->place.range.start = start;
+    tail->place.ready = false;
+    wb->room += tail->room;
+    wb->weight += tail->weight;
+    wb->stats.pending_bytes += tail->room;
+
+    write_behind_set_range(wb, req, req->place.range.start, start - 1);
+    QTAILQ_INSERT_AFTER(&wb->pending, req, tail, next);
+    write_behind_enqueue(wb, tail);
+
+    return true;
+}
+
+/* Do not send what @old has in this range: @req will be sent for it */
+static void coroutine_fn
+write_behind_cut(WriteBehind *wb, WriteBehindReq *old, WriteBehindReq *req)
+{
+    const IntervalTreeNode *range = &old->place.range;
+    uint64_t start = req->place.range.start;
+    uint64_t last = req->place.range.last;
+    int64_t bytes = write_behind_req_bytes(old);
+
+    if (range->start < start && range->last > last &&
+        !write_behind_split(wb, old, last + 1)) {
         return;
     }
 
-    for (place = interval_tree_iter_first(&wb->queued, start, last); place;
-         place = next) {
-        WriteBehindReq *old = container_of(place, WriteBehindReq, place);
+    /* What makes the old request permanent has to wait for the new one */
+    req->flags |= old->flags & BDRV_REQ_FUA;
+    if (old->place.seq <= wb->flush_wanted) {
+        wb->flush_wanted = req->place.seq;
+    }
 
-        next = interval_tree_iter_next(place, start, last);
-        if (place->start < start || place->last > last || !old->room) {
-            continue;
-        }
-
-        /* What makes the old request permanent has to wait for the new one */
-        req->flags |= old->flags & BDRV_REQ_FUA;
-        if (old->seq <= wb->flush_wanted) {
-            wb->flush_wanted = req->seq;
-        }
-
-        wb->stats.superseded_requests++;
-        wb->stats.superseded_bytes += old->bytes;
+    if (range->start < start) {
+        wb->stats.superseded_bytes += MIN(range->last, last) - start + 1;
+        write_behind_set_range(wb, old, range->start, start - 1);
+    } else if (range->last > last) {
+        wb->stats.superseded_bytes += last - range->start + 1;
+        write_behind_set_range(wb, old, last + 1, range->last);
+    } else {
+        wb->stats.superseded_requests += old->requests;
+        wb->stats.superseded_bytes += bytes;
         write_behind_dequeue(wb, old);
         write_behind_finish(wb, old, 0);
     }
 }
 
-static WriteBehindReq *write_behind_oldest(WriteBehind *wb)
+/*
+ * So that no two requests with data overlap in the queue, unless somebody waits
+ * for one of them: then all can be in flight at once.
+ */
+static void coroutine_fn
+write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
 {
-    WriteBehindReq *oldest = QTAILQ_FIRST(&wb->fifo);
-    BlockReq *r;
+    uint64_t start = req->place.range.start;
+    uint64_t last = req->place.range.last;
+    IntervalTreeNode *node, *next;
 
-    QLIST_FOREACH(r, &wb->in_flight, list) {
-        WriteBehindReq *req = container_of(r, WriteBehindReq, in_flight);
+    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+         node = next) {
+        WriteBehindReq *old = container_of(node, WriteBehindReq, place.range);
 
-        if (!oldest || req->seq < oldest->seq) {
-            oldest = req;
+        next = interval_tree_iter_next(node, start, last);
+        if (write_behind_may_cut(wb, old, req)) {
+            write_behind_cut(wb, old, req);
+        }
+    }
+}
+
+/* The youngest request that is queued and touches the range, or NULL */
+static WriteBehindReq *
+write_behind_find_youngest(WriteBehind *wb, uint64_t start, uint64_t last)
+{
+    WriteBehindReq *youngest = NULL;
+    IntervalTreeNode *node;
+
+    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+         node = interval_tree_iter_next(node, start, last)) {
+        WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
+
+        if (!youngest || req->place.seq > youngest->place.seq) {
+            youngest = req;
         }
     }
 
-    return oldest;
+    return youngest;
+}
+
+/*
+ * If @req is in the midst of a write that is queued, change the data of that.
+ * It has to be the youngest there, lest another come in between.
+ */
+static bool coroutine_fn
+write_behind_absorb(WriteBehind *wb, WriteBehindReq *req)
+{
+    uint64_t start = req->place.range.start;
+    uint64_t last = req->place.range.last;
+    int64_t bytes = write_behind_req_bytes(req);
+    WriteBehindReq *old = write_behind_find_youngest(wb, start, last);
+    size_t offset;
+
+    if (!old || old->type != WRITE_BEHIND_WRITE ||
+        old->place.range.start >= start || old->place.range.last <= last ||
+        req->type == WRITE_BEHIND_DISCARD || !req->room ||
+        !write_behind_may_cut(wb, old, req)) {
+        return false;
+    }
+
+    offset = old->qiov_offset + start - old->place.range.start;
+    if (req->type == WRITE_BEHIND_WRITE) {
+        qemu_iovec_from_buf(old->qiov, offset, req->data, bytes);
+    } else {
+        qemu_iovec_memset(old->qiov, offset, 0, bytes);
+    }
+    old->flags |= req->flags & BDRV_REQ_FUA;
+    old->requests += req->requests;
+
+    wb->stats.superseded_bytes += bytes;
+    wb->stats.pending_bytes -= req->room;
+    write_behind_put_room(wb, req->room, req->weight);
+    g_free(req);
+
+    return true;
 }
 
 /* A flush under way stays as it is, so that newer ones cannot put it off */
@@ -312,9 +622,9 @@ static bool write_behind_may_flush(WriteBehind *wb)
     if (wb->flush_target == wb->flushed) {
         wb->flush_target = wb->flush_wanted;
     }
-    oldest = write_behind_oldest(wb);
+    oldest = QTAILQ_FIRST(&wb->pending);
 
-    return !oldest || oldest->seq > wb->flush_target;
+    return !oldest || oldest->place.seq > wb->flush_target;
 }
 
 static bool write_behind_gathers(WriteBehind *wb)
@@ -328,20 +638,18 @@ static bool write_behind_gathers(WriteBehind *wb)
            !qatomic_read(&wb->bs->quiesce_counter);
 }
 
-/*
- * The request to send next, if there is one that needs not wait for another in
- * flight.  Only the oldest is tried, which keeps overlapping ones in order.
- */
+/* The request to send next, if there is one that can be sent now */
 static WriteBehindReq *write_behind_next(WriteBehind *wb)
 {
-    WriteBehindReq *req = QTAILQ_FIRST(&wb->fifo);
+    Place *place = QTAILQ_FIRST(&wb->ready);
 
-    if (!req || wb->nb_in_flight == MAX_IN_FLIGHT || write_behind_gathers(wb) ||
-        reqlist_find_conflict(&wb->in_flight, req->offset, req->bytes)) {
+    if (!place || wb->nb_in_flight == MAX_IN_FLIGHT ||
+        wb->in_flight_bytes >= MAX_IN_FLIGHT_BYTES ||
+        write_behind_gathers(wb)) {
         return NULL;
     }
 
-    return req;
+    return write_behind_req(place);
 }
 
 /*
@@ -350,12 +658,12 @@ static WriteBehindReq *write_behind_next(WriteBehind *wb)
  * same goes for filters: each remembers the size.
  */
 static bool coroutine_fn GRAPH_RDLOCK
-write_behind_is_in_bounds(WriteBehind *wb, WriteBehindReq *req)
+write_behind_is_in_bounds(WriteBehind *wb, int64_t end)
 {
     BlockDriverState *bs;
 
     for (bs = wb->bs->file->bs; bs; bs = bdrv_filter_bs(bs)) {
-        if (bdrv_co_getlength(bs) < req->offset + req->bytes) {
+        if (bdrv_co_getlength(bs) < end) {
             return false;
         }
     }
@@ -364,54 +672,66 @@ write_behind_is_in_bounds(WriteBehind *wb, WriteBehindReq *req)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-write_behind_send(WriteBehind *wb, WriteBehindReq *req)
+write_behind_co_send(WriteBehind *wb, WriteBehindType type, int64_t offset,
+                     int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+                     BdrvRequestFlags flags)
 {
     BdrvChild *child = wb->bs->file;
 
-    if (!write_behind_is_in_bounds(wb, req)) {
+    if (!write_behind_is_in_bounds(wb, offset + bytes)) {
         return -EIO;
     }
 
-    switch (req->type) {
+    switch (type) {
     case WRITE_BEHIND_WRITE:
-        return bdrv_co_pwritev_part(child, req->offset, req->bytes, req->qiov,
-                                    req->qiov_offset, req->flags);
+        return bdrv_co_pwritev_part(child, offset, bytes, qiov, qiov_offset,
+                                    flags);
     case WRITE_BEHIND_ZEROES:
-        return bdrv_co_pwrite_zeroes(child, req->offset, req->bytes,
-                                     req->flags);
+        return bdrv_co_pwrite_zeroes(child, offset, bytes, flags);
     case WRITE_BEHIND_DISCARD:
-        return bdrv_co_pdiscard(child, req->offset, req->bytes);
-    case WRITE_BEHIND_FLUSH:
-        return bdrv_co_flush(child->bs);
+        return bdrv_co_pdiscard(child, offset, bytes);
     default:
         g_assert_not_reached();
     }
 }
 
-/* Takes the lock, after the child was at it */
-static int coroutine_fn write_behind_do(WriteBehind *wb, WriteBehindReq *req)
+/* Send the parts as one request */
+static int coroutine_fn GRAPH_RDLOCK write_behind_co_do(WriteBehindSend *send)
 {
+    WriteBehindReq *first = write_behind_req(QTAILQ_FIRST(&send->parts));
+    QEMUIOVector *qiov = first->qiov;
+    size_t qiov_offset = first->qiov_offset;
+    QEMUIOVector joined;
+    Place *place;
     int ret;
 
-    bdrv_graph_co_rdlock();
-    ret = write_behind_send(wb, req);
-    bdrv_graph_co_rdunlock();
-    qemu_mutex_lock(&wb->lock);
-    wb->progress = true;
+    if (qiov && send->nb_parts > 1) {
+        qemu_iovec_init(&joined, send->nb_parts);
+        QTAILQ_FOREACH(place, &send->parts, next) {
+            WriteBehindReq *req = write_behind_req(place);
 
-    if (ret < 0) {
-        wb->stats.failed_requests++;
-        write_behind_fail(wb, req->type, ret);
+            qemu_iovec_concat(&joined, req->qiov, req->qiov_offset,
+                              write_behind_req_bytes(req));
+        }
+        qiov = &joined;
+        qiov_offset = 0;
     }
 
-    return ret;
+    ret = write_behind_co_send(send->wb, first->type, send->range.start,
+                               write_behind_range_bytes(&send->range), qiov,
+                               qiov_offset, first->flags);
+    if (qiov == &joined) {
+        qemu_iovec_destroy(&joined);
+    }
+
+    return MIN(ret, 0);
 }
 
 static bool write_behind_has_work(WriteBehind *wb)
 {
     if (wb->error) {
         /* To be dropped, and who waits for it to be woken */
-        return !QTAILQ_EMPTY(&wb->fifo) || wb->flush_wanted != wb->flushed ||
+        return wb->nb_queued || wb->flush_wanted != wb->flushed ||
                !qemu_co_queue_empty(&wb->room_waiter);
     }
 
@@ -436,7 +756,7 @@ static void write_behind_kick(WriteBehind *wb)
 
 static bool write_behind_is_pending(WriteBehind *wb)
 {
-    return wb->stats.pending_requests || wb->flushing;
+    return !QTAILQ_EMPTY(&wb->pending) || wb->flushing;
 }
 
 static void write_behind_next_tick(WriteBehind *wb)
@@ -486,7 +806,7 @@ static void write_behind_tick(void *opaque)
             return;
         }
         wb->hung_up = true;
-        oldest = write_behind_oldest(wb);
+        oldest = QTAILQ_FIRST(&wb->pending);
         write_behind_fail(wb, oldest ? oldest->type : WRITE_BEHIND_FLUSH,
                           -ETIMEDOUT);
         write_behind_kick(wb);
@@ -520,36 +840,189 @@ static void coroutine_fn write_behind_end(WriteBehind *wb)
     bdrv_dec_in_flight(bs);
 }
 
-static void coroutine_fn write_behind_do_request(void *opaque)
+/* The child has completed something.  Takes the lock. */
+static void write_behind_progress(WriteBehind *wb, WriteBehindType type,
+                                  int ret)
 {
-    WriteBehindReq *req = opaque;
-    WriteBehind *wb = req->wb;
-    int ret = write_behind_do(wb, req);
+    qemu_mutex_lock(&wb->lock);
+    wb->progress = true;
+    if (ret < 0) {
+        wb->stats.failed_requests++;
+        write_behind_fail(wb, type, ret);
+    }
+}
 
-    if (ret >= 0) {
-        wb->stats.sent_requests++;
+/*
+ * Bound what may be in the queue by what the child completed since @req came,
+ * scaled to the time that the queue may take.  The child is able to complete
+ * more if there was not enough for it to do.  So this counts if it is more than
+ * we knew of, or if @req took too long.
+ */
+static void
+write_behind_adjust_limit(WriteBehind *wb, const WriteBehindReq *req)
+{
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    double took = MAX(now - req->since_ns, 1);
+    double may_take = wb->opts.max_ms * (double)SCALE_MS;
+    uint64_t limit = (wb->carried - req->carried) * (may_take / took);
+
+    if (took > may_take) {
+        wb->limit = MAX(MIN(wb->limit, limit), MIN_LIMIT);
+    } else if (limit > wb->limit && req->since_ns >= wb->limit_raised_ns) {
+        /* Not at once: a child may complete more at first than later */
+        wb->limit = MIN(wb->limit * 2, limit);
+        wb->limit_raised_ns = now;
+    }
+}
+
+static void write_behind_count_sent(WriteBehind *wb, WriteBehindSend *send)
+{
+    Place *place;
+
+    QTAILQ_FOREACH(place, &send->parts, next) {
+        WriteBehindReq *req = write_behind_req(place);
+        int64_t bytes = write_behind_req_bytes(req);
+
+        wb->carried += write_behind_weigh(req->type, bytes);
+        wb->stats.sent_requests += req->requests;
         if (req->type != WRITE_BEHIND_DISCARD) {
-            wb->stats.sent_bytes += req->bytes;
+            wb->stats.sent_bytes += bytes;
         }
     }
-    reqlist_remove_req(&req->in_flight);
+    if (wb->opts.max_ms) {
+        write_behind_adjust_limit(
+            wb, write_behind_req(QTAILQ_FIRST(&send->parts)));
+    }
+}
+
+static uint64_t write_behind_data_bytes(WriteBehindSend *send)
+{
+    bool data = write_behind_req(QTAILQ_FIRST(&send->parts))->qiov;
+
+    return data ? write_behind_range_bytes(&send->range) : 0;
+}
+
+static void coroutine_fn write_behind_do_request(void *opaque)
+{
+    WriteBehindSend *send = opaque;
+    WriteBehind *wb = send->wb;
+    WriteBehindType type = write_behind_req(QTAILQ_FIRST(&send->parts))->type;
+    Place *place;
+    int ret;
+
+    bdrv_graph_co_rdlock();
+    ret = write_behind_co_do(send);
+    bdrv_graph_co_rdunlock();
+
+    write_behind_progress(wb, type, ret);
+    if (ret == 0) {
+        write_behind_count_sent(wb, send);
+    }
+    interval_tree_remove(&send->range, &wb->in_flight);
     wb->nb_in_flight--;
-    write_behind_finish(wb, req, MIN(ret, 0));
+    wb->in_flight_bytes -= write_behind_data_bytes(send);
+    while ((place = QTAILQ_FIRST(&send->parts))) {
+        QTAILQ_REMOVE(&send->parts, place, next);
+        write_behind_finish(wb, write_behind_req(place), ret);
+    }
+    g_free(send);
     write_behind_end(wb);
 }
 
 static void coroutine_fn write_behind_do_flush(void *opaque)
 {
     WriteBehind *wb = opaque;
-    WriteBehindReq req = { .type = WRITE_BEHIND_FLUSH };
+    int ret;
 
-    if (write_behind_do(wb, &req) >= 0) {
+    bdrv_graph_co_rdlock();
+    ret = bdrv_co_flush(wb->bs->file->bs);
+    bdrv_graph_co_rdunlock();
+
+    write_behind_progress(wb, WRITE_BEHIND_FLUSH, ret);
+    if (ret == 0) {
         wb->stats.flushes++;
         wb->flushed = wb->flush_target;
     }
     wb->flushing = false;
     qemu_co_queue_restart_all(&wb->flush_waiters);
     write_behind_end(wb);
+}
+
+static bool write_behind_may_join(WriteBehindSend *send, WriteBehindReq *req)
+{
+    WriteBehindReq *first = write_behind_req(QTAILQ_FIRST(&send->parts));
+    bool data = first->type == WRITE_BEHIND_WRITE;
+
+    return req->place.ready && req->room && first->room &&
+           req->type == first->type && req->flags == first->flags &&
+           (!data || send->nb_parts < MAX_JOINED_PARTS) &&
+           write_behind_range_bytes(&send->range) + write_behind_req_bytes(req)
+           <= (data ? MAX_JOINED_DATA : MAX_JOINED_ZEROES);
+}
+
+/* A request that can be sent together, and starts or ends at this byte */
+static WriteBehindReq *
+write_behind_find_neighbour(WriteBehindSend *send, uint64_t at)
+{
+    WriteBehind *wb = send->wb;
+    IntervalTreeNode *node;
+
+    for (node = interval_tree_iter_first(&wb->queued, at, at); node;
+         node = interval_tree_iter_next(node, at, at)) {
+        WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
+        uint64_t edge = at < send->range.start ? node->last : node->start;
+
+        if (edge == at && write_behind_may_join(send, req)) {
+            return req;
+        }
+    }
+
+    return NULL;
+}
+
+static void
+write_behind_add_part(WriteBehindSend *send, WriteBehindReq *req)
+{
+    IntervalTreeNode *range = &req->place.range;
+
+    write_behind_dequeue(send->wb, req);
+    send->nb_parts++;
+    send->seq = MIN(send->seq, req->place.seq);
+    if (range->start < send->range.start) {
+        QTAILQ_INSERT_HEAD(&send->parts, &req->place, next);
+    } else {
+        QTAILQ_INSERT_TAIL(&send->parts, &req->place, next);
+    }
+    send->range.start = MIN(send->range.start, range->start);
+    send->range.last = MAX(send->range.last, range->last);
+}
+
+/* Take the request, and all that can be sent together with it */
+static WriteBehindSend *write_behind_take(WriteBehind *wb, WriteBehindReq *req)
+{
+    WriteBehindSend *send = g_new(WriteBehindSend, 1);
+
+    *send = (WriteBehindSend) {
+        .wb     = wb,
+        .range  = req->place.range,
+        .seq    = req->place.seq,
+    };
+    QTAILQ_INIT(&send->parts);
+    while (req) {
+        write_behind_add_part(send, req);
+        req = write_behind_find_neighbour(send, send->range.last + 1);
+    }
+    while (send->range.start &&
+           (req = write_behind_find_neighbour(send, send->range.start - 1))) {
+        write_behind_add_part(send, req);
+    }
+
+    interval_tree_insert(&send->range, &wb->in_flight);
+    wb->nb_in_flight++;
+    wb->in_flight_bytes += write_behind_data_bytes(send);
+    wb->batch -= MIN(wb->batch, send->nb_parts);
+
+    return send;
 }
 
 /* A coroutine that begins to do what is to be done next, or NULL */
@@ -567,11 +1040,8 @@ static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
     }
 
     write_behind_watch(wb);
-    write_behind_dequeue(wb, req);
-    reqlist_init_req(&wb->in_flight, &req->in_flight, req->offset, req->bytes);
-    wb->nb_in_flight++;
-    wb->batch -= wb->batch > 0;
-    return qemu_coroutine_create(write_behind_do_request, req);
+    return qemu_coroutine_create(write_behind_do_request,
+                                 write_behind_take(wb, req));
 }
 
 /* Send whatever can be sent, and let the child send it together */
@@ -608,16 +1078,25 @@ write_behind_add(WriteBehind *wb, WriteBehindReq *req)
     stats->pending_bytes += req->room;
     stats->max_pending_bytes = MAX(stats->max_pending_bytes,
                                    stats->pending_bytes);
-    qemu_co_queue_init(&req->waiters);
+    qemu_co_queue_init(&req->place.waiter);
+    req->place.seq = ++wb->last_seq;
+    req->place.is_request = true;
+    req->requests = 1;
+    req->since_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    req->carried = wb->carried;
 
+    if (!wb->error && write_behind_absorb(wb, req)) {
+        return 0;
+    }
+
+    QLIST_INIT(&req->followers);
+    QTAILQ_INSERT_TAIL(&wb->pending, req, next);
     if (wb->error) {
         stats->dropped_requests++;
         write_behind_finish(wb, req, wb->error);
         return wb->error;
     }
 
-    req->seq = ++wb->last_seq;
-    req->since_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     write_behind_supersede(wb, req);
     write_behind_enqueue(wb, req);
     write_behind_kick(wb);
@@ -633,8 +1112,8 @@ write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
 
     write_behind_add(wb, req);
     write_behind_begin_wait(wb);
-    while (!req->done) {
-        qemu_co_queue_wait(&req->waiters, &wb->lock);
+    while (!req->place.done) {
+        qemu_co_queue_wait(&req->place.waiter, &wb->lock);
     }
     write_behind_end_wait(wb);
 
@@ -642,16 +1121,23 @@ write_behind_add_and_wait(WriteBehind *wb, WriteBehindReq *req)
 }
 
 /* Whoever comes later waits behind.  After an error, there is room. */
-static void coroutine_fn write_behind_get_room(WriteBehind *wb, uint64_t room)
+static void coroutine_fn
+write_behind_get_room(WriteBehind *wb, uint64_t room, uint64_t weight)
 {
     QEMU_LOCK_GUARD(&wb->admission);
     QEMU_LOCK_GUARD(&wb->lock);
 
-    wb->room_wanted = room;
-    while (!write_behind_has_room(wb, room) && !wb->error) {
-        qemu_co_queue_wait(&wb->room_waiter, &wb->lock);
+    if (!write_behind_has_room(wb, room, weight)) {
+        wb->wanted_room = room;
+        wb->wanted_weight = weight;
+        write_behind_begin_wait(wb);
+        while (!write_behind_has_room(wb, room, weight) && !wb->error) {
+            qemu_co_queue_wait(&wb->room_waiter, &wb->lock);
+        }
+        write_behind_end_wait(wb);
     }
-    wb->room_taken += room;
+    wb->room += room;
+    wb->weight += weight;
 }
 
 /*
@@ -659,58 +1145,80 @@ static void coroutine_fn write_behind_get_room(WriteBehind *wb, uint64_t room)
  * Returns NULL if there can never be room for it.
  */
 static WriteBehindReq *coroutine_fn
-write_behind_take(WriteBehind *wb, const WriteBehindReq *req)
+write_behind_own(WriteBehind *wb, const WriteBehindReq *req)
 {
-    uint64_t bytes = req->type == WRITE_BEHIND_WRITE ? req->bytes : 0;
-    uint64_t room = sizeof(*req) + bytes;
-    WriteBehindReq *taken;
+    int64_t bytes = write_behind_req_bytes(req);
+    uint64_t data = req->type == WRITE_BEHIND_WRITE ? bytes : 0;
+    uint64_t room = sizeof(*req) + data;
+    uint64_t weight = write_behind_weigh(req->type, bytes);
+    WriteBehindReq *own;
 
     if (room > wb->opts.max_bytes) {
         return NULL;
     }
 
-    write_behind_get_room(wb, room);
+    write_behind_get_room(wb, room, weight);
 
     /*
      * The data is behind the request, and not aligned: with an allocator that
      * does that, small requests would take twice the memory.
      */
-    taken = g_try_malloc(room);
-    if (!taken) {
+    own = g_try_malloc(room);
+    if (!own) {
         QEMU_LOCK_GUARD(&wb->lock);
-        write_behind_put_room(wb, room);
+        write_behind_put_room(wb, room, weight);
         return NULL;
     }
 
-    *taken = *req;
-    taken->room = room;
-    taken->flags &= ~BDRV_REQ_REGISTERED_BUF;
-    if (bytes) {
-        qemu_iovec_to_buf(req->qiov, req->qiov_offset, taken->data, bytes);
-        qemu_iovec_init_buf(&taken->copy, taken->data, bytes);
-        taken->qiov = &taken->copy;
-        taken->qiov_offset = 0;
+    *own = *req;
+    own->room = room;
+    own->weight = weight;
+    own->flags &= ~BDRV_REQ_REGISTERED_BUF;
+    if (data) {
+        qemu_iovec_to_buf(req->qiov, req->qiov_offset, own->data, data);
+        qemu_iovec_init_buf(&own->copy, own->data, data);
+        own->qiov = &own->copy;
+        own->qiov_offset = 0;
     }
 
-    return taken;
+    return own;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-write_behind_co_request(WriteBehind *wb, WriteBehindReq req)
+static int coroutine_fn
+write_behind_co_queue(WriteBehind *wb, WriteBehindReq req)
 {
-    WriteBehindReq *taken;
+    WriteBehindReq *own = write_behind_own(wb, &req);
 
-    if (!req.bytes) {
-        return 0;
-    }
-
-    taken = write_behind_take(wb, &req);
-    if (!taken) {
+    if (!own) {
         return write_behind_add_and_wait(wb, &req);
     }
 
     QEMU_LOCK_GUARD(&wb->lock);
-    return write_behind_add(wb, taken);
+    return write_behind_add(wb, own);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+write_behind_co_request(WriteBehind *wb, WriteBehindType type, int64_t offset,
+                        int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
+                        BdrvRequestFlags flags)
+{
+    int64_t end = offset + bytes;
+    int64_t next;
+    int ret = 0;
+
+    for (; offset < end && ret == 0; offset = next) {
+        next = MIN(end, QEMU_ALIGN_DOWN(offset, MAX_REQUEST) + MAX_REQUEST);
+        ret = write_behind_co_queue(wb, (WriteBehindReq) {
+            .type           = type,
+            .place.range    = { .start = offset, .last = next - 1 },
+            .flags          = flags,
+            .qiov           = qiov,
+            .qiov_offset    = qiov_offset,
+        });
+        qiov_offset += next - offset;
+    }
+
+    return ret;
 }
 
 int coroutine_fn
@@ -718,39 +1226,23 @@ write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
                         QEMUIOVector *qiov, size_t qiov_offset,
                         BdrvRequestFlags flags)
 {
-    return write_behind_co_request(wb, (WriteBehindReq) {
-        .wb             = wb,
-        .type           = WRITE_BEHIND_WRITE,
-        .offset         = offset,
-        .bytes          = bytes,
-        .flags          = flags,
-        .qiov           = qiov,
-        .qiov_offset    = qiov_offset,
-    });
+    return write_behind_co_request(wb, WRITE_BEHIND_WRITE, offset, bytes, qiov,
+                                   qiov_offset, flags);
 }
 
 int coroutine_fn
 write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
                               BdrvRequestFlags flags)
 {
-    return write_behind_co_request(wb, (WriteBehindReq) {
-        .wb             = wb,
-        .type           = WRITE_BEHIND_ZEROES,
-        .offset         = offset,
-        .bytes          = bytes,
-        .flags          = flags,
-    });
+    return write_behind_co_request(wb, WRITE_BEHIND_ZEROES, offset, bytes, NULL,
+                                   0, flags);
 }
 
 int coroutine_fn
 write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
-    return write_behind_co_request(wb, (WriteBehindReq) {
-        .wb             = wb,
-        .type           = WRITE_BEHIND_DISCARD,
-        .offset         = offset,
-        .bytes          = bytes,
-    });
+    return write_behind_co_request(wb, WRITE_BEHIND_DISCARD, offset, bytes,
+                                   NULL, 0, 0);
 }
 
 int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
@@ -770,7 +1262,7 @@ int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
         return 0;
     }
 
-    /* No younger request may take the place of one that we wait for */
+    wb->awaited = seq;
     write_behind_begin_wait(wb);
     while (wb->flushed < seq && !wb->error) {
         qemu_co_queue_wait(&wb->flush_waiters, &wb->lock);
@@ -780,43 +1272,12 @@ int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
     return wb->flushed < seq ? wb->error : 0;
 }
 
-/*
- * Where to wait for one of the requests that touch the range and are not
- * younger than @seq, or NULL
- */
-static CoQueue *
-write_behind_find_waiters(WriteBehind *wb, int64_t offset, int64_t bytes,
-                          uint64_t seq)
-{
-    uint64_t last = offset + bytes - 1;
-    IntervalTreeNode *place;
-    BlockReq *r;
-
-    for (place = interval_tree_iter_first(&wb->queued, offset, last); place;
-         place = interval_tree_iter_next(place, offset, last)) {
-        WriteBehindReq *req = container_of(place, WriteBehindReq, place);
-
-        if (req->seq <= seq) {
-            return &req->waiters;
-        }
-    }
-    QLIST_FOREACH(r, &wb->in_flight, list) {
-        WriteBehindReq *req = container_of(r, WriteBehindReq, in_flight);
-
-        if (req->seq <= seq &&
-            ranges_overlap(offset, bytes, r->offset, r->bytes)) {
-            return &r->wait_queue;
-        }
-    }
-
-    return NULL;
-}
-
 void coroutine_fn
 write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
-    CoQueue *waiters;
-    uint64_t seq;
+    Place place = {
+        .range = { .start = offset, .last = offset + bytes - 1 },
+    };
 
     if (!bytes) {
         return;
@@ -824,21 +1285,27 @@ write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
 
     QEMU_LOCK_GUARD(&wb->lock);
 
-    /* No younger one takes the place of one that we wait for, see supersede */
-    seq = wb->last_seq;
-    while ((waiters = write_behind_find_waiters(wb, offset, bytes, seq))) {
-        write_behind_begin_wait(wb);
-        qemu_co_queue_wait(waiters, &wb->lock);
-        write_behind_end_wait(wb);
+    place.seq = wb->last_seq + 1;
+    qemu_co_queue_init(&place.waiter);
+    write_behind_line_up(wb, &place, false);
+    if (place.done) {
+        return;
     }
+
+    wb->awaited = wb->last_seq;
+    write_behind_begin_wait(wb);
+    while (!place.done) {
+        qemu_co_queue_wait(&place.waiter, &wb->lock);
+    }
+    write_behind_end_wait(wb);
 }
 
 bool write_behind_has_pending(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
     QEMU_LOCK_GUARD(&wb->lock);
 
-    return bytes &&
-           write_behind_find_waiters(wb, offset, bytes, wb->last_seq);
+    return bytes && write_behind_find_older(wb, offset, offset + bytes - 1,
+                                            UINT64_MAX);
 }
 
 void write_behind_drain_begin(WriteBehind *wb)
@@ -865,6 +1332,6 @@ void write_behind_get_stats(WriteBehind *wb, WriteBehindStats *stats)
     QEMU_LOCK_GUARD(&wb->lock);
 
     *stats = wb->stats;
-    oldest = write_behind_oldest(wb);
+    oldest = QTAILQ_FIRST(&wb->pending);
     stats->oldest_ns = oldest ? oldest->since_ns : 0;
 }

@@ -8,8 +8,9 @@
  *   queued.  Others may be in flight there at the same time.
  * - A flush goes to the child behind everything that was queued before it.
  * - Requests that come while others are in flight at the child may be sent
- *   together when those have ended.
- * - A request that was not begun when a newer one covers all of it is not sent.
+ *   together when those have ended.  Contiguous ones may become one request.
+ * - What was not begun when a newer request covers it is not sent: all of an
+ *   older request, or a part of it.
  * - The first failure is reported once.  Then whatever is queued is dropped,
  *   and so is everything that comes later, lest it end up on top of a hole.
  * - If the child does not complete anything for too long, that is a failure.
@@ -34,18 +35,21 @@ typedef enum WriteBehindType {
     WRITE_BEHIND_FLUSH,
 } WriteBehindType;
 
-/* All counts start at 0 with write_behind_new() */
+/*
+ * All counts start at 0 with write_behind_new().  Requests are counted as they
+ * came; only those of more than 16 MiB, which are cut, count as several.
+ */
 typedef struct WriteBehindStats {
     /* Done by the child; bytes without those of discards */
     uint64_t sent_requests;
     uint64_t sent_bytes;
     uint64_t flushes;
 
-    /* Not sent, because a newer request covered them */
+    /* Not sent, because newer requests covered them; bytes also of parts */
     uint64_t superseded_requests;
     uint64_t superseded_bytes;
 
-    /* Failed, flushes included, and not sent after that */
+    /* Failed at the child, flushes included, and not sent after that */
     uint64_t failed_requests;
     uint64_t dropped_requests;
 

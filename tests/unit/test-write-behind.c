@@ -205,8 +205,8 @@ filter_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                        QEMUIOVector *qiov, size_t qiov_offset,
                        BdrvRequestFlags flags)
 {
-    return write_behind_co_pwritev(filter.queue, offset, bytes, qiov, qiov_offset,
-                                   flags);
+    return write_behind_co_pwritev(filter.queue, offset, bytes, qiov,
+                                   qiov_offset, flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -325,6 +325,18 @@ static void release_all(void)
 {
     while (!QTAILQ_EMPTY(&child.reqs)) {
         release_first(0);
+    }
+}
+
+/* What has begun, and all that comes, in a drain for instance */
+static void release_later(void)
+{
+    ChildReq *req;
+
+    child.hold = false;
+    QTAILQ_FOREACH(req, &child.reqs, next) {
+        req->released = true;
+        aio_co_schedule(qemu_get_aio_context(), req->co);
     }
 }
 
@@ -665,6 +677,202 @@ static void test_supersede_permanent(void)
     teardown();
 }
 
+/* Each rewrites the end of the one before: all of it is sent once */
+static void test_cut_appends(void)
+{
+    WriteBehindStats stats;
+
+    setup(1 << 20);
+    guest_write(0, 4, 1);
+    for (int i = 1; i < 31; i++) {
+        guest_write(4 * i - 1, 5, i + 1);
+    }
+    assert_log("w0+4 ");
+    release_first(0);
+    /* But for what was in flight already */
+    assert_log("w0+4 w3+121 ");
+    release_all();
+    assert_cells(child.data, 0, 3, 1);
+    for (int i = 1; i < 31; i++) {
+        assert_cells(child.data, 4 * i - 1, i < 30 ? 4 : 5, i + 1);
+    }
+    stats = get_stats();
+    g_assert_cmpuint(stats.sent_requests, ==, 31);
+    g_assert_cmpuint(stats.superseded_requests, ==, 0);
+    g_assert_cmpuint(stats.superseded_bytes, ==, 29 * 4);
+    teardown();
+}
+
+static void test_cut(void)
+{
+    setup(1 << 20);
+    guest_write(100, 4, 1);
+
+    /* The end, the beginning, and both */
+    guest_write(0, 8, 2);
+    guest_do(WRITE_BEHIND_ZEROES, 4, 8, 0, 0);
+    guest_write(10, 8, 3);
+    guest_write(6, 2, 4);
+    /* Zeroes in the midst of data are data */
+    guest_do(WRITE_BEHIND_ZEROES, 12, 2, 0, 0);
+    guest_write(13, 1, 5);
+    release_first(0);
+    assert_log("w100+4 w0+4 z4+2 w10+8 z8+2 w6+2 ");
+    release_all();
+    assert_cells(child.data, 0, 4, 2);
+    assert_cells(child.data, 4, 2, 0);
+    assert_cells(child.data, 6, 2, 4);
+    assert_cells(child.data, 8, 2, 0);
+    assert_cells(child.data, 10, 2, 3);
+    assert_cells(child.data, 12, 1, 0);
+    assert_cells(child.data, 13, 1, 5);
+    assert_cells(child.data, 14, 4, 3);
+    g_assert_cmpuint(get_stats().sent_requests, ==, 7);
+    g_assert_cmpuint(get_stats().superseded_requests, ==, 0);
+    g_assert_cmpuint(get_stats().superseded_bytes, ==,
+                     (4 + 2 + 2 + 2 + 1) * sizeof(uint32_t));
+    g_assert_cmpuint(get_stats().pending_bytes, ==, 0);
+    teardown();
+}
+
+/* What is there after a discard is not known, but a newer write is */
+static void test_cut_discard(void)
+{
+    setup(1 << 20);
+    guest_write(100, 4, 1);
+
+    guest_write(0, 4, 2);
+    guest_do(WRITE_BEHIND_DISCARD, 2, 10, 0, 0);
+    guest_write(6, 2, 3);
+    guest_do(WRITE_BEHIND_DISCARD, 10, 4, 0, 0);
+    release_first(0);
+    /* That which touches the write has to wait for it */
+    assert_log("w100+4 w0+4 d8+6 w6+2 ");
+    release_first(0);
+    assert_log("w100+4 w0+4 d8+6 w6+2 d2+4 ");
+    release_all();
+    assert_cells(child.data, 0, 4, 2);
+    assert_cells(child.data, 6, 2, 3);
+    teardown();
+}
+
+static void test_cut_permanent(void)
+{
+    setup(1 << 20);
+    guest_write(100, 4, 1);
+
+    /* The newer part has to be as permanent as the older one was */
+    guest_do(WRITE_BEHIND_WRITE, 0, 4, 2, BDRV_REQ_FUA);
+    guest_write(2, 4, 3);
+    guest_do(WRITE_BEHIND_WRITE, 13, 2, 5, 0);
+    guest_do(WRITE_BEHIND_WRITE, 10, 8, 4, 0);
+    guest_do(WRITE_BEHIND_WRITE, 12, 1, 5, BDRV_REQ_FUA);
+    release_first(0);
+    assert_log("w100+4 w0+6 w10+8 ");
+    release_all();
+    assert_cells(child.stable, 100, 4, 0);
+    assert_cells(child.stable, 0, 2, 2);
+    assert_cells(child.stable, 2, 4, 3);
+    assert_cells(child.stable, 10, 2, 4);
+    assert_cells(child.stable, 12, 1, 5);
+    assert_cells(child.stable, 13, 5, 4);
+
+    /* And a flush comes behind both */
+    g_string_truncate(child.log, 0);
+    guest_write(100, 4, 5);
+    guest_write(0, 4, 6);
+    guest_flush();
+    guest_write(2, 8, 7);
+    release_first(0);
+    assert_log("w100+4 w0+10 ");
+    release_first(0);
+    assert_log("w100+4 w0+10 f ");
+    release_all();
+    assert_cells(child.stable, 0, 2, 6);
+    assert_cells(child.stable, 2, 8, 7);
+    teardown();
+}
+
+/* A write is sent although an older one, which it does not touch, waits */
+static void test_not_only_oldest(void)
+{
+    setup(1 << 20);
+    guest_write(0, 4, 1);
+    guest_write(20, 1, 1);
+    release_first(0);
+    assert_log("w0+4 w20+1 ");
+    guest_write(20, 4, 2);
+    for (int i = 0; i < 40; i++) {
+        guest_write(40 + 2 * i, 1, 3);
+    }
+    g_assert_nonnull(strstr(child.log->str, " w100+1 "));
+    g_assert_null(strstr(child.log->str, "w20+4"));
+    release_all();
+    assert_cells(child.data, 20, 4, 2);
+    teardown();
+}
+
+static void test_join(void)
+{
+    setup(1 << 20);
+    guest_write(500, 1, 1);
+    guest_write(4, 4, 1);
+    guest_write(0, 4, 2);
+    guest_write(8, 4, 3);
+    guest_do(WRITE_BEHIND_WRITE, 12, 4, 4, BDRV_REQ_FUA);
+    guest_do(WRITE_BEHIND_ZEROES, 16, 4, 0, 0);
+    guest_do(WRITE_BEHIND_ZEROES, 20, 4, 0, 0);
+    guest_do(WRITE_BEHIND_ZEROES, 24, 4, 0, BDRV_REQ_MAY_UNMAP);
+    guest_do(WRITE_BEHIND_DISCARD, 32, 4, 0, 0);
+    guest_do(WRITE_BEHIND_DISCARD, 36, 4, 0, 0);
+    release_first(0);
+    assert_log("w500+1 w0+12 w12+4 z16+8 z24+4 d32+8 ");
+    release_all();
+    assert_cells(child.data, 0, 4, 2);
+    assert_cells(child.data, 4, 4, 1);
+    assert_cells(child.data, 8, 4, 3);
+    assert_cells(child.data, 12, 4, 4);
+    g_assert_cmpuint(get_stats().sent_requests, ==, 10);
+
+    /* A driver takes so many buffers only */
+    g_string_truncate(child.log, 0);
+    guest_write(500, 1, 2);
+    for (int i = 0; i < 300; i++) {
+        guest_write(i, 1, i);
+        if (i == 30) {
+            /* Lest a part of them begin */
+            g_assert_cmpuint(get_stats().pending_requests, ==, 32);
+        }
+    }
+    release_all();
+    for (int i = 0; i < 300; i++) {
+        assert_cells(child.data, i, 1, i);
+    }
+    teardown();
+}
+
+/* All of them fail */
+static void test_join_error(void)
+{
+    setup(1 << 20);
+    guest_write(500, 1, 1);
+    guest_write(0, 4, 1);
+    guest_write(4, 4, 2);
+    guest_write(20, 4, 2);
+    release_first(0);
+    assert_log("w500+1 w0+8 w20+4 ");
+    guest_write(2, 4, 3);
+    release_first(-EIO);
+    release_first(0);
+    assert_log("w500+1 w0+8 w20+4 ");
+    g_assert_cmpint(filter.errors, ==, 1);
+    g_assert_cmpuint(get_stats().dropped_requests, ==, 1);
+    g_assert_cmpuint(get_stats().sent_requests, ==, 2);
+    g_assert_cmpuint(get_stats().pending_requests, ==, 0);
+    assert_cells(child.data, 0, 8, 0);
+    teardown();
+}
+
 static void test_error(void)
 {
     GuestReq *waiting;
@@ -705,7 +913,7 @@ static void test_error(void)
     g_assert_cmpuint(stats.dropped_requests, ==, 2);
     g_assert_cmpuint(stats.pending_requests, ==, 0);
 
-    waiting->expected = -ENOSPC;
+    waiting->expected = -EIO;
     guest_free(waiting);
     teardown();
 }
@@ -921,7 +1129,8 @@ static void test_settle(void)
     g_assert(write_behind_has_pending(filter.queue, 0, DISK_SIZE));
     release_first(0);
     g_assert(!read.done);
-    release_first(0);
+    assert_log("w0+4 w8+4 w0+2 ");
+    release(QTAILQ_LAST(&child.reqs), 0);
     g_assert(read.done);
     g_assert_cmpuint(value, ==, 2);
 
@@ -933,6 +1142,85 @@ static void test_settle(void)
     g_assert(read.done);
     g_assert_cmpuint(value, ==, 1);
     teardown();
+}
+
+/* It waits for what was there, and newer requests do not change that */
+static void test_settle_overwritten(void)
+{
+    uint32_t value = 0xff;
+    QEMUIOVector qiov;
+    GuestReq read = { 0 };
+
+    setup(1 << 20);
+    qemu_iovec_init_buf(&qiov, &value, sizeof(value));
+    guest_write(0, 2, 1);
+    guest_write(0, 4, 2);
+    guest_write(2, 4, 3);
+    blk_aio_preadv(filter.blk, 4, &qiov, 0, guest_done, &read);
+    run();
+    assert_log("w0+2 w2+4 ");
+    guest_write(0, 4, 4);
+    guest_write(1, 1, 5);
+    release_first(0);
+    g_assert(!read.done);
+    assert_log("w0+2 w2+4 w0+2 ");
+    release(QTAILQ_LAST(&child.reqs), 0);
+    g_assert(read.done);
+    g_assert_cmpuint(value, ==, 2);
+    release_all();
+    assert_log("w0+2 w2+4 w0+2 w0+4 ");
+    assert_cells(child.data, 0, 1, 4);
+    assert_cells(child.data, 1, 1, 5);
+    assert_cells(child.data, 2, 2, 4);
+    assert_cells(child.data, 4, 2, 3);
+    teardown();
+}
+
+/* How many writes of one cell, apart from each other, do not wait */
+static int fill(void)
+{
+    GuestReq *req;
+    int i = 0;
+
+    while (i < NB_CELLS / 2) {
+        req = guest_begin(WRITE_BEHIND_WRITE, 2 * i, 1, i, 0);
+        if (!req->done) {
+            break;
+        }
+        guest_free(req);
+        req = NULL;
+        i++;
+    }
+    release_all();
+    if (i < NB_CELLS / 2) {
+        guest_free(req);
+    }
+
+    return i;
+}
+
+/* The queue takes what the child has done in some time */
+static void test_bound_in_time(void)
+{
+    int few;
+
+    filter_opts.max_ms = 400;
+    setup(1 << 20);
+    g_assert_cmpint(fill(), ==, NB_CELLS / 2);
+
+    guest_write(0, 1, 1);
+    sleep_and_run(800);
+    release_all();
+    few = fill();
+    g_assert_cmpint(few, >, 10);
+    g_assert_cmpint(few, <, 100);
+
+    /* They were done quickly, as are these */
+    g_assert_cmpint(fill(), >=, 2 * few);
+    fill();
+    g_assert_cmpint(fill(), ==, NB_CELLS / 2);
+    teardown();
+    filter_opts = (WriteBehindOptions) { };
 }
 
 static void test_abandon(void)
@@ -957,8 +1245,7 @@ static void test_drain(void)
         guest_write(i, 8, i + 1);
     }
     guest_flush();
-    child.hold = false;
-    release_first(0);
+    release_later();
     blk_drain(filter.blk);
     for (int i = 0; i < 100; i++) {
         g_assert_cmpuint(cell(child.stable, i), ==, i + 1);
@@ -974,9 +1261,7 @@ static void test_drain_child(void)
     setup(1 << 20);
     guest_write(0, 4, 1);
     guest_write(2, 4, 2);
-    child.hold = false;
-    QTAILQ_FIRST(&child.reqs)->released = true;
-    aio_co_schedule(qemu_get_aio_context(), QTAILQ_FIRST(&child.reqs)->co);
+    release_later();
 
     bs = bdrv_find_node("child");
     if (!bs) {
@@ -1194,6 +1479,13 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/supersede", test_supersede);
     g_test_add_func("/write-behind/supersede-permanent",
                     test_supersede_permanent);
+    g_test_add_func("/write-behind/cut-appends", test_cut_appends);
+    g_test_add_func("/write-behind/cut", test_cut);
+    g_test_add_func("/write-behind/cut-discard", test_cut_discard);
+    g_test_add_func("/write-behind/cut-permanent", test_cut_permanent);
+    g_test_add_func("/write-behind/not-only-oldest", test_not_only_oldest);
+    g_test_add_func("/write-behind/join", test_join);
+    g_test_add_func("/write-behind/join-error", test_join_error);
     g_test_add_func("/write-behind/error", test_error);
     g_test_add_func("/write-behind/error-drops-queued",
                     test_error_drops_queued);
@@ -1204,6 +1496,9 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/timeout", test_timeout);
     g_test_add_func("/write-behind/timeout-progress", test_timeout_progress);
     g_test_add_func("/write-behind/settle", test_settle);
+    g_test_add_func("/write-behind/settle-overwritten",
+                    test_settle_overwritten);
+    g_test_add_func("/write-behind/bound-in-time", test_bound_in_time);
     g_test_add_func("/write-behind/abandon", test_abandon);
     g_test_add_func("/write-behind/drain", test_drain);
     g_test_add_func("/write-behind/drain-child", test_drain_child);
