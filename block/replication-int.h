@@ -152,6 +152,9 @@ struct ReplicationRole {
     bool (*init)(BlockDriverState *bs, QemuOpts *opts, Error **errp);
     void (*cleanup)(BlockDriverState *bs);
 
+    /* The node's file is open, or NULL if that changes nothing */
+    void (*opened)(BlockDriverState *bs);
+
     void (*child_perm)(
         BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
         BlockReopenQueue *reopen_queue, uint64_t perm, uint64_t shared,

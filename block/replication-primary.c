@@ -397,6 +397,17 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     return true;
 }
 
+/*
+ * Behind a connection that was lost, there may be another disk, or a server
+ * that still has a request to do which was sent again, and newer ones after it.
+ */
+static void primary_opened(BlockDriverState *bs)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    bdrv_keep_connection(bs->file->bs);
+}
+
 static void primary_cleanup(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -432,6 +443,7 @@ primary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 const ReplicationRole replication_primary_role = {
     .init               = primary_init,
     .cleanup            = primary_cleanup,
+    .opened             = primary_opened,
     .child_perm         = primary_child_perm,
     .check_parents      = primary_check_parents,
 

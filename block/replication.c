@@ -694,6 +694,9 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
 
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
 
+    if (s->role->opened) {
+        s->role->opened(bs);
+    }
     s->rs = replication_new(bs, &replication_ops);
     return 0;
 }
