@@ -85,6 +85,25 @@ static void replication_visit_all(ReplicationVisitor *visit, void *opaque,
     error_propagate(errp, first);
 }
 
+/*
+ * The same up to the first error: what @visit does cannot be taken back, and
+ * the nodes behind the one that failed keep what they have.  Returns whether
+ * there was none.
+ */
+static bool replication_visit_until_error(ReplicationVisitor *visit,
+                                          void *opaque, Error **errp)
+{
+    ERRP_GUARD();
+    uint64_t round = ++replication_round;
+    ReplicationState *rs;
+
+    while (!*errp && (rs = replication_next(round))) {
+        visit(rs, opaque, errp);
+    }
+
+    return !*errp;
+}
+
 static void replication_undo_start_one(ReplicationState *rs, void *opaque,
                                        Error **errp)
 {
@@ -121,7 +140,8 @@ void replication_start_all(ReplicationMode mode, Error **errp)
         }
     }
     if (!local_err) {
-        replication_visit_all(replication_begin_one, &round, &local_err);
+        replication_visit_until_error(replication_begin_one, &round,
+                                      &local_err);
     }
     if (local_err) {
         replication_visit_all(replication_undo_start_one, &round, NULL);
@@ -154,6 +174,13 @@ static void replication_disown_one(ReplicationState *rs, void *opaque,
     }
 }
 
+void replication_disown_all(Error *reason)
+{
+    GLOBAL_STATE_CODE();
+
+    replication_visit_all(replication_disown_one, reason, NULL);
+}
+
 void replication_do_checkpoint_all(Error **errp)
 {
     int64_t begin_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
@@ -164,12 +191,10 @@ void replication_do_checkpoint_all(Error **errp)
     /* So that no request fails between the check and the checkpoint */
     bdrv_drain_all_begin();
     replication_visit_all(replication_check_one, NULL, &local_err);
-    if (!local_err) {
-        replication_visit_all(replication_checkpoint_one, &begin_ns,
-                              &local_err);
-        if (local_err) {
-            replication_visit_all(replication_disown_one, local_err, NULL);
-        }
+    if (!local_err &&
+        !replication_visit_until_error(replication_checkpoint_one, &begin_ns,
+                                       &local_err)) {
+        replication_disown_all(local_err);
     }
     bdrv_drain_all_end();
 

@@ -65,7 +65,8 @@ struct ReplicationOps {
 
     /*
      * Optional.  Called when all nodes have started: what is done here cannot
-     * be taken back without a loss.
+     * be taken back without a loss.  When it fails, no other node is asked any
+     * more.
      */
     void (*begin)(ReplicationState *rs, Error **errp);
 
@@ -84,7 +85,8 @@ struct ReplicationOps {
 
     /*
      * Optional.  The checkpoint of another node, whose error is @reason, failed
-     * half-way: this one does not stand for the same checkpoint.
+     * half-way, or cannot be failed over to: this one does not stand for the
+     * same checkpoint.
      */
     void (*disown)(ReplicationState *rs, const Error *reason);
 
@@ -108,26 +110,38 @@ void replication_remove(ReplicationState *rs);
 
 /*
  * Start all nodes in @mode, or none: when one refuses, those that this call
- * has started are put back.  @errp gets the error of the node that refused.
+ * has started are put back, and have lost something only if they had begun.
+ * @errp gets the error of the node that refused.
  */
 void replication_start_all(ReplicationMode mode, Error **errp);
 
 /*
- * The functions below visit every node, whether or not one before it failed.
- * @errp gets the first error, with the others as its hint.
+ * The functions below visit every node, whether or not one before it failed,
+ * if they do not say otherwise.  @errp gets the first error, with the others as
+ * its hint.
  */
 
 /*
  * Make all nodes forget the previous checkpoint in favour of the present.  If
- * any of them refuses, none does it; if one fails half-way, all of them say
- * that they do not stand for one checkpoint.
+ * any of them refuses, none does it; if one fails half-way, those behind it
+ * keep the previous one, and all say that they do not stand for one checkpoint.
  */
 void replication_do_checkpoint_all(Error **errp);
+
+/* Tell all nodes that one of them has lost its checkpoint, see disown() */
+void replication_disown_all(Error *reason);
 
 /* Find out whether any node has ceased to protect its disk */
 void replication_get_error_all(Error **errp);
 
 /* End replication on all nodes, see ReplicationOps.stop */
 void replication_stop_all(bool failover, Error **errp);
+
+/*
+ * For the end of QEMU: before exports and devices go away, and when the VM and
+ * all exports have stopped, but jobs have not
+ */
+void replication_quit_all(void);
+void replication_finish_all(void);
 
 #endif /* REPLICATION_H */
