@@ -239,3 +239,37 @@ void replication_stop_all(bool failover, Error **errp)
     }
     replication_visit_all(replication_stop_one, &failover, errp);
 }
+
+static void replication_quit_one(ReplicationState *rs, void *opaque,
+                                 Error **errp)
+{
+    if (rs->ops->quit) {
+        rs->ops->quit(rs);
+    }
+}
+
+void replication_quit_all(void)
+{
+    GLOBAL_STATE_CODE();
+
+    replication_visit_all(replication_quit_one, NULL, NULL);
+}
+
+static void replication_finish_one(ReplicationState *rs, void *opaque,
+                                   Error **errp)
+{
+    int64_t *quit_ns = opaque;
+
+    if (rs->ops->finish) {
+        rs->ops->finish(rs, *quit_ns);
+    }
+}
+
+void replication_finish_all(void)
+{
+    int64_t quit_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    GLOBAL_STATE_CODE();
+
+    replication_visit_all(replication_finish_one, &quit_ns, NULL);
+}

@@ -44,6 +44,8 @@ typedef struct SecondaryEmptied {
 typedef struct ReplicationSecondary {
     char *top_id;
     bool overlay_flush;
+    /* For how long the end of QEMU may wait for a merge */
+    uint64_t merge_at_quit_ms;
 
     /*
      * What start takes and secondary_release() gives back.  Each is NULL or
@@ -126,6 +128,9 @@ typedef struct BDRVReplicationState {
      */
     ReplicationStage undo_stage;
 
+    /* QEMU ends, and what goes away is no loss.  BQL. */
+    bool quitting;
+
     /* Statistics.  Protected by the BQL. */
     uint64_t checkpoints;
     uint64_t failed_checkpoints;
@@ -134,7 +139,13 @@ typedef struct BDRVReplicationState {
 
     /* The first error since open or start, or NULL */
     BlockStatsReplicationError *first_error;
-    QemuMutex error_lock; /* protects @first_error */
+    /*
+     * Where the node stands in the graph, or stood when it was started: the
+     * root above it, and its device or NULL
+     */
+    char *top_node;
+    char *device;
+    QemuMutex error_lock; /* protects @first_error, @top_node and @device */
 
     union {
         ReplicationPrimary primary;
@@ -203,6 +214,13 @@ struct ReplicationRole {
     /* End every job and give back what start took; the stage stays */
     void (*release)(BlockDriverState *bs);
 
+    /*
+     * Optional.  QEMU ends, since @quit_ns of QEMU_CLOCK_REALTIME, and nobody writes any
+     * more: finish what would be lost, in a bounded time.  Called in every
+     * stage, and without draining the node first.
+     */
+    void (*finish)(BlockDriverState *bs, int64_t quit_ns);
+
     /* The node is going to be drained */
     void (*drain_begin)(BlockDriverState *bs);
 
@@ -235,6 +253,7 @@ struct ReplicationRole {
 #define REPLICATION_OPT_TOP_ID          "top-id"
 #define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
 #define REPLICATION_OPT_OVERLAY_FLUSH   "overlay-flush"
+#define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
 
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;

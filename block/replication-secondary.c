@@ -21,6 +21,12 @@
 #include "replication-int.h"
 #include "trace.h"
 
+/*
+ * For how long QEMU's end waits for a merge by default.  Managers kill a QEMU
+ * that has not ended in 10 s (libvirt) or later.
+ */
+#define MERGE_AT_QUIT_MS 5000
+
 static GRAPH_RDLOCK BlockDriverState *
 secondary_active(BlockDriverState *bs)
 {
@@ -344,9 +350,13 @@ node_is_below(BlockDriverState *bs, BlockDriverState *top)
     return false;
 }
 
+static void secondary_look_above_bh(void *opaque);
+
 /*
  * An overlay above a node that runs would keep the guest's writes away from it,
- * and checkpoints would not empty it.
+ * and checkpoints would not empty it.  So would a change that takes the node
+ * out of the graph, but who removes a link does not ask.  What has come of it
+ * shows when the graph lock is dropped, which runs bottom halves.
  */
 static bool GRAPH_RDLOCK
 secondary_check_parents(BlockDriverState *bs, Error **errp)
@@ -354,7 +364,14 @@ secondary_check_parents(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *top = s->secondary.top;
 
-    if (!top || QLIST_EMPTY(&bs->parents) || node_is_below(bs, top)) {
+    if (!top || node_is_below(bs, top)) {
+        return true;
+    }
+
+    bdrv_ref(bs);
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), secondary_look_above_bh,
+                            bs);
+    if (QLIST_EMPTY(&bs->parents)) {
         return true;
     }
 
@@ -864,6 +881,49 @@ static void secondary_break(BlockDriverState *bs, Error *err)
     replication_set_stage(bs, REPLICATION_STAGE_BROKEN);
 }
 
+static bool secondary_is_bypassed(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    return s->secondary.top && !node_is_below(bs, s->secondary.top);
+}
+
+/*
+ * The guest may write past the node now, and nobody will know afterwards what.
+ * That does not change when the node comes back.
+ */
+static void secondary_bypassed(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    Error *err = NULL;
+
+    error_setg(&err, "Replication node '%s' was cut off from node '%s' while "
+               "it was running: it may lack what the guest has written",
+               bdrv_get_node_name(bs), bdrv_get_node_name(s->secondary.top));
+    error_append_hint(&err, "The primary has to survive. Stop replication "
+                      "without failover, put the node back and start again.\n");
+    replication_report_error(bs, REPLICATION_ERROR_REASON_BYPASSED, 0,
+                             error_get_pretty(err));
+    secondary_break(bs, error_copy(err));
+    replication_disown_all(err);
+    error_free(err);
+}
+
+static void secondary_look_above_bh(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+
+    bdrv_drained_begin(bs);
+    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+        secondary_is_bypassed(bs)) {
+        secondary_bypassed(bs);
+    }
+    bdrv_drained_end(bs);
+    bdrv_unref(bs);
+}
+
 /*
  * Completion of the backup job.  It runs until it is cancelled, and only we and
  * the end of QEMU do that.
@@ -879,13 +939,17 @@ static void secondary_backup_done(void *opaque, int ret)
         return;
     }
 
-    error_setg(&err, "The backup job of replication node '%s' has ended: the "
-               "checkpoint is lost with the primary's next write",
-               bdrv_get_node_name(bs));
-
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
-    secondary_break(bs, err);
+    if (s->quitting) {
+        /* Nothing is wrong, but what we refer to is to be deleted */
+        secondary_release(bs);
+    } else {
+        error_setg(&err, "The backup job of replication node '%s' has ended: "
+                   "the checkpoint is lost with the primary's next write",
+                   bdrv_get_node_name(bs));
+        secondary_break(bs, err);
+    }
     bdrv_drained_end(bs);
     bdrv_unref(bs);
 }
@@ -998,10 +1062,6 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
                          "The secondary disk of replication node '%s' is out "
                          "of date and has to be resynchronised: a write of the "
                          "primary failed", bdrv_get_node_name(bs));
-    } else if (!node_is_below(bs, s->secondary.top)) {
-        error_setg(errp, "Replication node '%s' is cut off from node '%s', "
-                   "which the guest uses", bdrv_get_node_name(bs),
-                   bdrv_get_node_name(s->secondary.top));
     } else {
         return true;
     }
@@ -1280,6 +1340,7 @@ static void secondary_get_stats(BlockDriverState *bs,
         .copied_bytes   = copied,
         .hidden_bytes   = copied - s->secondary.copied_before,
         .active_bytes   = stat64_get(&s->secondary.active_bytes),
+        .disk_complete  = s->stage == REPLICATION_STAGE_DONE,
     };
 
     if (s->secondary.has_failed_over) {
@@ -1328,6 +1389,45 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
     blk_unref(pin);
 
     return s->secondary.commit_job;
+}
+
+static void secondary_quit_timeout(void *opaque)
+{
+    /* The timer has ended aio_poll(), as it was to do */
+}
+
+/* Whether to wait for the merge any longer, which has to be woken for it */
+static bool secondary_awaits_merge(BlockDriverState *bs, int64_t end_ns)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (!s->secondary.commit_job ||
+        qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= end_ns) {
+        return false;
+    }
+    /* The main loop's timers, on which it sleeps, do not run any more */
+    job_enter(&s->secondary.commit_job->job);
+
+    return true;
+}
+
+/*
+ * A merge that quit cancels would leave the disk incomplete, and the overlays
+ * are of a host that may never start them again.
+ */
+static void secondary_finish(BlockDriverState *bs, int64_t quit_ns)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int64_t end_ns = quit_ns + s->secondary.merge_at_quit_ms * SCALE_MS;
+    QEMUTimer *timer = aio_timer_new(qemu_get_aio_context(),
+                                     QEMU_CLOCK_REALTIME, SCALE_NS,
+                                     secondary_quit_timeout, NULL);
+
+    timer_mod(timer, end_ns);
+    bdrv_ref(bs);
+    AIO_WAIT_WHILE_UNLOCKED(NULL, secondary_awaits_merge(bs, end_ns));
+    bdrv_unref(bs);
+    timer_free(timer);
 }
 
 /* A secondary node holds nothing back that could be abandoned or hurried */
@@ -1437,6 +1537,16 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     qemu_co_mutex_init(&s->secondary.settle_lock);
     s->secondary.overlay_flush =
         qemu_opt_get_bool(opts, REPLICATION_OPT_OVERLAY_FLUSH, false);
+    s->secondary.merge_at_quit_ms =
+        qemu_opt_get_number(opts, REPLICATION_OPT_MERGE_AT_QUIT,
+                            MERGE_AT_QUIT_MS);
+    if (s->secondary.merge_at_quit_ms > UINT32_MAX) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_MERGE_AT_QUIT "' is "
+                   "too large");
+        g_free(s->secondary.top_id);
+        return false;
+    }
+
     return true;
 }
 
@@ -1465,6 +1575,7 @@ const ReplicationRole replication_secondary_role = {
     .get_error          = secondary_get_error,
     .get_stats          = secondary_get_stats,
     .release            = secondary_release,
+    .finish             = secondary_finish,
 
     .drain_begin        = secondary_nothing,
     .co_await_writes    = secondary_co_await_writes,

@@ -22,6 +22,7 @@
 #include "qemu/option.h"
 #include "qemu/timer.h"
 #include "qobject/qdict.h"
+#include "system/block-backend.h"
 #include "replication-int.h"
 #include "trace.h"
 
@@ -124,6 +125,12 @@ static QemuOptsList replication_runtime_opts = {
             .type = QEMU_OPT_BOOL,
             .help = "Flush the overlays while they are scratch (secondary)",
         },
+        {
+            .name = REPLICATION_OPT_MERGE_AT_QUIT,
+            .type = QEMU_OPT_NUMBER,
+            .help = "Milliseconds that the end of QEMU may wait for a merge "
+                    "(secondary)",
+        },
         { /* end of list */ }
     },
 };
@@ -136,7 +143,64 @@ static const struct {
     { REPLICATION_OPT_TOP_ID,       REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_OVERLAY_FLUSH, REPLICATION_MODE_SECONDARY },
+    { REPLICATION_OPT_MERGE_AT_QUIT, REPLICATION_MODE_SECONDARY },
 };
+
+static BlockDriverState *GRAPH_RDLOCK replication_root(BlockDriverState *bs)
+{
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        if (c->klass->parent_is_bds) {
+            return replication_root(c->opaque);
+        }
+    }
+
+    return bs;
+}
+
+/* What a user calls the device of @bs: the name of -drive, else its ID or path */
+static char *GRAPH_RDLOCK replication_device(BlockDriverState *bs)
+{
+    BlockBackend *blk = NULL;
+    char *id;
+
+    while ((blk = blk_all_next(blk))) {
+        if (blk_bs(blk) != bs) {
+            continue;
+        }
+        id = *blk_name(blk) ? g_strdup(blk_name(blk)) :
+                              blk_get_attached_dev_id(blk);
+        if (*id) {
+            return id;
+        }
+        g_free(id);
+    }
+
+    return NULL;
+}
+
+/*
+ * Errors are reported from any thread, where nobody can look at the graph.  And
+ * who takes a running node out of it wants to be told where it was.
+ */
+static void GRAPH_RDLOCK replication_update_place(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *root = replication_root(bs);
+
+    GLOBAL_STATE_CODE();
+
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    g_free(s->top_node);
+    g_free(s->device);
+    s->top_node = g_strdup(bdrv_get_node_name(root));
+    s->device = replication_device(root);
+}
 
 void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
 {
@@ -148,10 +212,17 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
     if (stage == s->stage) {
         return;
     }
+    /* A device may have come since, which changes nothing in the graph */
+    bdrv_graph_rdlock_main_loop();
+    replication_update_place(bs);
+    bdrv_graph_rdunlock_main_loop();
     qatomic_set(&s->stage, stage);
     trace_replication_stage(bs, bdrv_get_node_name(bs),
                             ReplicationStage_str(stage));
-    qapi_event_send_replication_stage_change(bdrv_get_node_name(bs), stage);
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    qapi_event_send_replication_stage_change(bdrv_get_node_name(bs),
+                                             s->top_node, s->device, stage);
 }
 
 void replication_report_error(BlockDriverState *bs,
@@ -162,11 +233,17 @@ void replication_report_error(BlockDriverState *bs,
 
     IO_CODE();
 
+    /* The end of QEMU removes all exports */
+    if (reason == REPLICATION_ERROR_REASON_CUT_OFF && s->quitting) {
+        return;
+    }
+
     trace_replication_error(bs, bdrv_get_node_name(bs),
                             ReplicationErrorReason_str(reason), text);
-    qapi_event_send_replication_error(bdrv_get_node_name(bs), reason, text);
 
     QEMU_LOCK_GUARD(&s->error_lock);
+    qapi_event_send_replication_error(bdrv_get_node_name(bs), s->top_node,
+                                      s->device, reason, text);
     if (!s->first_error) {
         s->first_error = g_new(BlockStatsReplicationError, 1);
         *s->first_error = (BlockStatsReplicationError) {
@@ -216,15 +293,24 @@ static bool replication_may(BlockDriverState *bs, ReplicationOp op,
 /*
  * Around everything that may change the stage: no request is in flight, and
  * @bs outlives the operation even if that drops the last node above it.
+ * Returns what to give to replication_op_end().
  */
-static void replication_op_begin(BlockDriverState *bs)
+static AioContext *replication_op_begin(BlockDriverState *bs)
 {
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
+
+    return bdrv_get_aio_context(bs);
 }
 
-static void replication_op_end(BlockDriverState *bs)
+/*
+ * A node moves to the main loop when it loses a parent, unless another parent
+ * objects.  Ours come and go all the time: @bs and those around it go back to
+ * @ctx, where somebody wanted them to be.
+ */
+static void replication_op_end(BlockDriverState *bs, AioContext *ctx)
 {
+    bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
     bdrv_drained_end(bs);
     bdrv_unref(bs);
 }
@@ -249,50 +335,53 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
     trace_replication_start(bs, bdrv_get_node_name(bs),
                             ReplicationMode_str(mode));
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     if (replication_may(bs, REPLICATION_OP_START, errp) &&
         replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
         replication_forget_error(bs);
         s->undo_stage = s->stage;
         replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 static void replication_begin(ReplicationState *rs, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     /* A node that has failed over did not start */
     if (s->stage == REPLICATION_STAGE_RUNNING) {
         s->undo_stage = REPLICATION_STAGE_NONE;
         s->role->begin(bs, errp);
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 static void replication_undo_start(ReplicationState *rs)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     if (s->stage == REPLICATION_STAGE_RUNNING) {
         s->role->release(bs);
         replication_set_stage(bs, s->undo_stage);
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 static void replication_abandon(ReplicationState *rs)
@@ -311,12 +400,13 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
     ReplicationOp op = failover ? REPLICATION_OP_FAILOVER : REPLICATION_OP_STOP;
 
     GLOBAL_STATE_CODE();
 
     trace_replication_stop(bs, bdrv_get_node_name(bs), failover);
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     if (replication_may(bs, op, errp)) {
         if (failover) {
             s->role->failover(bs, errp);
@@ -324,7 +414,7 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
             s->role->stop(bs, errp);
         }
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 /* Whether @bs is in a stage for checkpoints and would not refuse one */
@@ -341,24 +431,26 @@ static void replication_check(ReplicationState *rs, Error **errp)
     ERRP_GUARD();
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     replication_may_checkpoint(bs, errp);
     s->failed_checkpoints += *errp != NULL;
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 static void replication_checkpoint(ReplicationState *rs, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
     bool done;
 
     GLOBAL_STATE_CODE();
 
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     if (replication_may_checkpoint(bs, errp)) {
         trace_replication_checkpoint_begin(bs, bdrv_get_node_name(bs));
         done = s->role->checkpoint(bs, errp);
@@ -371,21 +463,44 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
         trace_replication_checkpoint_end(bs, bdrv_get_node_name(bs), done,
                                          s->last_checkpoint_ns);
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
 }
 
 static void replication_disown(ReplicationState *rs, const Error *reason)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
-    replication_op_begin(bs);
+    ctx = replication_op_begin(bs);
     if (s->stage == REPLICATION_STAGE_RUNNING) {
         s->role->disown(bs, reason);
     }
-    replication_op_end(bs);
+    replication_op_end(bs, ctx);
+}
+
+static void replication_quit(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    s->quitting = true;
+}
+
+static void replication_finish(ReplicationState *rs, int64_t quit_ns)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->role->finish) {
+        s->role->finish(bs, quit_ns);
+    }
 }
 
 static void replication_get_error(ReplicationState *rs, Error **errp)
@@ -422,6 +537,8 @@ static BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
     };
     WITH_QEMU_LOCK_GUARD(&s->error_lock) {
         stats->error = QAPI_CLONE(BlockStatsReplicationError, s->first_error);
+        stats->top_node = g_strdup(s->top_node);
+        stats->device = g_strdup(s->device);
     }
     s->role->get_stats(bs, stats);
 
@@ -438,6 +555,8 @@ static ReplicationOps replication_ops = {
     .disown     = replication_disown,
     .abandon    = replication_abandon,
     .get_error  = replication_get_error,
+    .quit       = replication_quit,
+    .finish     = replication_finish,
 };
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -533,11 +652,11 @@ replication_co_getlength(BlockDriverState *bs)
  * While a node is in use on both sides, a new length here would be another one
  * than there, and than that of the nodes below.
  */
-static bool replication_may_resize(ReplicationStage stage)
+static bool replication_is_in_use(ReplicationStage stage)
 {
-    return stage == REPLICATION_STAGE_NONE ||
-           stage == REPLICATION_STAGE_STOPPED ||
-           stage == REPLICATION_STAGE_DONE;
+    return stage != REPLICATION_STAGE_NONE &&
+           stage != REPLICATION_STAGE_STOPPED &&
+           stage != REPLICATION_STAGE_DONE;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -547,7 +666,7 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     BDRVReplicationState *s = bs->opaque;
 
-    if (!replication_may_resize(replication_stage(bs))) {
+    if (replication_is_in_use(replication_stage(bs))) {
         error_setg(errp, "Cannot resize replication node '%s' while it "
                    "replicates", bdrv_get_node_name(bs));
         error_append_hint(errp, "Stop replication, resize the disk on both "
@@ -559,6 +678,35 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     s->role->co_await_writes(bs, 0, BDRV_MAX_LENGTH);
 
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+}
+
+/*
+ * Otherwise the block layer would close the node and open it again, and it would
+ * have forgotten its stage.
+ */
+static int replication_snapshot_goto(BlockDriverState *bs,
+                                     const char *snapshot_id)
+{
+    BlockDriverState *child_bs;
+    Error *local_err = NULL;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_is_in_use(replication_stage(bs))) {
+        return -EBUSY;
+    }
+
+    bdrv_graph_rdlock_main_loop();
+    child_bs = bs->file->bs;
+    bdrv_graph_rdunlock_main_loop();
+
+    ret = bdrv_snapshot_goto(child_bs, snapshot_id, &local_err);
+    if (ret < 0) {
+        error_report_err(local_err);
+    }
+
+    return ret;
 }
 
 /* The other children come and go with start and stop, and are no options */
@@ -588,6 +736,13 @@ replication_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
     BDRVReplicationState *s = bs->opaque;
 
     return s->role->check_parents(bs, errp) ? 0 : -EBUSY;
+}
+
+/* Of all changes of the graph above, these callbacks hear */
+static void GRAPH_RDLOCK
+replication_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
+{
+    replication_update_place(bs);
 }
 
 /* Called before the node is marked inactive, unlike its permission callbacks */
@@ -670,6 +825,8 @@ static void replication_cleanup(BlockDriverState *bs)
 
     s->role->cleanup(bs);
     replication_forget_error(bs);
+    g_free(s->top_node);
+    g_free(s->device);
     qemu_mutex_destroy(&s->error_lock);
 }
 
@@ -717,6 +874,7 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_TOP_ID,
     REPLICATION_OPT_WRITE_BEHIND,
     REPLICATION_OPT_OVERLAY_FLUSH,
+    REPLICATION_OPT_MERGE_AT_QUIT,
 
     NULL
 };
@@ -736,6 +894,7 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_block_status       = replication_co_block_status,
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
+    .bdrv_snapshot_goto         = replication_snapshot_goto,
 
     .bdrv_drain_begin           = replication_drain_begin,
 
@@ -745,6 +904,7 @@ static BlockDriver bdrv_replication = {
 
     .bdrv_child_perm            = replication_child_perm,
     .bdrv_check_perm            = replication_check_perm,
+    .bdrv_set_perm              = replication_set_perm,
     .bdrv_inactivate            = replication_inactivate,
 
     .is_filter                  = true,

@@ -96,6 +96,16 @@ struct ReplicationOps {
      * for a peer that is dead, one after the other.
      */
     void (*abandon)(ReplicationState *rs);
+
+    /* Optional.  QEMU is about to end, and what goes away then is no error. */
+    void (*quit)(ReplicationState *rs);
+
+    /*
+     * Optional.  Nobody writes any more, and QEMU ends: do what would be lost
+     * otherwise.  The time for this, of the node's own choice, counts from
+     * @quit_ns of QEMU_CLOCK_REALTIME, when all nodes were asked for it.
+     */
+    void (*finish)(ReplicationState *rs, int64_t quit_ns);
 };
 
 /*
