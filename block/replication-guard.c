@@ -138,6 +138,25 @@ static void GRAPH_RDLOCK guard_refresh_filename(BlockDriverState *bs)
             bs->file->bs->filename);
 }
 
+/*
+ * Whether an export could write.  Not what -drive or -blockdev with an ID has
+ * made: that stays when the export has gone, and nobody writes through it.
+ */
+static bool GRAPH_RDLOCK guard_has_writer(BlockDriverState *bs)
+{
+    BlockBackend *blk = NULL;
+    uint64_t perm, shared;
+
+    while ((blk = blk_all_next(blk))) {
+        blk_get_perm(blk, &perm, &shared);
+        if (blk_bs(blk) == bs && !*blk_name(blk) && (perm & BLK_PERM_WRITE)) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
 /* The active overlay is no option */
 static void GRAPH_RDLOCK
 guard_gather_child_options(BlockDriverState *bs, QDict *target,
@@ -167,7 +186,7 @@ static void GRAPH_RDLOCK
 guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
     ReplicationGuard *g = bs->opaque;
-    bool has_blk = bdrv_has_blk(bs);
+    bool has_blk = guard_has_writer(bs);
 
     GLOBAL_STATE_CODE();
 

@@ -141,7 +141,7 @@ typedef struct BDRVReplicationState {
     BlockStatsReplicationError *first_error;
     /*
      * Where the node stands in the graph, or stood when it was started: the
-     * root above it, and its device or NULL
+     * root above it or NULL, and the device of the root or NULL
      */
     char *top_node;
     char *device;

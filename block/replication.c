@@ -198,7 +198,7 @@ static void GRAPH_RDLOCK replication_update_place(BlockDriverState *bs)
     QEMU_LOCK_GUARD(&s->error_lock);
     g_free(s->top_node);
     g_free(s->device);
-    s->top_node = g_strdup(bdrv_get_node_name(root));
+    s->top_node = root == bs ? NULL : g_strdup(bdrv_get_node_name(root));
     s->device = replication_device(root);
 }
 
