@@ -108,12 +108,9 @@ make_fresh() {
 
 # Those that were started in the fresh root, and whatever they have started.
 processes_in() {
-    local root
-    for root in /proc/[0-9]*/root; do
-        case $(readlink "$root") in
-            "$1"|"$1"/*) root=${root%/root} && echo "${root#/proc/}" ;;
-        esac
-    done
+    find /proc -mindepth 2 -maxdepth 2 -path '/proc/[0-9]*/root' \
+        \( -lname "$1" -o -lname "$1/*" \) -printf '%P\n' 2>/dev/null |
+        cut -d / -f 1
 }
 
 end_processes() {
