@@ -9,7 +9,7 @@ Neither can be asked of qemu-nbd, which reads ahead while it sends.
 import socket
 import struct
 import threading
-from typing import List, NamedTuple, Optional, Set
+from typing import List, NamedTuple, Optional, Set, Tuple
 
 GREETING = struct.Struct('>QQH')
 OPTION = struct.Struct('>QII')
@@ -90,9 +90,9 @@ class OneSlotServer:
                 self._conn, self._taken = conn, 0
                 with conn:
                     try:
-                        self._negotiate()
+                        self.negotiate()
                         while not self._end.is_set():
-                            self._answer()
+                            self.answer()
                     except (HungUp, OSError):
                         pass
 
@@ -111,7 +111,8 @@ class OneSlotServer:
             view = view[length:]
         return data
 
-    def _negotiate(self) -> None:
+    def negotiate(self) -> None:
+        """Until the transmission begins"""
         self._send(GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE))
         self._recv(4)
         option = None
@@ -143,17 +144,26 @@ class OneSlotServer:
         self._taken += size
         return self._recv(size)
 
-    def _answer(self) -> None:
-        """One request, and all of its reply before the next"""
+    def write(self, start: int, data: bytes) -> None:
+        """A write that has arrived"""
+        self.data[start:start + len(data)] = data
+        self.done.add(start)
+
+    def request(self) -> Tuple[int, int, int, int]:
+        """Command, cookie, start and length of the next request"""
         magic, _, command, cookie, start, length = REQUEST.unpack(
             self._take(REQUEST.size))
         assert magic == REQUEST_MAGIC
+        return command, cookie, start, length
+
+    def answer(self) -> None:
+        """One request, and all of its reply before the next"""
+        command, cookie, start, length = self.request()
         reply = bytearray(REPLY.pack(REPLY_MAGIC, 0, cookie))
         if command == CMD_DISC:
             raise HungUp
         if command == CMD_READ:
             reply += self.data[start:start + length]
         elif command == CMD_WRITE:
-            self.data[start:start + length] = self._take(length)
-            self.done.add(start)
+            self.write(start, self._take(length))
         self._send(reply)
