@@ -58,7 +58,7 @@ class OneSlotServer:
         self._lives: List[Life] = list(lives)
         self._life = Life()
         self._taken = 0
-        self._conn: Optional[socket.socket] = None
+        self.conn: Optional[socket.socket] = None
         self._end = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
@@ -69,7 +69,7 @@ class OneSlotServer:
     def close(self) -> None:
         """End, also in the middle."""
         self._end.set()
-        for sock in self._listener, self._conn:
+        for sock in self._listener, self.conn:
             try:
                 if sock:
                     sock.shutdown(socket.SHUT_RDWR)
@@ -87,7 +87,7 @@ class OneSlotServer:
                     return
                 conn.settimeout(SOCKET_SECONDS)
                 self.connections += 1
-                self._conn, self._taken = conn, 0
+                self.conn, self._taken = conn, 0
                 with conn:
                     try:
                         self.negotiate()
@@ -96,16 +96,16 @@ class OneSlotServer:
                     except (HungUp, OSError):
                         pass
 
-    def _send(self, data: bytes) -> None:
-        assert self._conn
-        self._conn.sendall(data)
+    def send(self, data: bytes) -> None:
+        assert self.conn
+        self.conn.sendall(data)
 
-    def _recv(self, size: int) -> bytearray:
-        assert self._conn
+    def recv(self, size: int) -> bytearray:
+        assert self.conn
         data = bytearray(size)
         view = memoryview(data)
         while view:
-            length = self._conn.recv_into(view)
+            length = self.conn.recv_into(view)
             if not length:
                 raise HungUp
             view = view[length:]
@@ -113,12 +113,12 @@ class OneSlotServer:
 
     def negotiate(self) -> None:
         """Until the transmission begins"""
-        self._send(GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE))
-        self._recv(4)
+        self.send(GREETING.pack(GREETING_MAGIC, OPTION_MAGIC, FIXED_NEWSTYLE))
+        self.recv(4)
         option = None
         while option != OPT_GO:
-            _, option, length = OPTION.unpack(self._recv(OPTION.size))
-            self._recv(length)
+            _, option, length = OPTION.unpack(self.recv(OPTION.size))
+            self.recv(length)
             if option == OPT_GO:
                 self._tell(option, REP_INFO, EXPORT_INFO.pack(
                     INFO_EXPORT, len(self.data), HAS_FLAGS | SEND_FLUSH))
@@ -127,7 +127,7 @@ class OneSlotServer:
                 self._tell(option, REP_ERR_UNSUP)
 
     def _tell(self, option: int, reply: int, data: bytes = b'') -> None:
-        self._send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply,
+        self.send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply,
                                      len(data)) + data)
 
     def _take(self, size: int) -> bytearray:
@@ -136,13 +136,13 @@ class OneSlotServer:
         if life.bytes_taken is not None:
             left = life.bytes_taken - self._taken
             if left < size:
-                self._recv(left)
+                self.recv(left)
                 if life.stalls:
                     self.stalled.set()
                     self._end.wait()
                 raise HungUp
         self._taken += size
-        return self._recv(size)
+        return self.recv(size)
 
     def write(self, start: int, data: bytes) -> None:
         """A write that has arrived"""
@@ -166,4 +166,4 @@ class OneSlotServer:
             reply += self.data[start:start + length]
         elif command == CMD_WRITE:
             self.write(start, self._take(length))
-        self._send(reply)
+        self.send(reply)
