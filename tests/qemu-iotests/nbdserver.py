@@ -78,6 +78,10 @@ class OneSlotServer:
                 pass
         self._thread.join()
 
+    def wait_for_end(self) -> None:
+        """Do nothing until close()"""
+        self._end.wait()
+
     def _serve(self) -> None:
         with self._listener:
             for self._life in self._lives:
@@ -139,7 +143,7 @@ class OneSlotServer:
                 self.recv(left)
                 if life.stalls:
                     self.stalled.set()
-                    self._end.wait()
+                    self.wait_for_end()
                 raise HungUp
         self._taken += size
         return self.recv(size)
