@@ -215,9 +215,9 @@ struct ReplicationRole {
     void (*release)(BlockDriverState *bs);
 
     /*
-     * Optional.  QEMU ends, since @quit_ns of QEMU_CLOCK_REALTIME, and nobody writes any
-     * more: finish what would be lost, in a bounded time.  Called in every
-     * stage, and without draining the node first.
+     * Optional.  QEMU ends, since @quit_ns of QEMU_CLOCK_REALTIME, and nobody
+     * writes any more: finish what would be lost, in a bounded time.  Called in
+     * every stage, and without draining the node first.
      */
     void (*finish)(BlockDriverState *bs, int64_t quit_ns);
 

@@ -159,7 +159,7 @@ static BlockDriverState *GRAPH_RDLOCK replication_root(BlockDriverState *bs)
     return bs;
 }
 
-/* What a user calls the device of @bs: the name of -drive, else its ID or path */
+/* How a user calls the device of @bs: as -drive does, or by its ID or path */
 static char *GRAPH_RDLOCK replication_device(BlockDriverState *bs)
 {
     BlockBackend *blk = NULL;
@@ -681,8 +681,8 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 }
 
 /*
- * Otherwise the block layer would close the node and open it again, and it would
- * have forgotten its stage.
+ * Otherwise the block layer would close the node and open it again, and it
+ * would have forgotten its stage.
  */
 static int replication_snapshot_goto(BlockDriverState *bs,
                                      const char *snapshot_id)
