@@ -8,6 +8,10 @@
  * primary cannot write any more.  And it tells the copy-before-write filter
  * what that could not know: where the active overlay hides the disk.
  *
+ * From a failover on the disk belongs to the secondary guest.  Then the filter
+ * is a fence: it belongs to those above it, goes away with the last of them,
+ * and refuses whatever they still want to change.
+ *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
@@ -16,15 +20,26 @@
 #include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
-#include "qemu/module.h"
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
 #include "copy-before-write.h"
 #include "replication-int.h"
 
 typedef struct ReplicationGuard {
-    /* The replication node that inserted us */
+    /*
+     * The replication node that inserted us, or NULL when it has left us to our
+     * parents.  Changed while we are drained.
+     */
     BlockDriverState *owner;
+
+    /* Refuse to change the disk.  Changed while we are drained. */
+    bool fence;
+
+    /* Keeps others from our node.  BQL. */
+    Error *blocker;
+    /* No more parents than that, once we are in place.  BQL. */
+    bool in_place;
+    int num_parents;
 
     /* The first failure: a negative errno, or 0.  Atomic operations. */
     int error;
@@ -38,13 +53,22 @@ typedef struct ReplicationGuard {
     bool cut_off;
 } ReplicationGuard;
 
+static bool guard_is_fence(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    IO_CODE();
+
+    return g->fence;
+}
+
 static int guard_result(BlockDriverState *bs, int ret)
 {
     ReplicationGuard *g = bs->opaque;
 
     IO_CODE();
 
-    if (ret < 0 && !qatomic_cmpxchg(&g->error, 0, ret)) {
+    if (ret < 0 && g->owner && !qatomic_cmpxchg(&g->error, 0, ret)) {
         error_report("Replication node '%s': a write of the primary to the "
                      "secondary disk failed: %s", bdrv_get_node_name(g->owner),
                      strerror(-ret));
@@ -97,6 +121,10 @@ guard_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                       QEMUIOVector *qiov, size_t qiov_offset,
                       BdrvRequestFlags flags)
 {
+    if (guard_is_fence(bs)) {
+        return -EPERM;
+    }
+
     return guard_result(bs, bdrv_co_pwritev_part(bs->file, offset, bytes, qiov,
                                                  qiov_offset, flags));
 }
@@ -105,7 +133,12 @@ static int coroutine_fn GRAPH_RDLOCK
 guard_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
                        BdrvRequestFlags flags)
 {
-    int ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
+    int ret;
+
+    if (guard_is_fence(bs)) {
+        return -EPERM;
+    }
+    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
 
     /* Not a failure: the caller has asked for it, to do without */
     if (ret == -ENOTSUP && (flags & BDRV_REQ_NO_FALLBACK)) {
@@ -118,6 +151,10 @@ guard_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
 static int coroutine_fn GRAPH_RDLOCK
 guard_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
+    if (guard_is_fence(bs)) {
+        return -EPERM;
+    }
+
     return guard_result(bs, bdrv_co_pdiscard(bs->file, offset, bytes));
 }
 
@@ -126,10 +163,18 @@ static int coroutine_fn GRAPH_RDLOCK guard_co_flush(BlockDriverState *bs)
     return guard_result(bs, bdrv_co_flush(bs->file->bs));
 }
 
-static int64_t coroutine_fn GRAPH_RDLOCK
-guard_co_getlength(BlockDriverState *bs)
+/* Only a node that was above the disk before us can ask for it */
+static int coroutine_fn GRAPH_RDLOCK
+guard_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
+                  PreallocMode prealloc, BdrvRequestFlags flags, Error **errp)
 {
-    return bdrv_co_getlength(bs->file->bs);
+    if (guard_is_fence(bs)) {
+        error_setg(errp, "The disk below node '%s' belongs to the guest that a "
+                   "failover has promoted", bdrv_get_node_name(bs));
+        return -EPERM;
+    }
+
+    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
 
 static void GRAPH_RDLOCK guard_refresh_filename(BlockDriverState *bs)
@@ -179,6 +224,39 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+    if (guard_is_fence(bs)) {
+        *nperm &= BLK_PERM_CONSISTENT_READ;
+    }
+}
+
+static int GRAPH_RDLOCK guard_num_parents(BlockDriverState *bs)
+{
+    BdrvChild *c;
+    int n = 0;
+
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        n++;
+    }
+
+    return n;
+}
+
+/* Those that were above the disk may go, but nobody may come: he would stay */
+static int GRAPH_RDLOCK
+guard_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
+                 Error **errp)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (g->in_place && guard_num_parents(bs) > g->num_parents) {
+        error_setg(errp, "Node '%s' belongs to replication",
+                   bdrv_get_node_name(bs));
+        return -EBUSY;
+    }
+
+    return 0;
 }
 
 /* Called whenever a parent comes or goes */
@@ -190,7 +268,8 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 
     GLOBAL_STATE_CODE();
 
-    if (g->had_blk && !has_blk && !g->cut_off) {
+    g->num_parents = guard_num_parents(bs);
+    if (g->owner && g->had_blk && !has_blk && !g->cut_off) {
         g->cut_off = true;
         replication_report_error(
             g->owner, REPLICATION_ERROR_REASON_CUT_OFF, 0,
@@ -199,37 +278,24 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     g->had_blk |= has_blk;
 }
 
-static int guard_open(BlockDriverState *bs, QDict *options, int flags,
-                      Error **errp)
-{
-    int ret = bdrv_open_file_child(NULL, options, "file", bs, errp);
-
-    if (ret < 0) {
-        return ret;
-    }
-    replication_pass_flags(bs);
-
-    return 0;
-}
-
+/* Not registered: nobody but us can make such a node */
 static BlockDriver bdrv_replication_guard = {
     .format_name                = "replication-guard",
     .instance_size              = sizeof(ReplicationGuard),
-
-    .bdrv_open                  = guard_open,
 
     .bdrv_co_preadv_part        = guard_co_preadv_part,
     .bdrv_co_pwritev_part       = guard_co_pwritev_part,
     .bdrv_co_pwrite_zeroes      = guard_co_pwrite_zeroes,
     .bdrv_co_pdiscard           = guard_co_pdiscard,
     .bdrv_co_flush              = guard_co_flush,
-    .bdrv_co_getlength          = guard_co_getlength,
+    .bdrv_co_truncate           = guard_co_truncate,
 
     .bdrv_refresh_filename      = guard_refresh_filename,
 
     .bdrv_gather_child_options  = guard_gather_child_options,
 
     .bdrv_child_perm            = guard_child_perm,
+    .bdrv_check_perm            = guard_check_perm,
     .bdrv_set_perm              = guard_set_perm,
 
     .is_filter                  = true,
@@ -267,31 +333,64 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
     return true;
 }
 
+/* Take away what belongs to our owner */
+static void guard_disown(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    bdrv_graph_rdlock_main_loop();
+    bdrv_op_unblock_all(bs, g->blocker);
+    bdrv_graph_rdunlock_main_loop();
+    error_free(g->blocker);
+    g->blocker = NULL;
+
+    if (g->active) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, g->active);
+        bdrv_graph_wrunlock();
+        g->active = NULL;
+    }
+    g->owner = NULL;
+}
+
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,
                                            BlockDriverState *owner,
                                            Error **errp)
 {
-    QDict *options = qdict_new();
     BlockDriverState *guard_bs;
     ReplicationGuard *g;
 
     GLOBAL_STATE_CODE();
 
-    qdict_put_str(options, "driver", bdrv_replication_guard.format_name);
-    qdict_put_str(options, "file", bdrv_get_node_name(cbw));
-
-    guard_bs = bdrv_insert_node(cbw, options, BDRV_O_RDWR | BDRV_O_UNMAP, errp);
+    guard_bs = bdrv_new_open_driver(&bdrv_replication_guard, NULL,
+                                    BDRV_O_RDWR | BDRV_O_UNMAP, errp);
     if (!guard_bs) {
+        return NULL;
+    }
+    replication_pass_flags(guard_bs);
+    guard_bs->total_sectors = cbw->total_sectors;
+    /* So that we and @cbw can always be dropped */
+    guard_bs->never_freeze = true;
+
+    if (bdrv_append(guard_bs, cbw, errp) < 0) {
+        bdrv_unref(guard_bs);
         return NULL;
     }
 
     g = guard_bs->opaque;
     g->owner = owner;
+    error_setg(&g->blocker, "node is used by replication node '%s'",
+               bdrv_get_node_name(owner));
+    bdrv_graph_rdlock_main_loop();
+    bdrv_refresh_limits(guard_bs, NULL, NULL);
+    bdrv_op_block_all(guard_bs, g->blocker);
+    bdrv_graph_rdunlock_main_loop();
     if (!guard_attach_active(guard_bs, cbw, active, errp)) {
         replication_guard_drop(guard_bs);
         return NULL;
     }
+    g->in_place = true;
 
     return guard_bs;
 }
@@ -317,26 +416,32 @@ bool replication_guard_is_cut_off(BlockDriverState *bs)
 
 void replication_guard_drop(BlockDriverState *bs)
 {
-    ReplicationGuard *g = bs->opaque;
+    Error *local_err = NULL;
 
     GLOBAL_STATE_CODE();
 
-    if (g->active) {
-        bdrv_graph_wrlock();
-        bdrv_unref_child(bs, g->active);
-        bdrv_graph_wrunlock();
-        g->active = NULL;
-    }
+    guard_disown(bs);
 
-    /* Those above move on to the child: that is no loss */
-    g->had_blk = false;
-    bdrv_drop_filter(bs, &error_abort);
+    /* If it has to stay, it lets everything pass */
+    if (bdrv_drop_filter(bs, &local_err) < 0) {
+        warn_reportf_err(local_err, "Node '%s' stays in the graph: ",
+                         bdrv_get_node_name(bs));
+    }
     bdrv_unref(bs);
 }
 
-static void bdrv_replication_guard_init(void)
+void replication_guard_fence(BlockDriverState *bs)
 {
-    bdrv_register(&bdrv_replication_guard);
-}
+    ReplicationGuard *g = bs->opaque;
 
-block_init(bdrv_replication_guard_init);
+    GLOBAL_STATE_CODE();
+    assert(qatomic_read(&bs->quiesce_counter) > 0);
+
+    guard_disown(bs);
+    g->fence = true;
+
+    /* The disk is for others to write to.  Giving up can only succeed. */
+    bdrv_graph_rdlock_main_loop();
+    bdrv_child_refresh_perms(bs, bs->file, NULL);
+    bdrv_graph_rdunlock_main_loop();
+}

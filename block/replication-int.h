@@ -59,8 +59,10 @@ typedef struct ReplicationSecondary {
     bool owns_active;
     /* The links from this node to the secondary disk are frozen */
     bool frozen;
-    /* Nobody else may write to the disk that a failover has swapped in */
+    /* From a failover on: nobody else may write to the disk */
     bool exclusive;
+    /* Not even we, because the merge does */
+    bool merging;
     /* Referenced, because a node must not go away with op blockers on it */
     BlockDriverState *top;
     Error *top_blocker;
@@ -305,5 +307,12 @@ bool replication_guard_is_cut_off(BlockDriverState *bs);
 
 /* Take the filter out of the graph and delete it */
 void replication_guard_drop(BlockDriverState *bs);
+
+/*
+ * Leave the filter to those above it, as a fence that refuses all that would
+ * change the disk, and does not hold the permission to.  The caller has drained
+ * it, and drops its references.
+ */
+void replication_guard_fence(BlockDriverState *bs);
 
 #endif /* BLOCK_REPLICATION_INT_H */

@@ -61,6 +61,11 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
          */
         *nperm = bs->open_flags & BDRV_O_INACTIVE ? 0 : BLK_PERM_WRITE;
         *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
+        if (c == s->secondary.disk && s->secondary.merging) {
+            *nperm = 0;
+        } else if (c == s->secondary.disk && s->secondary.exclusive) {
+            *nshared &= ~BLK_PERM_WRITE;
+        }
         return;
     }
 
@@ -68,9 +73,10 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 
     /*
      * The overlays pass on to the nodes below what we share here, and there the
-     * primary writes to the disk and its pre-images to the hidden overlay.
+     * primary writes to the disk and its pre-images to the hidden overlay, and
+     * then the merge to the disk.
      */
-    if (!s->secondary.exclusive) {
+    if (!s->secondary.exclusive || s->secondary.hidden) {
         *nshared |= BLK_PERM_WRITE;
     }
     if (s->secondary.owns_active) {
@@ -137,6 +143,9 @@ secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
                                          &w.bytes);
         if (ret < 0) {
             return ret;
+        }
+        if (!ret && s->secondary.merging) {
+            return -EIO;
         }
 
         ret = secondary_write_child(ret ? bs->file : s->secondary.disk, &w);
@@ -777,7 +786,7 @@ static void secondary_count_anew(BlockDriverState *bs)
     stat64_set(&s->secondary.active_bytes, 0);
 }
 
-static void secondary_end_backup(BlockDriverState *bs)
+static void secondary_end_backup_job(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -788,11 +797,50 @@ static void secondary_end_backup(BlockDriverState *bs)
         s->secondary.ending_backup = false;
         assert(!s->secondary.backup_job);
     }
+}
+
+/* The primary goes on writing to the disk */
+static void secondary_end_backup(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    secondary_end_backup_job(bs);
     if (s->secondary.guard) {
         s->secondary.disk->frozen = false;
         replication_guard_drop(s->secondary.guard);
         s->secondary.guard = NULL;
     }
+}
+
+/*
+ * The primary has written to the disk for the last time, and the guard sees to
+ * it as long as somebody is above it.  The nodes are quiesced.
+ */
+static bool secondary_fence_off(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *guard = s->secondary.guard;
+    BlockDriverState *disk;
+    int ret;
+
+    secondary_end_backup_job(bs);
+    /* Not when a failover is tried again */
+    if (!guard) {
+        return true;
+    }
+
+    s->secondary.guard = NULL;
+    s->secondary.disk->frozen = false;
+    replication_guard_fence(guard);
+    s->secondary.exclusive = true;
+
+    bdrv_graph_rdlock_main_loop();
+    disk = bdrv_filter_bs(guard);
+    bdrv_graph_rdunlock_main_loop();
+    ret = bdrv_replace_child_bs(s->secondary.disk, disk, errp);
+    bdrv_unref(guard);
+
+    return ret == 0;
 }
 
 /* Make scratch of @node and of what its own data is stored in */
@@ -1250,17 +1298,33 @@ static void secondary_failover_failed(BlockDriverState *bs, int ret, Error *err)
     bdrv_graph_rdunlock_main_loop();
 }
 
-/* From now on the disk is shared only if the guest's device wants it so */
-static void secondary_make_exclusive(BlockDriverState *bs)
+/*
+ * Leave the disk to the merge, or take it back.  Nobody else can have come in
+ * between, because the job does not share it either.
+ */
+static void secondary_set_merging(BlockDriverState *bs, bool merging)
 {
     BDRVReplicationState *s = bs->opaque;
     Error *local_err = NULL;
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    s->secondary.exclusive = true;
+    s->secondary.merging = merging;
+    if (bdrv_child_refresh_perms(bs, s->secondary.disk, &local_err) < 0) {
+        s->secondary.merging = !merging;
+        warn_reportf_err(local_err, "Replication node '%s' cannot write to its "
+                         "secondary disk: ", bdrv_get_node_name(bs));
+    }
+}
+
+/* The disk is our child now, and shared only if the guest's device wants it */
+static void secondary_share_nothing(BlockDriverState *bs)
+{
+    Error *local_err = NULL;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
     if (bdrv_child_refresh_perms(bs, bs->file, &local_err) < 0) {
-        s->secondary.exclusive = false;
         warn_reportf_err(local_err, "Others can still write to the disk of "
                          "replication node '%s': ", bdrv_get_node_name(bs));
     }
@@ -1274,8 +1338,9 @@ static void secondary_failover_complete(BlockDriverState *bs)
     /* It is the guest's disk now */
     s->secondary.disk_was_ro = false;
     secondary_release(bs);
+    s->secondary.merging = false;
     secondary_count_anew(bs);
-    secondary_make_exclusive(bs);
+    secondary_share_nothing(bs);
     secondary_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
@@ -1314,6 +1379,7 @@ static void secondary_commit_done(void *opaque, int ret)
                          "failed to merge its overlays into the secondary "
                          "disk", bdrv_get_node_name(bs));
         error_report("%s", error_get_pretty(err));
+        secondary_set_merging(bs, false);
         secondary_failover_failed(bs, ret, err);
     }
     bdrv_drained_end(bs);
@@ -1382,11 +1448,15 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
         return false;
     }
 
+    secondary_set_merging(bs, true);
     s->secondary.commit_job =
         commit_active_start(NULL, active, disk, JOB_INTERNAL, 0,
                             BLOCKDEV_ON_ERROR_REPORT, NULL,
                             secondary_commit_done, bs, true, errp);
     blk_unref(pin);
+    if (!s->secondary.commit_job) {
+        secondary_set_merging(bs, false);
+    }
 
     return s->secondary.commit_job;
 }
@@ -1465,19 +1535,19 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *disk;
+    bool fenced_off;
 
     /*
-     * No write of the primary may come between the end of the backup job, which
-     * saves what it overwrites, and the start of the merge.  Later ones cannot
-     * be told from others: the export has to be gone by then.
+     * No write of the primary may come after the end of the backup job, which
+     * saves what it overwrites.
      */
     disk = secondary_quiesce(bs);
-    secondary_end_backup(bs);
+    fenced_off = secondary_fence_off(bs, errp);
     secondary_unblock_top(bs);
     secondary_unfreeze(bs);
     secondary_unsettle(bs);
     secondary_begin_progress(bs);
-    if (secondary_start_commit(bs, errp)) {
+    if (fenced_off && secondary_start_commit(bs, errp)) {
         secondary_set_error(bs, NULL);
         replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
     } else {
