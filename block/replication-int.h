@@ -34,12 +34,6 @@ typedef struct ReplicationPrimary {
     bool hung_up;
 } ReplicationPrimary;
 
-/* What tells whether an overlay was written to since it was emptied */
-typedef struct SecondaryEmptied {
-    bool valid;
-    unsigned int write_gen;
-} SecondaryEmptied;
-
 /* What says nothing else is protected by the BQL. */
 typedef struct ReplicationSecondary {
     char *top_id;
@@ -74,7 +68,7 @@ typedef struct ReplicationSecondary {
     /* We are ending @backup_job ourselves */
     bool ending_backup;
 
-    /* Bytes that the guest wrote since @active_emptied */
+    /* Bytes that the guest wrote since the active overlay was emptied */
     Stat64 active_bytes;
     /* What @backup_job has copied, when last seen and up to the checkpoint */
     uint64_t copied;
@@ -86,9 +80,6 @@ typedef struct ReplicationSecondary {
     uint64_t to_merge;
     int64_t failover_begin_ns;
     int64_t failover_end_ns;
-
-    SecondaryEmptied active_emptied;
-    SecondaryEmptied hidden_emptied;
 
     /* Nodes that we have made scratch, referenced */
     GSList *scratch;

@@ -909,8 +909,6 @@ static void secondary_release(BlockDriverState *bs)
     secondary_end_backup(bs);
     secondary_end_scratch(bs);
     qatomic_set(&s->secondary.unsettled, false);
-    s->secondary.active_emptied.valid = false;
-    s->secondary.hidden_emptied.valid = false;
     secondary_unfreeze(bs);
     secondary_own_active(bs, false, NULL);
     secondary_detach(bs, &s->secondary.hidden, &s->secondary.hidden_was_ro);
@@ -1002,14 +1000,12 @@ static void secondary_backup_done(void *opaque, int ret)
     bdrv_unref(bs);
 }
 
-/* Does nothing if nothing was written to @overlay since it was emptied */
+/* Costs next to nothing if @overlay is empty already, as only it can tell */
 static bool GRAPH_RDLOCK
 secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
-                SecondaryEmptied *emptied, Error **errp)
+                Error **errp)
 {
     ERRP_GUARD();
-    /* No request is in flight: each has counted, whoever it came from */
-    unsigned int write_gen = qatomic_read(&overlay->bs->write_gen);
 
     if (!overlay->bs->drv) {
         error_setg(errp, "The %s '%s' of replication node '%s' is unusable",
@@ -1017,17 +1013,11 @@ secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
                    bdrv_get_node_name(bs));
         return false;
     }
-    if (emptied->valid && emptied->write_gen == write_gen) {
-        return true;
-    }
-
-    emptied->valid = false;
     if (bdrv_make_empty(overlay, errp) < 0) {
         error_prepend(errp, "The %s '%s' of replication node '%s': ", what,
                       bdrv_get_node_name(overlay->bs), bdrv_get_node_name(bs));
         return false;
     }
-    *emptied = (SecondaryEmptied) { .valid = true, .write_gen = write_gen };
 
     return true;
 }
@@ -1072,10 +1062,8 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
 
     assert(qatomic_read(&s->secondary.hidden->bs->quiesce_counter) > 0);
 
-    if (!secondary_empty(bs, bs->file, "active overlay",
-                         &s->secondary.active_emptied, errp) ||
-        !secondary_empty(bs, s->secondary.hidden, "hidden overlay",
-                         &s->secondary.hidden_emptied, errp)) {
+    if (!secondary_empty(bs, bs->file, "active overlay", errp) ||
+        !secondary_empty(bs, s->secondary.hidden, "hidden overlay", errp)) {
         return false;
     }
 
@@ -1220,12 +1208,9 @@ static bool secondary_start(BlockDriverState *bs, Error **errp)
 /* Empty the overlays for good: from now on, a crash leaves them to the guest */
 static bool secondary_clear_overlays(BlockDriverState *bs, Error **errp)
 {
-    BDRVReplicationState *s = bs->opaque;
     int ret;
 
     secondary_end_scratch(bs);
-    s->secondary.active_emptied.valid = false;
-    s->secondary.hidden_emptied.valid = false;
     if (!secondary_empty_overlays(bs, errp)) {
         return false;
     }
