@@ -329,8 +329,7 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
         return false;
     }
 
-    bdrv_cbw_set_needless(cbw, guard_is_hidden, bs);
-    return true;
+    return bdrv_cbw_set_needless(cbw, guard_is_hidden, bs, errp);
 }
 
 /* Take away what belongs to our owner */

@@ -49,8 +49,12 @@ typedef struct ReplicationSecondary {
     BdrvChild *disk;
     bool hidden_was_ro;
     bool disk_was_ro;
-    /* WRITE is held on the active overlay, so that it can be emptied */
-    bool owns_active;
+    /*
+     * The active overlay, referenced, while it and the hidden one can be
+     * emptied and nobody else may write to them
+     */
+    BlockDriverState *active;
+    Error *active_blocker;
     /* The links from this node to the secondary disk are frozen */
     bool frozen;
     /* From a failover on: nobody else may write to the disk */

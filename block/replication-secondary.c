@@ -18,6 +18,7 @@
 #include "qemu/timer.h"
 #include "system/block-backend.h"
 #include "block/block_backup.h"
+#include "copy-before-write.h"
 #include "replication-int.h"
 #include "trace.h"
 
@@ -59,12 +60,19 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
          * a failed failover.  Everybody else in the chain may go on, as long as
          * the lengths stay.
          */
-        *nperm = bs->open_flags & BDRV_O_INACTIVE ? 0 : BLK_PERM_WRITE;
+        *nperm = BLK_PERM_WRITE;
         *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
-        if (c == s->secondary.disk && s->secondary.merging) {
-            *nperm = 0;
-        } else if (c == s->secondary.disk && s->secondary.exclusive) {
+        if (s->secondary.exclusive) {
             *nshared &= ~BLK_PERM_WRITE;
+        }
+        if (c && c == s->secondary.hidden) {
+            *nperm = BLK_PERM_WRITE_UNCHANGED;
+        } else if (s->secondary.merging) {
+            *nperm = 0;
+            *nshared |= BLK_PERM_WRITE;
+        }
+        if (bs->open_flags & BDRV_O_INACTIVE) {
+            *nperm = 0;
         }
         return;
     }
@@ -73,15 +81,13 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 
     /*
      * The overlays pass on to the nodes below what we share here, and there the
-     * primary writes to the disk and its pre-images to the hidden overlay, and
-     * then the merge to the disk.
+     * primary writes to the disk.  While we run, see secondary_own_overlays().
      */
-    if (!s->secondary.exclusive || s->secondary.hidden) {
-        *nshared |= BLK_PERM_WRITE;
-    }
-    if (s->secondary.owns_active) {
+    if (s->secondary.active) {
         *nperm |= BLK_PERM_WRITE;
-        *nshared &= ~BLK_PERM_RESIZE;
+        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    } else if (!s->secondary.exclusive) {
+        *nshared |= BLK_PERM_WRITE;
     }
 }
 
@@ -587,24 +593,54 @@ static void secondary_detach(BlockDriverState *bs, BdrvChild **child,
     bdrv_unref(node);
 }
 
-/* Hold, or cease to hold, the permission to empty the active overlay */
-static bool secondary_own_active(BlockDriverState *bs, bool own, Error **errp)
+/* What is below may be written to all the same: by the primary, the merge */
+static void secondary_share_below(BlockDriverState *bs, BlockDriverState *active,
+                                  bool share)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    bdrv_share_backing(active, share);
+    bdrv_share_backing(s->secondary.hidden->bs, share);
+}
+
+/* Keep everybody else from writing to the overlays, so that they can be ours */
+static bool secondary_own_overlays(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (s->secondary.owns_active == own) {
-        return true;
+    s->secondary.active = secondary_active(bs);
+    bdrv_ref(s->secondary.active);
+    error_setg(&s->secondary.active_blocker,
+               "node is the active overlay of replication node '%s'",
+               bdrv_get_node_name(bs));
+    bdrv_op_block_all(s->secondary.active, s->secondary.active_blocker);
+
+    secondary_share_below(bs, s->secondary.active, true);
+    return bdrv_child_refresh_perms(bs, s->secondary.hidden, errp) == 0 &&
+           bdrv_child_refresh_perms(bs, bs->file, errp) == 0;
+}
+
+/* After a merge, they are not below @bs any more */
+static void secondary_disown_overlays(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *active = s->secondary.active;
+
+    if (!active) {
+        return;
     }
 
-    s->secondary.owns_active = own;
-    if (bdrv_child_refresh_perms(bs, bs->file, errp) < 0) {
-        s->secondary.owns_active = !own;
-        return false;
-    }
-
-    return true;
+    s->secondary.active = NULL;
+    secondary_share_below(bs, active, false);
+    bdrv_graph_rdlock_main_loop();
+    bdrv_op_unblock_all(active, s->secondary.active_blocker);
+    bdrv_child_refresh_perms(bs, bs->file, NULL);
+    bdrv_graph_rdunlock_main_loop();
+    error_free(s->secondary.active_blocker);
+    s->secondary.active_blocker = NULL;
+    bdrv_unref(active);
 }
 
 /* Without this, a reopen could take the overlays out of the guest's view */
@@ -713,7 +749,7 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *hidden = s->secondary.hidden->bs;
     BlockDriverState *disk = s->secondary.disk->bs;
-    BlockDriverState *active;
+    BlockDriverState *active, *cbw;
     BackupPerf perf = {
         .use_copy_range = secondary_copies_in_host(s),
         .max_workers = 1,
@@ -738,9 +774,9 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     bdrv_graph_rdlock_main_loop();
     active = secondary_active(bs);
     bdrv_graph_rdunlock_main_loop();
-    s->secondary.guard = replication_guard_insert(s->secondary.disk->bs, active,
-                                                  bs, errp);
-    if (!s->secondary.guard) {
+    cbw = s->secondary.disk->bs;
+    s->secondary.guard = replication_guard_insert(cbw, active, bs, errp);
+    if (!s->secondary.guard || !bdrv_cbw_own_target(cbw, errp)) {
         return false;
     }
 
@@ -836,6 +872,8 @@ static bool secondary_fence_off(BlockDriverState *bs, Error **errp)
 
     bdrv_graph_rdlock_main_loop();
     disk = bdrv_filter_bs(guard);
+    /* Nobody can have the permission that this takes from others */
+    bdrv_child_refresh_perms(bs, s->secondary.hidden, NULL);
     bdrv_graph_rdunlock_main_loop();
     ret = bdrv_replace_child_bs(s->secondary.disk, disk, errp);
     bdrv_unref(guard);
@@ -910,7 +948,7 @@ static void secondary_release(BlockDriverState *bs)
     secondary_end_scratch(bs);
     qatomic_set(&s->secondary.unsettled, false);
     secondary_unfreeze(bs);
-    secondary_own_active(bs, false, NULL);
+    secondary_disown_overlays(bs);
     secondary_detach(bs, &s->secondary.hidden, &s->secondary.hidden_was_ro);
     secondary_detach(bs, &s->secondary.disk, &s->secondary.disk_was_ro);
     secondary_unblock_top(bs);
@@ -1165,7 +1203,7 @@ static bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
 
     s->secondary.hidden = secondary_attach(bs, hidden, "hidden-disk",
                                            &s->secondary.hidden_was_ro, errp);
-    return s->secondary.hidden && secondary_own_active(bs, true, errp);
+    return s->secondary.hidden && secondary_own_overlays(bs, errp);
 }
 
 static bool secondary_take(BlockDriverState *bs, Error **errp)
@@ -1302,30 +1340,16 @@ static void secondary_set_merging(BlockDriverState *bs, bool merging)
     }
 }
 
-/* The disk is our child now, and shared only if the guest's device wants it */
-static void secondary_share_nothing(BlockDriverState *bs)
-{
-    Error *local_err = NULL;
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    if (bdrv_child_refresh_perms(bs, bs->file, &local_err) < 0) {
-        warn_reportf_err(local_err, "Others can still write to the disk of "
-                         "replication node '%s': ", bdrv_get_node_name(bs));
-    }
-}
-
 /* The commit job has put the disk in the place of the active overlay */
 static void secondary_failover_complete(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    /* It is the guest's disk now */
+    /* It is the guest's disk now, and shared only if its device wants it so */
     s->secondary.disk_was_ro = false;
     secondary_release(bs);
     s->secondary.merging = false;
     secondary_count_anew(bs);
-    secondary_share_nothing(bs);
     secondary_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
