@@ -10,6 +10,20 @@ import replication
 from replication import Json, Side
 
 
+def stats_of(vm: replication.VM, quorum: str) -> Json:
+    """What query-blockstats tells of a quorum"""
+    for node in vm.query('query-blockstats', query_nodes=True):
+        if node['node-name'] == quorum:
+            return dict(node['driver-specific'])
+    raise KeyError(f'no statistics of {quorum}')
+
+
+def stale_of(vm: replication.VM, quorum: str) -> List[str]:
+    """The children that are neither read nor written"""
+    return [child['child'] for child in stats_of(vm, quorum)['children']
+            if child['stale']]
+
+
 class QuorumCase(replication.TestCase):
     """A quorum of images that were equal, each with faults of its own"""
 
@@ -54,6 +68,17 @@ class QuorumCase(replication.TestCase):
             self.create_image(number)
         self.add_quorum(*(self.child_options(number, rules)
                           for number, rules in enumerate(faults)), **options)
+
+    def close(self) -> None:
+        """Remove the export and the quorum, to open another one"""
+        self.vm.unexport('top')
+        self.vm.cmd('blockdev-del', node_name='top')
+
+    def stats(self) -> Json:
+        return stats_of(self.vm, 'top')
+
+    def stale(self) -> List[str]:
+        return stale_of(self.vm, 'top')
 
     def change(self, **args: str) -> Optional[str]:
         """Add or remove a child of the quorum; return the error"""
