@@ -635,6 +635,14 @@ static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
     return s->role->co_flush(bs);
 }
 
+/* A guest that has nothing else needs to read what it writes */
+static bool GRAPH_RDLOCK replication_can_rely_on(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->role->serves_reads(bs);
+}
+
 static void replication_drain_begin(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -906,6 +914,8 @@ static BlockDriver bdrv_replication = {
     .bdrv_check_perm            = replication_check_perm,
     .bdrv_set_perm              = replication_set_perm,
     .bdrv_inactivate            = replication_inactivate,
+
+    .bdrv_can_rely_on           = replication_can_rely_on,
 
     .is_filter                  = true,
     .strong_runtime_opts        = replication_strong_runtime_opts,
