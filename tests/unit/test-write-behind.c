@@ -1297,6 +1297,15 @@ static void test_iothread(void)
     iothread_join(iothread);
 }
 
+/* A read, and what there was when it began */
+typedef struct ModelRead {
+    GuestReq req;
+    QEMUIOVector qiov;
+    uint32_t data[NB_CELLS];
+    uint32_t cells[NB_CELLS];
+    uint32_t writer[NB_CELLS];
+} ModelRead;
+
 /* What the guest knows of its disk in a random schedule */
 typedef struct Model {
     uint32_t cells[NB_CELLS];
@@ -1305,6 +1314,10 @@ typedef struct Model {
     uint32_t zeroed[NB_CELLS];
     /* The oldest request whose value may be there after a power cut */
     uint32_t floor[NB_CELLS];
+    /* The same for when the flush that is waited for is done */
+    uint32_t flushed[NB_CELLS];
+    GuestReq *flush;
+    ModelRead *read;
     GuestReq *waiting[16];
     GRand *rand;
     uint32_t last;
@@ -1324,10 +1337,55 @@ static bool model_is_busy(Model *m, int first, int nb_cells)
     return false;
 }
 
+static void model_raise_floor(Model *m, const uint32_t *floor)
+{
+    for (int i = 0; i < NB_CELLS; i++) {
+        m->floor[i] = MAX(m->floor[i], floor[i]);
+    }
+}
+
+static void model_check_stable(Model *m, const uint32_t *floor)
+{
+    for (int i = 0; i < NB_CELLS; i++) {
+        uint32_t stable = cell(child.stable, i);
+
+        g_assert_cmpuint(stable ?: m->zeroed[i], >=, floor[i]);
+    }
+}
+
+/* It may have what was written since, if anything was */
+static void model_check_read(Model *m, ModelRead *read)
+{
+    int first = read->req.offset / sizeof(uint32_t);
+
+    for (int i = 0; i < read->req.bytes / sizeof(uint32_t); i++) {
+        if (m->writer[first + i] == read->writer[first + i]) {
+            g_assert_cmpuint(read->data[i], ==, read->cells[first + i]);
+        }
+    }
+}
+
 static void model_reap(Model *m)
 {
+    if (m->read && m->read->req.done) {
+        if (!filter.errors) {
+            model_check_read(m, m->read);
+        }
+        g_clear_pointer(&m->read, g_free);
+    }
+    if (m->flush && m->flush->done) {
+        if (m->flush->ret == 0) {
+            model_raise_floor(m, m->flushed);
+            model_check_stable(m, m->flushed);
+        }
+        g_assert(m->flush->ret == 0 || filter.errors);
+        g_clear_pointer(&m->flush, g_free);
+    }
     for (int i = 0; i < ARRAY_SIZE(m->waiting); i++) {
         if (m->waiting[i] && m->waiting[i]->done) {
+            if (filter.errors) {
+                m->waiting[i]->expected = m->waiting[i]->ret;
+            }
             guest_free(m->waiting[i]);
             m->waiting[i] = NULL;
         }
@@ -1362,6 +1420,37 @@ static void model_change(Model *m, WriteBehindType type, int first,
     }
 }
 
+/* A flush is for what was done before */
+static void model_flush(Model *m)
+{
+    if (!model_is_quiet(m) || m->flush) {
+        return;
+    }
+
+    memcpy(m->flushed, m->writer, sizeof(m->flushed));
+    m->flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
+    g_assert(m->flush->done || filter.flush_waits);
+    if (m->flush->done) {
+        model_raise_floor(m, m->flushed);
+        g_clear_pointer(&m->flush, guest_free);
+    }
+}
+
+static void model_begin_read(Model *m, int first, int nb_cells)
+{
+    ModelRead *read = g_new0(ModelRead, 1);
+
+    read->req.offset = first * sizeof(uint32_t);
+    read->req.bytes = nb_cells * sizeof(uint32_t);
+    memcpy(read->cells, m->cells, sizeof(read->cells));
+    memcpy(read->writer, m->writer, sizeof(read->writer));
+    qemu_iovec_init_buf(&read->qiov, read->data, read->req.bytes);
+    m->read = read;
+    blk_aio_preadv(filter.blk, read->req.offset, &read->qiov, 0, guest_done,
+                   &read->req);
+    run();
+}
+
 static void model_request(Model *m)
 {
     static const WriteBehindType types[] = {
@@ -1376,14 +1465,14 @@ static void model_request(Model *m)
     bool fua = g_rand_int_range(m->rand, 0, 8) == 0;
 
     if (type == WRITE_BEHIND_FLUSH) {
-        /* A flush is for what was done before */
-        if (model_is_quiet(m)) {
-            guest_flush();
-            memcpy(m->floor, m->writer, sizeof(m->floor));
-        }
+        model_flush(m);
         return;
     }
     if (m->waiting[slot] || model_is_busy(m, first, nb_cells)) {
+        return;
+    }
+    if (!m->read && g_rand_int_range(m->rand, 0, 16) == 0) {
+        model_begin_read(m, first, nb_cells);
         return;
     }
 
@@ -1417,11 +1506,9 @@ static void model_release(Model *m)
 static void model_check(Model *m)
 {
     for (int i = 0; i < NB_CELLS; i++) {
-        uint32_t stable = cell(child.stable, i);
-
         g_assert_cmpuint(cell(child.data, i), ==, m->cells[i]);
-        g_assert_cmpuint(stable ?: m->zeroed[i], >=, m->floor[i]);
     }
+    model_check_stable(m, m->floor);
 }
 
 static void random_schedule(uint32_t seed)
@@ -1431,8 +1518,11 @@ static void random_schedule(uint32_t seed)
     int steps = g_rand_int_range(m.rand, 1, 200);
     int hurry = g_rand_int_range(m.rand, 1, 8);
     uint64_t max_bytes = bounds[seed % ARRAY_SIZE(bounds)];
+    WriteBehindStats stats;
+    bool fails;
 
     setup(max_bytes);
+    filter.flush_waits = seed % 2;
     while (steps--) {
         if (g_rand_int_range(m.rand, 0, 8) < hurry) {
             model_release(&m);
@@ -1442,14 +1532,26 @@ static void random_schedule(uint32_t seed)
         model_reap(&m);
         g_assert_cmpuint(get_stats().pending_bytes, <=, max_bytes);
     }
+    fails = !QTAILQ_EMPTY(&child.reqs) && seed % 8 == 0;
+    if (fails) {
+        release_first(-EIO);
+    }
     while (!QTAILQ_EMPTY(&child.reqs)) {
         model_release(&m);
     }
     model_reap(&m);
-    g_assert(model_is_quiet(&m));
-    g_assert_cmpuint(get_stats().pending_requests, ==, 0);
-    g_assert_cmpint(filter.errors, ==, 0);
-    model_check(&m);
+
+    /* Nobody is left behind */
+    g_assert(model_is_quiet(&m) && !m.flush && !m.read);
+    stats = get_stats();
+    g_assert_cmpuint(stats.pending_requests, ==, 0);
+    g_assert_cmpuint(stats.pending_bytes, ==, 0);
+    g_assert_cmpint(filter.errors, ==, fails);
+    if (!fails) {
+        g_assert_cmpuint(stats.sent_requests + stats.superseded_requests, ==,
+                         m.last);
+        model_check(&m);
+    }
     teardown();
     g_rand_free(m.rand);
 }
