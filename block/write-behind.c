@@ -14,14 +14,14 @@
 #include "qemu/units.h"
 
 /* As many requests, and about as many bytes, are in flight at once */
-#define MAX_IN_FLIGHT 64
+#define MAX_IN_FLIGHT 256
 #define MAX_IN_FLIGHT_BYTES (32 * MiB)
 
 /*
- * So many queued requests do not wait for those in flight to end.  All of
- * MAX_IN_FLIGHT, if of 4 KiB, would not fit in the buffer of a unix socket.
+ * So many queued requests do not wait for those in flight to end.  With twice
+ * as many, of 4 KiB, they would not fit in the buffer of a unix socket.
  */
-#define FULL_BATCH (MAX_IN_FLIGHT / 2)
+#define FULL_BATCH 32
 
 /*
  * What is contiguous is joined until it is as large as this.  More would make
