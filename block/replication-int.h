@@ -14,6 +14,8 @@
 #include "block/write-behind.h"
 #include "qemu/stats64.h"
 
+typedef struct ReplicationAbove ReplicationAbove;
+
 typedef struct ReplicationPrimary {
     /* What the guest wrote and the secondary does not have yet */
     WriteBehind *queue;
@@ -26,6 +28,13 @@ typedef struct ReplicationPrimary {
 
     /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
     bool missed;
+
+    /*
+     * What stands above, and the name of the node there that the guest's writes
+     * have got no further than, or NULL.  Protected by the BQL.
+     */
+    ReplicationAbove *above;
+    char *cut_off_from;
 
     /* From when a failover begins until nothing is in flight */
     QEMUTimer *cancel_timer;
@@ -174,6 +183,9 @@ struct ReplicationRole {
      */
     bool (*check_parents)(BlockDriverState *bs, Error **errp);
 
+    /* Optional.  The graph above has changed.  With the graph lock as well. */
+    void (*parents_changed)(BlockDriverState *bs);
+
     /* Take what is needed to run.  On failure nothing is left taken. */
     bool (*start)(BlockDriverState *bs, Error **errp);
 
@@ -309,5 +321,20 @@ void replication_guard_drop(BlockDriverState *bs);
  * it, and drops its references.
  */
 void replication_guard_fence(BlockDriverState *bs);
+
+/* What stands above a node: all whose writes come to it, and their users */
+ReplicationAbove *replication_above_new(void);
+void replication_above_free(ReplicationAbove *above);
+
+/*
+ * The name of a node in @above whose users' writes do not come to @bs any more,
+ * to be freed by the caller, or NULL
+ */
+char *GRAPH_RDLOCK replication_above_lost(ReplicationAbove *above,
+                                          BlockDriverState *bs);
+
+/* What stands above @bs now.  Takes the place of @above, which is freed. */
+ReplicationAbove *GRAPH_RDLOCK
+replication_above_update(ReplicationAbove *above, BlockDriverState *bs);
 
 #endif /* BLOCK_REPLICATION_INT_H */

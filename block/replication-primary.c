@@ -73,12 +73,6 @@ primary_refuse_overlays(BlockDriverState *bs, Error **errp)
     return true;
 }
 
-static bool GRAPH_RDLOCK
-primary_check_parents(BlockDriverState *bs, Error **errp)
-{
-    return !primary_forwards(bs) || primary_refuse_overlays(bs, errp);
-}
-
 /*
  * The queue failed to forward a request, and forwards nothing more: from now on
  * the secondary is out of date.
@@ -106,6 +100,96 @@ static void primary_missed(BlockDriverState *bs)
     IO_CODE();
 
     qatomic_set(&s->primary.missed, true);
+}
+
+/* Set @errp if something that the guest wrote did not reach the secondary */
+static bool primary_in_sync(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int forward_error = qatomic_read(&s->primary.forward_error);
+
+    if (forward_error) {
+        error_setg_errno(errp, -forward_error,
+                         "The secondary of replication node '%s' is out of "
+                         "date and has to be resynchronised: a request could "
+                         "not be forwarded", bdrv_get_node_name(bs));
+    } else if (s->primary.cut_off_from) {
+        error_setg(errp, "The secondary of replication node '%s' is out of "
+                   "date and has to be resynchronised: the node was cut off "
+                   "from node '%s' above it, where the guest may have written",
+                   bdrv_get_node_name(bs), s->primary.cut_off_from);
+    } else if (qatomic_read(&s->primary.missed)) {
+        error_setg(errp, "The secondary of replication node '%s' is out of "
+                   "date and has to be resynchronised: the guest wrote while "
+                   "replication was stopped", bdrv_get_node_name(bs));
+    } else {
+        return true;
+    }
+
+    error_append_hint(errp, "Remove the node, resynchronise the secondary's "
+                      "disk with a new node attached, and start again.\n");
+    return false;
+}
+
+static bool GRAPH_RDLOCK
+primary_refuse_to_be_cut_off(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    g_autofree char *lost = replication_above_lost(s->primary.above, bs);
+
+    if (!lost) {
+        return true;
+    }
+
+    error_setg(errp, "Replication node '%s' forwards writes and cannot be cut "
+               "off from node '%s' above it", bdrv_get_node_name(bs), lost);
+    error_append_hint(errp, "Stop replication first.\n");
+    return false;
+}
+
+static bool GRAPH_RDLOCK
+primary_check_parents(BlockDriverState *bs, Error **errp)
+{
+    if (!primary_forwards(bs)) {
+        return true;
+    }
+
+    /*
+     * Who does not want an error takes an edge away, does not care about a
+     * refusal, and then would not tell primary_parents_changed() either.
+     */
+    return primary_refuse_overlays(bs, errp) &&
+           (!errp || !primary_in_sync(bs, NULL) ||
+            primary_refuse_to_be_cut_off(bs, errp));
+}
+
+static void primary_cut_off(BlockDriverState *bs, const char *from)
+{
+    BDRVReplicationState *s = bs->opaque;
+    g_autofree char *text = g_strdup_printf("cut off from node '%s' above it",
+                                            from);
+
+    s->primary.cut_off_from = g_strdup(from);
+    primary_missed(bs);
+
+    /* If that node is being deleted, most likely so are we */
+    if (primary_forwards(bs) && bdrv_find_node(from)) {
+        error_report("Replication node '%s' was %s: what is written there does "
+                     "not get to the secondary", bdrv_get_node_name(bs), text);
+        replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, 0, text);
+    }
+}
+
+/* What could not be refused is not forgotten, even if it is taken back */
+static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    g_autofree char *lost = replication_above_lost(s->primary.above, bs);
+
+    if (lost && primary_in_sync(bs, NULL)) {
+        primary_cut_off(bs, lost);
+    }
+    s->primary.above = replication_above_update(s->primary.above, bs);
 }
 
 /*
@@ -214,36 +298,12 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
     return 0;
 }
 
-/* Set @errp if something that the guest wrote did not reach the secondary */
-static bool primary_in_sync(BlockDriverState *bs, Error **errp)
-{
-    BDRVReplicationState *s = bs->opaque;
-    int forward_error = qatomic_read(&s->primary.forward_error);
-
-    if (forward_error) {
-        error_setg_errno(errp, -forward_error,
-                         "The secondary of replication node '%s' is out of "
-                         "date and has to be resynchronised: a request could "
-                         "not be forwarded", bdrv_get_node_name(bs));
-    } else if (qatomic_read(&s->primary.missed)) {
-        error_setg(errp, "The secondary of replication node '%s' is out of "
-                   "date and has to be resynchronised: the guest wrote while "
-                   "replication was stopped", bdrv_get_node_name(bs));
-    } else {
-        return true;
-    }
-
-    error_append_hint(errp, "Remove the node, resynchronise the secondary's "
-                      "disk with a new node attached, and start again.\n");
-    return false;
-}
-
 static void primary_get_error(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
 
     /* Writes that are missed on purpose are no error until the next start */
-    if (qatomic_read(&s->primary.forward_error)) {
+    if (primary_forwards(bs) || qatomic_read(&s->primary.forward_error)) {
         primary_in_sync(bs, errp);
     }
 }
@@ -387,6 +447,7 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     };
 
     s->primary.queue = write_behind_new(bs, &queue, primary_forward_failed);
+    s->primary.above = replication_above_new();
 
     /*
      * A write of zeroes that must not fall back to data could succeed on one
@@ -414,6 +475,8 @@ static void primary_cleanup(BlockDriverState *bs)
 
     primary_end_cancel(bs);
     write_behind_free(s->primary.queue);
+    replication_above_free(s->primary.above);
+    g_free(s->primary.cut_off_from);
 }
 
 static bool primary_may_inactivate(BlockDriverState *bs)
@@ -446,6 +509,7 @@ const ReplicationRole replication_primary_role = {
     .opened             = primary_opened,
     .child_perm         = primary_child_perm,
     .check_parents      = primary_check_parents,
+    .parents_changed    = primary_parents_changed,
 
     .start              = primary_start,
     .begin              = primary_checkpoint,

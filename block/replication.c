@@ -750,7 +750,12 @@ replication_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
 static void GRAPH_RDLOCK
 replication_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 {
+    BDRVReplicationState *s = bs->opaque;
+
     replication_update_place(bs);
+    if (s->role->parents_changed) {
+        s->role->parents_changed(bs);
+    }
 }
 
 /* Called before the node is marked inactive, unlike its permission callbacks */
