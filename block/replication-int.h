@@ -29,6 +29,9 @@ typedef struct ReplicationPrimary {
     /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
     bool missed;
 
+    /* What is done here has to be on the secondary's disk.  Also atomic. */
+    bool relied_on;
+
     /*
      * What stands above, and the name of the node there that the guest's writes
      * have got no further than, or NULL.  Protected by the BQL.
@@ -253,6 +256,10 @@ struct ReplicationRole {
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_pdiscard)(
         BlockDriverState *bs, int64_t offset, int64_t bytes);
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_flush)(BlockDriverState *bs);
+
+    /* Optional.  See bdrv_rely_on() and bdrv_leave_behind(). */
+    void (*rely_on)(BlockDriverState *bs);
+    void (*left_behind)(BlockDriverState *bs, int ret);
 
     /* Whether the node may be made inactive now */
     bool (*may_inactivate)(BlockDriverState *bs);

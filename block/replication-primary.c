@@ -2,8 +2,8 @@
  * Block replication: the primary side
  *
  * Forwards what the guest changes to the secondary, behind the guest's back,
- * and remembers what did not get there.  The guest never sees an error of the
- * secondary: it goes on, and the next checkpoint fails instead.
+ * and remembers what did not get there.  The quorum above hides an error of the
+ * secondary from the guest: it goes on, and the next checkpoint fails instead.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -73,23 +73,27 @@ primary_refuse_overlays(BlockDriverState *bs, Error **errp)
     return true;
 }
 
-/*
- * The queue failed to forward a request, and forwards nothing more: from now on
- * the secondary is out of date.
- */
-static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
-                                   int ret)
+/* From now on the secondary is out of date.  Only the first call counts. */
+static void primary_fail(BlockDriverState *bs, const char *what, int ret)
 {
     BDRVReplicationState *s = bs->opaque;
 
     IO_CODE();
 
-    qatomic_set(&s->primary.forward_error, ret);
+    if (qatomic_cmpxchg(&s->primary.forward_error, 0, ret)) {
+        return;
+    }
     error_report("Replication node '%s' failed to forward a %s to the "
-                 "secondary: %s", bdrv_get_node_name(bs), forward_names[type],
-                 strerror(-ret));
+                 "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
     replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, ret,
                              strerror(-ret));
+}
+
+/* The queue failed to forward a request, and forwards nothing more */
+static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
+                                   int ret)
+{
+    primary_fail(bs, forward_names[type], ret);
 }
 
 /* Note that a write was not forwarded, because nothing is in this stage */
@@ -100,6 +104,19 @@ static void primary_missed(BlockDriverState *bs)
     IO_CODE();
 
     qatomic_set(&s->primary.missed, true);
+}
+
+/* What the secondary lacks, if anything: a negative errno, or 0 */
+static int primary_error(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int forward_error = qatomic_read(&s->primary.forward_error);
+
+    if (forward_error) {
+        return forward_error;
+    }
+
+    return qatomic_read(&s->primary.missed) ? -EIO : 0;
 }
 
 /* Set @errp if something that the guest wrote did not reach the secondary */
@@ -159,7 +176,7 @@ primary_check_parents(BlockDriverState *bs, Error **errp)
      * refusal, and then would not tell primary_parents_changed() either.
      */
     return primary_refuse_overlays(bs, errp) &&
-           (!errp || !primary_in_sync(bs, NULL) ||
+           (!errp || primary_error(bs) ||
             primary_refuse_to_be_cut_off(bs, errp));
 }
 
@@ -186,7 +203,7 @@ static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
     g_autofree char *lost = replication_above_lost(s->primary.above, bs);
 
-    if (lost && primary_in_sync(bs, NULL)) {
+    if (lost && !primary_error(bs)) {
         primary_cut_off(bs, lost);
     }
     s->primary.above = replication_above_update(s->primary.above, bs);
@@ -198,11 +215,8 @@ static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
  */
 static bool primary_serves_reads(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-
     return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-           !qatomic_read(&s->primary.forward_error) &&
-           !qatomic_read(&s->primary.missed);
+           !primary_error(bs);
 }
 
 static void coroutine_fn GRAPH_RDLOCK
@@ -236,22 +250,51 @@ static void primary_drain_begin(BlockDriverState *bs)
     write_behind_drain_begin(s->primary.queue);
 }
 
+/*
+ * What is not forwarded is not done: nobody above may take the secondary for a
+ * good copy of it.  Quorum goes on without us, and the guest sees no error that
+ * is not of its own disk.
+ */
+static int primary_begin_change(BlockDriverState *bs)
+{
+    if (!primary_forwards(bs)) {
+        primary_missed(bs);
+    }
+
+    return primary_error(bs);
+}
+
+/* The end of a change, of which the queue says @ret */
+static int coroutine_fn GRAPH_RDLOCK
+primary_co_queued(BlockDriverState *bs, int ret, BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (ret >= 0 && (flags & BDRV_REQ_FUA) &&
+        qatomic_read(&s->primary.relied_on)) {
+        ret = write_behind_co_flush(s->primary.queue, true);
+    }
+
+    return ret;
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
                    QEMUIOVector *qiov, size_t qiov_offset,
                    BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret = primary_begin_change(bs);
 
-    if (primary_forwards(bs)) {
-        primary_trace_forward(bs, WRITE_BEHIND_WRITE, offset, bytes, flags);
-        write_behind_co_pwritev(s->primary.queue, offset, bytes, qiov,
-                                qiov_offset, flags);
-    } else {
-        primary_missed(bs);
+    if (ret < 0) {
+        return ret;
     }
 
-    return 0;
+    primary_trace_forward(bs, WRITE_BEHIND_WRITE, offset, bytes, flags);
+    ret = write_behind_co_pwritev(s->primary.queue, offset, bytes, qiov,
+                                  qiov_offset, flags);
+
+    return primary_co_queued(bs, ret, flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -259,43 +302,71 @@ primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
                          BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret = primary_begin_change(bs);
 
-    if (primary_forwards(bs)) {
-        primary_trace_forward(bs, WRITE_BEHIND_ZEROES, offset, bytes, flags);
-        write_behind_co_pwrite_zeroes(s->primary.queue, offset, bytes, flags);
-    } else {
-        primary_missed(bs);
+    if (ret < 0) {
+        return ret;
     }
 
-    return 0;
+    primary_trace_forward(bs, WRITE_BEHIND_ZEROES, offset, bytes, flags);
+    ret = write_behind_co_pwrite_zeroes(s->primary.queue, offset, bytes, flags);
+
+    return primary_co_queued(bs, ret, flags);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret = primary_begin_change(bs);
 
-    if (primary_forwards(bs)) {
-        primary_trace_forward(bs, WRITE_BEHIND_DISCARD, offset, bytes, 0);
-        write_behind_co_pdiscard(s->primary.queue, offset, bytes);
-    } else {
-        primary_missed(bs);
+    if (ret < 0) {
+        return ret;
     }
 
-    return 0;
+    primary_trace_forward(bs, WRITE_BEHIND_DISCARD, offset, bytes, 0);
+    ret = write_behind_co_pdiscard(s->primary.queue, offset, bytes);
+
+    return primary_co_queued(bs, ret, 0);
 }
 
 static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret = primary_error(bs);
 
-    /* Where no write is forwarded there is nothing to flush, nor to miss */
-    if (primary_forwards(bs)) {
-        primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
-        write_behind_co_flush(s->primary.queue, false);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!primary_forwards(bs)) {
+        return -EIO;
     }
 
-    return 0;
+    primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
+    return write_behind_co_flush(s->primary.queue,
+                                 qatomic_read(&s->primary.relied_on));
+}
+
+/* The guest's data is nowhere else any more */
+static void primary_rely_on(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    qatomic_set(&s->primary.relied_on, true);
+}
+
+/* A request was lost on the way to us, or was one that we have failed */
+static void primary_left_behind(BlockDriverState *bs, int ret)
+{
+    IO_CODE();
+
+    if (!primary_forwards(bs)) {
+        primary_missed(bs);
+    } else if (!primary_error(bs)) {
+        primary_fail(bs, "request", ret);
+    }
 }
 
 static void primary_get_error(BlockDriverState *bs, Error **errp)
@@ -360,10 +431,18 @@ static void primary_end_cancel(BlockDriverState *bs)
     s->primary.cancel_timer = NULL;
 }
 
-/* A failover that this comes before, while both drain, does nothing more */
+/*
+ * A failover that this comes before, while both drain, does nothing more.
+ *
+ * No flush gets to the secondary after this, not even one of what was forwarded
+ * already, and whoever sends one would have to be told that it has failed.
+ */
 static void primary_stop(BlockDriverState *bs, Error **errp)
 {
     primary_end_cancel(bs);
+    bdrv_flush(bs);
+    /* The queue has it by now */
+    bdrv_drain(bs);
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
@@ -531,6 +610,8 @@ const ReplicationRole replication_primary_role = {
     .co_pwrite_zeroes   = primary_co_pwrite_zeroes,
     .co_pdiscard        = primary_co_pdiscard,
     .co_flush           = primary_co_flush,
+    .rely_on            = primary_rely_on,
+    .left_behind        = primary_left_behind,
 
     .may_inactivate     = primary_may_inactivate,
 };

@@ -643,6 +643,24 @@ static bool GRAPH_RDLOCK replication_can_rely_on(BlockDriverState *bs)
     return s->role->serves_reads(bs);
 }
 
+static void GRAPH_RDLOCK replication_rely_on(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->rely_on) {
+        s->role->rely_on(bs);
+    }
+}
+
+static void GRAPH_RDLOCK replication_leave_behind(BlockDriverState *bs, int ret)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->left_behind) {
+        s->role->left_behind(bs, ret);
+    }
+}
+
 static void replication_drain_begin(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -908,6 +926,9 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
     .bdrv_snapshot_goto         = replication_snapshot_goto,
+
+    .bdrv_rely_on               = replication_rely_on,
+    .bdrv_leave_behind          = replication_leave_behind,
 
     .bdrv_drain_begin           = replication_drain_begin,
 

@@ -372,7 +372,7 @@ static void test_primary_read(void)
     }
     stop_ok(true);
     g_assert_cmpint(try_read(p->guest), ==, -EIO);
-    put(p->guest, NULL, 0, 512, 0xa2);
+    g_assert_cmpint(try_write(p->guest, 0, 512, 0xa2, 0), ==, -EIO);
     g_assert_cmpint(try_read(p->guest), ==, -EIO);
     primary_free(p);
 }
@@ -436,11 +436,11 @@ static void test_primary_fault_before_start(const void *opaque)
     const Fault *fault = opaque;
     Primary *p = primary_with_fault(fault);
 
-    /* the guest never learns of it */
+    /* done when it is queued */
     g_assert_cmpint(fault->request(p->guest), >=, 0);
     start_fails(PRIMARY, "out of date");
     /* the fault is gone, what was missed is still missing */
-    g_assert_cmpint(fault->request(p->guest), >=, 0);
+    g_assert_cmpint(fault->request(p->guest), ==, -ENOSPC);
     start_fails(PRIMARY, "out of date");
     g_assert_cmpint(try_read(p->guest), <, 0);
     primary_free(p);
@@ -459,11 +459,11 @@ static void test_primary_fault_running(const void *opaque)
     checkpoint_fails("out of date");
     checkpoint_fails("repl-p");
     g_assert_cmpint(try_read(p->guest), <, 0);
-    g_assert_cmpint(fault->request(p->guest), >=, 0);
+    g_assert_cmpint(fault->request(p->guest), ==, -ENOSPC);
 
     /* the survivor goes on alone */
     stop_ok(true);
-    g_assert_cmpint(fault->request(p->guest), >=, 0);
+    g_assert_cmpint(fault->request(p->guest), <, 0);
     primary_free(p);
 }
 
@@ -550,8 +550,9 @@ static void test_primary_stop(void)
     checkpoint_ok();
     stop_ok(false);
 
-    /* completes, is not forwarded, is not forgotten */
-    put(p->guest, NULL, 2 * CLUSTER, CLUSTER, 0xa3);
+    /* is not forwarded, is not forgotten */
+    g_assert_cmpint(try_write(p->guest, 2 * CLUSTER, CLUSTER, 0xa3, 0), ==,
+                    -EIO);
     check_view(p->link, p->model);
     start_fails(PRIMARY, "out of date");
     start_fails(PRIMARY, "out of date");
@@ -565,7 +566,7 @@ static void test_primary_stop_missed(const void *opaque)
 
     start_ok(PRIMARY);
     stop_ok(false);
-    g_assert_cmpint(fault->request(p->guest), >=, 0);
+    g_assert_cmpint(fault->request(p->guest), ==, -EIO);
     check_view(p->link, p->model);
     start_fails(PRIMARY, "out of date");
     primary_free(p);
@@ -580,16 +581,17 @@ static void test_primary_failover(void)
     /* what is queued at a failover is dropped */
     checkpoint_ok();
     stop_ok(true);
-    put(p->guest, NULL, CLUSTER, CLUSTER, 0xa2);
-    put(p->guest, NULL, 3, 3, 0xa3);
-    g_assert_cmpint(blk_flush(p->guest), >=, 0);
+    g_assert_cmpint(try_write(p->guest, CLUSTER, CLUSTER, 0xa2, 0), ==, -EIO);
+    g_assert_cmpint(try_write(p->guest, 3, 3, 0xa3, 0), ==, -EIO);
+    g_assert_cmpint(blk_flush(p->guest), ==, -EIO);
 
     /* accepted, and do nothing */
     stop_ok(true);
     stop_ok(false);
     start_ok(PRIMARY);
     checkpoint_ok();
-    put(p->guest, NULL, 2 * CLUSTER, CLUSTER, 0xa4);
+    g_assert_cmpint(try_write(p->guest, 2 * CLUSTER, CLUSTER, 0xa4, 0), ==,
+                    -EIO);
     check_view(p->link, p->model);
     g_assert_cmpint(try_read(p->guest), ==, -EIO);
     primary_free(p);
