@@ -39,11 +39,15 @@ typedef struct ReplicationPrimary {
     ReplicationAbove *above;
     char *cut_off_from;
 
-    /* From when a failover begins until nothing is in flight */
-    QEMUTimer *cancel_timer;
-    /* From when on to cut the connection, in QEMU_CLOCK_REALTIME ms */
-    int64_t hang_up_ms;
-    bool hung_up;
+    /*
+     * Ends what hangs at the secondary; NULL if @timeout_ms is 0.  What was
+     * done when the timer ran last, and how many times it has seen that nothing
+     * was done since.  Protected by the BQL.
+     */
+    QEMUTimer *watch_timer;
+    uint64_t timeout_ms;
+    unsigned int load_done;
+    unsigned int idle_parts;
 } ReplicationPrimary;
 
 /* What says nothing else is protected by the BQL. */
@@ -268,6 +272,8 @@ struct ReplicationRole {
 #define REPLICATION_OPT_MODE            "mode"
 #define REPLICATION_OPT_TOP_ID          "top-id"
 #define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
+#define REPLICATION_OPT_WRITE_BEHIND_MS "write-behind-ms"
+#define REPLICATION_OPT_REPLICA_TIMEOUT "replica-timeout"
 #define REPLICATION_OPT_OVERLAY_FLUSH   "overlay-flush"
 #define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
 

@@ -10,27 +10,28 @@
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qapi/qapi-commands-yank.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
-#include "qemu/yank.h"
 #include "replication-int.h"
 #include "trace.h"
 
-/*
- * As much as a link of 10 Gbit/s takes in 50 ms, which is what this may add to
- * a checkpoint
- */
+/* As much as a link of 10 Gbit/s takes in 50 ms */
 #define DEFAULT_WRITE_BEHIND (64 * MiB)
 
-/* In a failover, how often to end what waits for the secondary */
-#define CANCEL_INTERVAL_MS 100
+/* What this may add to a checkpoint, if the link is slower than that */
+#define DEFAULT_WRITE_BEHIND_MS 200
 
-/* In a failover, a secondary that has not answered for so long is dead */
-#define HANG_UP_MS 1000
+/* More than a busy secondary takes, and less than a guest's driver bears */
+#define DEFAULT_REPLICA_TIMEOUT_MS 10000
+
+/*
+ * A time in which nothing happens is measured in so many parts, each of which
+ * the main loop must have seen: it may have stood still itself.
+ */
+#define TIMEOUT_PARTS 4
 
 static const char *const forward_names[] = {
     [WRITE_BEHIND_WRITE]    = "write",
@@ -38,6 +39,12 @@ static const char *const forward_names[] = {
     [WRITE_BEHIND_DISCARD]  = "discard",
     [WRITE_BEHIND_FLUSH]    = "flush",
 };
+
+typedef struct PrimaryLoad {
+    /* Requests that have not ended, and those that have, modulo 2^32 */
+    unsigned int in_flight;
+    unsigned int done;
+} PrimaryLoad;
 
 /* From the moment the node is opened, lest a write before start be lost */
 static bool primary_forwards(BlockDriverState *bs)
@@ -423,14 +430,6 @@ static void primary_disown(BlockDriverState *bs, const Error *reason)
 {
 }
 
-static void primary_end_cancel(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    timer_free(s->primary.cancel_timer);
-    s->primary.cancel_timer = NULL;
-}
-
 /*
  * A failover that this comes before, while both drain, does nothing more.
  *
@@ -439,91 +438,121 @@ static void primary_end_cancel(BlockDriverState *bs)
  */
 static void primary_stop(BlockDriverState *bs, Error **errp)
 {
-    primary_end_cancel(bs);
     bdrv_flush(bs);
     /* The queue has it by now */
     bdrv_drain(bs);
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
-/* End what hangs in @bs and below; if @hang_up, as yank does */
+/* Add what is under way at the ends of the way to the secondary */
 static void GRAPH_RDLOCK
-primary_cancel_node(BlockDriverState *bs, bool hang_up)
+primary_add_load(BlockDriverState *bs, PrimaryLoad *load)
 {
-    YankInstanceList node = {
-        .value = BLOCKDEV_YANK_INSTANCE(bs->node_name),
-    };
     BdrvChild *c;
 
-    bdrv_cancel_in_flight(bs);
-    if (hang_up) {
-        /* It is no error that most nodes have no connection */
-        qmp_yank(&node, NULL);
+    if (QLIST_EMPTY(&bs->children)) {
+        load->in_flight += qatomic_read(&bs->in_flight);
+        load->done += qatomic_read(&bs->requests_done);
     }
     QLIST_FOREACH(c, &bs->children, next) {
-        primary_cancel_node(c->bs, hang_up);
+        primary_add_load(c->bs, load);
     }
 }
 
-static void primary_cancel(void *opaque)
+/* The secondary does nothing, and somebody may wait for it, or all of us */
+static void primary_hang_up(BlockDriverState *bs)
 {
-    BlockDriverState *bs = opaque;
     BDRVReplicationState *s = bs->opaque;
-    int64_t now = qemu_clock_get_ms(QEMU_CLOCK_REALTIME);
-    /* Not if it is somebody else whom the main loop waits for */
-    bool hang_up = now >= s->primary.hang_up_ms && qatomic_read(&bs->in_flight);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (hang_up && !s->primary.hung_up) {
-        s->primary.hung_up = true;
-        warn_report("Replication node '%s' cuts the connection to the "
-                    "secondary, which has not answered for %d ms",
-                    bdrv_get_node_name(bs), HANG_UP_MS);
+    warn_report("Replication node '%s' cuts the connection to the secondary, "
+                "which has done nothing for %" PRIu64 " ms",
+                bdrv_get_node_name(bs), s->primary.timeout_ms);
+    if (primary_forwards(bs) && !primary_error(bs)) {
+        primary_fail(bs, "request", -ETIMEDOUT);
     }
-    primary_cancel_node(bs->file->bs, hang_up);
-
-    timer_mod(s->primary.cancel_timer, now + CANCEL_INTERVAL_MS);
+    write_behind_abandon(s->primary.queue);
+    bdrv_cut_connection(bs->file->bs);
 }
 
 /*
- * The secondary may have died without a word, and what is sent there hang: then
- * nothing ends it but to cut the connection.  If the client of the link finds
- * out by itself, it may begin to wait for the secondary to come back: so do not
- * cancel that only once.
+ * Not only our own requests count: whatever hangs in the link may be waited for
+ * by whoever drains it, or changes the graph.
+ */
+static void primary_watch(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    BDRVReplicationState *s = bs->opaque;
+    PrimaryLoad load = {};
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    primary_add_load(bs->file->bs, &load);
+    if (!load.in_flight || load.done != s->primary.load_done) {
+        s->primary.idle_parts = 0;
+    } else if (++s->primary.idle_parts == TIMEOUT_PARTS) {
+        primary_hang_up(bs);
+    }
+    s->primary.load_done = load.done;
+
+    timer_mod(s->primary.watch_timer,
+              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+              DIV_ROUND_UP(s->primary.timeout_ms, TIMEOUT_PARTS));
+}
+
+/*
+ * The secondary is given up: whatever waits for it, waits in vain.  It may have
+ * died without a word.
  */
 static void primary_abandon(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
     /* First, lest a read give what was there before the dropped writes */
     primary_missed(bs);
     write_behind_abandon(s->primary.queue);
-
-    if (!s->primary.cancel_timer) {
-        s->primary.hang_up_ms = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-                                HANG_UP_MS;
-        /* Runs while the main loop waits for the requests in flight */
-        s->primary.cancel_timer = aio_timer_new(qemu_get_aio_context(),
-                                                QEMU_CLOCK_REALTIME, SCALE_MS,
-                                                primary_cancel, bs);
-        primary_cancel(bs);
-    }
+    bdrv_cut_connection(bs->file->bs);
 }
 
 static void primary_failover(BlockDriverState *bs, Error **errp)
 {
-    primary_end_cancel(bs);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
+}
+
+static bool primary_get_ms(QemuOpts *opts, const char *name,
+                           uint32_t by_default, uint64_t *ms, Error **errp)
+{
+    uint64_t value = qemu_opt_get_number(opts, name, by_default);
+
+    /* A negative number has become a large one */
+    if (value > UINT32_MAX) {
+        error_setg(errp, "Parameter '%s' expects a number of milliseconds from "
+                   "0 to %" PRIu32, name, UINT32_MAX);
+        return false;
+    }
+    *ms = value;
+
+    return true;
 }
 
 static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
-    const WriteBehindOptions queue = {
+    WriteBehindOptions queue = {
         .max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
                                        DEFAULT_WRITE_BEHIND),
     };
+
+    if (!primary_get_ms(opts, REPLICATION_OPT_WRITE_BEHIND_MS,
+                        DEFAULT_WRITE_BEHIND_MS, &queue.max_ms, errp) ||
+        !primary_get_ms(opts, REPLICATION_OPT_REPLICA_TIMEOUT,
+                        DEFAULT_REPLICA_TIMEOUT_MS, &s->primary.timeout_ms,
+                        errp)) {
+        return false;
+    }
 
     s->primary.queue = write_behind_new(bs, &queue, primary_forward_failed);
     s->primary.above = replication_above_new();
@@ -543,16 +572,30 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
  */
 static void primary_opened(BlockDriverState *bs)
 {
+    BDRVReplicationState *s = bs->opaque;
+
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     bdrv_keep_connection(bs->file->bs);
+
+    if (s->primary.timeout_ms) {
+        /* Runs while the main loop waits for the requests in flight */
+        s->primary.watch_timer = aio_timer_new(qemu_get_aio_context(),
+                                               QEMU_CLOCK_REALTIME, SCALE_MS,
+                                               primary_watch, bs);
+        primary_watch(bs);
+    }
 }
 
 static void primary_cleanup(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    primary_end_cancel(bs);
+    /* As the link does when it is closed, but then nobody watches it */
+    if (bs->file) {
+        bdrv_flush(bs->file->bs);
+    }
+    timer_free(s->primary.watch_timer);
     write_behind_free(s->primary.queue);
     replication_above_free(s->primary.above);
     g_free(s->primary.cut_off_from);

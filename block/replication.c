@@ -121,6 +121,18 @@ static QemuOptsList replication_runtime_opts = {
                     "(primary)",
         },
         {
+            .name = REPLICATION_OPT_WRITE_BEHIND_MS,
+            .type = QEMU_OPT_NUMBER,
+            .help = "For how many milliseconds of the link writes may be "
+                    "waiting (primary)",
+        },
+        {
+            .name = REPLICATION_OPT_REPLICA_TIMEOUT,
+            .type = QEMU_OPT_NUMBER,
+            .help = "Milliseconds after which a secondary that does nothing is "
+                    "given up, 0 for never (primary)",
+        },
+        {
             .name = REPLICATION_OPT_OVERLAY_FLUSH,
             .type = QEMU_OPT_BOOL,
             .help = "Flush the overlays while they are scratch (secondary)",
@@ -142,6 +154,8 @@ static const struct {
 } replication_mode_opts[] = {
     { REPLICATION_OPT_TOP_ID,       REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
+    { REPLICATION_OPT_WRITE_BEHIND_MS, REPLICATION_MODE_PRIMARY },
+    { REPLICATION_OPT_REPLICA_TIMEOUT, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_OVERLAY_FLUSH, REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_MERGE_AT_QUIT, REPLICATION_MODE_SECONDARY },
 };
@@ -904,6 +918,8 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_MODE,
     REPLICATION_OPT_TOP_ID,
     REPLICATION_OPT_WRITE_BEHIND,
+    REPLICATION_OPT_WRITE_BEHIND_MS,
+    REPLICATION_OPT_REPLICA_TIMEOUT,
     REPLICATION_OPT_OVERLAY_FLUSH,
     REPLICATION_OPT_MERGE_AT_QUIT,
 

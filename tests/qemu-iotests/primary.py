@@ -64,7 +64,8 @@ class PrimaryCase(replication.TestCase):
                 'driver': 'nbd', 'node-name': 'link', 'discard': 'unmap',
                 'server': {'type': 'unix', 'path': self.socket},
                 **(link or {})},
-            'discard': 'unmap', **options})
+            # a server that is held is not given up
+            'discard': 'unmap', 'replica-timeout': 0, **options})
 
     def open_pair(self, local: Optional[Json] = None,
                   remote: Optional[Json] = None, link: Optional[Json] = None,
