@@ -409,11 +409,79 @@ static void primary_get_stats(BlockDriverState *bs,
     };
 }
 
+/* Whether @node has @length, which is that of @bs */
+static bool primary_check_length(BlockDriverState *bs, int64_t length,
+                                 BlockDriverState *node, Error **errp)
+{
+    int64_t other = bdrv_getlength(node);
+
+    if (other < 0) {
+        error_setg_errno(errp, -other, "Cannot start replication node '%s': "
+                         "failed to get the length of node '%s'",
+                         bdrv_get_node_name(bs), bdrv_get_node_name(node));
+        return false;
+    }
+    if (other != length) {
+        error_setg(errp, "Cannot start replication node '%s': it has a length "
+                   "of %" PRId64 " bytes, node '%s' of %" PRId64,
+                   bdrv_get_node_name(bs), length, bdrv_get_node_name(node),
+                   other);
+        error_append_hint(errp, "Create the secondary's disk with the length "
+                          "of the primary's.\n");
+        return false;
+    }
+
+    return true;
+}
+
+/*
+ * The disks of both sides must have the same length: those of all nodes above
+ * @node, and beside it where writes go to several.
+ */
+static bool GRAPH_RDLOCK
+primary_check_lengths(BlockDriverState *bs, int64_t length,
+                      BlockDriverState *node, Error **errp)
+{
+    BdrvChild *c, *sibling;
+
+    QLIST_FOREACH(c, &node->parents, next_parent) {
+        BlockDriverState *parent = c->opaque;
+
+        if (!c->klass->parent_is_bds || (c->role & BDRV_CHILD_COW)) {
+            continue;
+        }
+        if (parent->drv->is_filter && !bdrv_filter_child(parent)) {
+            QLIST_FOREACH(sibling, &parent->children, next) {
+                if (!primary_check_length(bs, length, sibling->bs, errp)) {
+                    return false;
+                }
+            }
+        }
+        /* A format may well show another length than that of its file */
+        if ((!parent->drv->is_format &&
+             !primary_check_length(bs, length, parent, errp)) ||
+            !primary_check_lengths(bs, length, parent, errp)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 static bool primary_start(BlockDriverState *bs, Error **errp)
 {
+    int64_t length = bdrv_getlength(bs);
+
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    return primary_refuse_overlays(bs, errp) && primary_in_sync(bs, errp);
+    if (length < 0) {
+        error_setg_errno(errp, -length, "Cannot start replication node '%s': "
+                         "failed to get its length", bdrv_get_node_name(bs));
+        return false;
+    }
+
+    return primary_refuse_overlays(bs, errp) && primary_in_sync(bs, errp) &&
+           primary_check_lengths(bs, length, bs, errp);
 }
 
 /*
