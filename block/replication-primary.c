@@ -218,11 +218,17 @@ static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
 
 /*
  * The secondary's disk has the guest's data only between the start, which says
- * that it was synchronised, and the first write that it missed.
+ * that it was synchronised, and the first write that it missed.  After a stop
+ * it is the secondary's again, unless the guest has no other.
  */
 static bool primary_serves_reads(BlockDriverState *bs)
 {
-    return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+    BDRVReplicationState *s = bs->opaque;
+    ReplicationStage stage = replication_stage(bs);
+
+    return (stage == REPLICATION_STAGE_RUNNING ||
+            (stage == REPLICATION_STAGE_STOPPED &&
+             qatomic_read(&s->primary.relied_on))) &&
            !primary_error(bs);
 }
 
@@ -337,6 +343,11 @@ primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     return primary_co_queued(bs, ret, 0);
 }
 
+/*
+ * In every stage: as long as nothing is missed, a flush need not fail.  If it
+ * did, quorum would go on without us, and a VM that stops could not start
+ * replication again.
+ */
 static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -344,9 +355,6 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 
     if (ret < 0) {
         return ret;
-    }
-    if (!primary_forwards(bs)) {
-        return -EIO;
     }
 
     primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
@@ -498,17 +506,9 @@ static void primary_disown(BlockDriverState *bs, const Error *reason)
 {
 }
 
-/*
- * A failover that this comes before, while both drain, does nothing more.
- *
- * No flush gets to the secondary after this, not even one of what was forwarded
- * already, and whoever sends one would have to be told that it has failed.
- */
+/* A failover that this comes before, while both drain, does nothing more */
 static void primary_stop(BlockDriverState *bs, Error **errp)
 {
-    bdrv_flush(bs);
-    /* The queue has it by now */
-    bdrv_drain(bs);
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
