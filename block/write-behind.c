@@ -18,8 +18,8 @@
 #define MAX_IN_FLIGHT_BYTES (32 * MiB)
 
 /*
- * So many queued requests do not wait for those in flight to end.  With twice
- * as many, of 4 KiB, they would not fit in the buffer of a unix socket.
+ * So many requests that may begin do not wait for those in flight to end.  Twice
+ * as many, of 4 KiB, would not fit in the buffer of a unix socket.
  */
 #define FULL_BATCH 32
 
@@ -156,6 +156,7 @@ struct WriteBehind {
     IntervalTreeRoot in_flight;
 
     unsigned nb_queued;
+    unsigned nb_ready;
     unsigned nb_in_flight;
     uint64_t in_flight_bytes;
 
@@ -351,9 +352,11 @@ write_behind_line_up(WriteBehind *wb, Place *place, bool followed)
     }
 
     place->ready = true;
+    wb->nb_ready++;
     if (followed) {
-        /* It is older than most */
+        /* It is older than most, and has waited long enough */
         QTAILQ_INSERT_HEAD(&wb->ready, place, next);
+        wb->batch++;
     } else {
         QTAILQ_INSERT_TAIL(&wb->ready, place, next);
     }
@@ -383,6 +386,7 @@ write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
 static void write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
 {
     if (req->place.ready) {
+        wb->nb_ready--;
         QTAILQ_REMOVE(&wb->ready, &req->place, next);
     } else {
         QLIST_REMOVE(&req->place, follow);
@@ -629,8 +633,8 @@ static bool write_behind_may_flush(WriteBehind *wb)
 
 static bool write_behind_gathers(WriteBehind *wb)
 {
-    if (!wb->nb_in_flight || wb->nb_queued >= FULL_BATCH) {
-        wb->batch = wb->nb_queued;
+    if (!wb->nb_in_flight || wb->nb_ready >= FULL_BATCH) {
+        wb->batch = wb->nb_ready;
     }
 
     return !wb->batch && !wb->waiting &&
