@@ -216,6 +216,8 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                  uint64_t perm, uint64_t shared,
                  uint64_t *nperm, uint64_t *nshared)
 {
+    ReplicationGuard *g = bs->opaque;
+
     if (!(role & BDRV_CHILD_FILTERED)) {
         /* Only asked where it is allocated */
         *nperm = 0;
@@ -226,6 +228,9 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
     if (guard_is_fence(bs)) {
         *nperm &= BLK_PERM_CONSISTENT_READ;
+    } else if (g->owner) {
+        /* Whoever writes to the disk has to come through us */
+        *nshared &= ~BLK_PERM_WRITE;
     }
 }
 
