@@ -18,8 +18,8 @@
 #define MAX_IN_FLIGHT_BYTES (32 * MiB)
 
 /*
- * So many requests that may begin do not wait for those in flight to end.  Twice
- * as many, of 4 KiB, would not fit in the buffer of a unix socket.
+ * So many requests that may begin do not wait for those in flight to end.
+ * Twice as many, of 4 KiB, would not fit in the buffer of a unix socket.
  */
 #define FULL_BATCH 32
 
