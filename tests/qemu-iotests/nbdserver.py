@@ -132,7 +132,7 @@ class OneSlotServer:
 
     def _tell(self, option: int, reply: int, data: bytes = b'') -> None:
         self.send(OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply,
-                                     len(data)) + data)
+                                    len(data)) + data)
 
     def _take(self, size: int) -> bytearray:
         """A part of a request, if life lasts for so long"""
