@@ -290,11 +290,10 @@ static void disconnect_disks(ColoTest *t)
 static void qemu_io(Side *side, int disk, const char *command, int first,
                     int last)
 {
-    g_autofree char *output =
-        qtest_hmp(side->qts, "qemu-io -d /machine/peripheral/vd%d/"
-                  "virtio-backend \"%s %" PRId64 " %" PRId64 "\"", disk,
-                  command, first * BLOCK_SIZE,
-                  (last - first + 1) * BLOCK_SIZE);
+    g_free(qtest_hmp(side->qts, "qemu-io -d /machine/peripheral/vd%d/"
+                     "virtio-backend \"%s %" PRId64 " %" PRId64 "\"", disk,
+                     command, first * BLOCK_SIZE,
+                     (last - first + 1) * BLOCK_SIZE));
 }
 
 static void disk_write(ColoTest *t, Side *side, Contents contents,
