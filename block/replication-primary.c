@@ -660,9 +660,11 @@ static void primary_cleanup(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     /* As the link does when it is closed, but then nobody watches it */
+    bdrv_graph_rdlock_main_loop();
     if (bs->file) {
         bdrv_flush(bs->file->bs);
     }
+    bdrv_graph_rdunlock_main_loop();
     timer_free(s->primary.watch_timer);
     write_behind_free(s->primary.queue);
     replication_above_free(s->primary.above);
