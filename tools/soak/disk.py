@@ -159,7 +159,8 @@ class Primary:
         """A node that forwards everything so far."""
         return PrimaryNode(self.disk.node(FORWARD), self.local,
                            self.disk.target,
-                           self.disk.layout.write_behind != 0)
+                           self.disk.layout.write_behind != 0,
+                           self.is_remote())
 
     def is_remote(self) -> bool:
         """Whether the target is on another host."""
@@ -173,6 +174,7 @@ class Primary:
                        'discard': 'unmap', 'file': self.image.options()})
         self.host.add({'driver': 'quorum', 'node-name': self.disk.node(LOCAL),
                        'vote-threshold': 1, 'read-pattern': 'fifo',
+                       'discard': self.disk.layout.discard,
                        'children': [name]})
 
     def attach(self) -> None:
@@ -181,7 +183,8 @@ class Primary:
         if self.is_remote():
             self.host.add({
                 'driver': 'nbd', 'node-name': disk.node('link'),
-                'export': disk.node(DISK), 'discard': 'unmap',
+                'export': disk.node(DISK),
+                'discard': disk.layout.link_discard,
                 'server': {'type': 'unix', 'path': disk.disk_host.socket}})
         self.model = self.new_model()
         self.host.add({'driver': 'replication', 'mode': 'primary',
@@ -309,12 +312,12 @@ class Disk:
         self.set_exported(False)
 
     def set_exported(self, exported: bool) -> None:
-        """The same for the model.  A client connects again by itself."""
+        """The same for the model.  A link that is lost stays lost."""
         self.exported = exported
         if self.secondary:
             self.secondary.model.set_exported(exported)
-        if self.primary:
-            self.primary.model.link = None if exported else False
+        if self.primary and not exported:
+            self.primary.model.link = False
 
     def unexport(self, kind: str, host: Host) -> None:
         """End an export and its client."""
@@ -452,9 +455,13 @@ class Disk:
 
     def is_troubled(self) -> bool:
         """Whether something may fail or not."""
-        return (any(image.failing for image in self.images_of().values())
-                or bool(self.target.faults)
+        return (not self.is_healthy()
                 or bool(self.primary and self.primary.model.link is None))
+
+    def is_healthy(self) -> bool:
+        """Whether there is no fault."""
+        return not self.target.faults and not any(
+            image.failing for image in self.images_of().values())
 
     def is_suspect(self) -> bool:
         """Whether an old fault may have left something unusable."""
@@ -503,6 +510,18 @@ class Disk:
         # the quorum reads from its other child where the first one fails
         fails = self.primary.image.failing and not mirrored
         return self.primary.local, None if fails else True
+
+    def reads_fenced(self, side: str) -> bool:
+        """Whether the primary may read what a promoted guest has written.
+
+        The fence refuses changes only, and the primary does not know yet.
+        """
+        if not self.primary or side not in (LOCAL, FORWARD):
+            return False
+        return (isinstance(self.target, SecondaryNode)
+                and self.target.is_taken()
+                and self.primary.model.serves_reads() is not False
+                and (side == FORWARD or self.primary.image.failing))
 
     def read(self, side: str, offset: int, length: int) -> Optional[bytes]:
         """Read from a side."""

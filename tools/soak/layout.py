@@ -39,6 +39,8 @@ class Layout(NamedTuple):
     # The secondary's top node: quorum, or another
     top: str
     discard: str
+    # The same of the primary's link
+    link_discard: str
     # Request alignment below the disk
     align: int
     # What moves the nodes to an iothread, if anything
@@ -66,7 +68,9 @@ class Layout(NamedTuple):
             disk_format=disk_format, active=rng.choice(OVERLAYS),
             hidden=rng.choice(OVERLAYS),
             top=rng.choice(['quorum', 'quorum', 'raw']),
-            discard=rng.choice(['unmap', 'ignore']), align=align,
+            discard=rng.choice(['unmap', 'unmap', 'ignore']),
+            link_discard=rng.choice(['unmap', 'unmap', 'unmap', 'ignore']),
+            align=align,
             iothread=rng.choice(['', '', 'export', 'node']),
             write_behind=rng.choice([0, 128 * KIB, None]))
 

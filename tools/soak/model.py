@@ -8,7 +8,7 @@ allows both until it is told which it was.
 """
 
 import enum
-from typing import Dict, List, NamedTuple, Optional, Set
+from typing import Dict, List, NamedTuple, Optional, Set, Tuple
 
 # Compared at a time
 BLOCK = 4096
@@ -57,6 +57,10 @@ IGNORED: Dict[Op, Set[Stage]] = {
     Op.STOP: {Stage.FAILOVER, Stage.DONE, Stage.STOPPED},
     Op.FAILOVER: {Stage.FAILOVER, Stage.DONE, Stage.STOPPED},
 }
+
+
+# Of these, nobody can tell whether they are sent
+IDLE = 'flush', 'idle', 'trim'
 
 
 class Content:
@@ -126,10 +130,24 @@ class Content:
 
 
 class Write(NamedTuple):
-    """A request that changes a disk.  A flush changes no byte of it."""
+    """
+    A request that changes a disk.  A flush changes no byte of it.
+
+    Idle is a discard that found there already what it left.
+    """
     kind: str
     offset: int = 0
     data: bytes = b''
+
+    def range(self) -> Tuple[int, int]:
+        """Offset and length."""
+        return self.offset, len(self.data)
+
+    def before(self, content: Content) -> Optional[bytes]:
+        """What there is in its range, if that is known."""
+        if not content.is_exact(*self.range()):
+            return None
+        return bytes(content.data[self.offset:self.offset + len(self.data)])
 
     def apply(self, content: Content, done: Maybe) -> None:
         """Nobody promises what a discard leaves there."""
@@ -150,7 +168,7 @@ class Target:
         # Which of the nodes below may fail now
         self.faults: Set[str] = set()
 
-    def primary_may_write(self) -> Maybe:
+    def primary_may_write(self, _kind: str = 'write') -> Maybe:
         """Whether a write of the primary succeeds."""
         return None if 'disk' in self.faults else True
 
@@ -239,10 +257,11 @@ class PrimaryNode(Node):
     mode = 'primary'
 
     def __init__(self, name: str, local: Content, target: Target,
-                 behind: bool = False) -> None:
+                 behind: bool = False, remote: bool = False) -> None:
         super().__init__(name)
         self.local = local
         self.target = target
+        self.remote = remote
         # Whether writes end before they have arrived; which of them are not
         # known to have, and whether they have all arrived or failed
         self.behind = behind
@@ -252,38 +271,40 @@ class PrimaryNode(Node):
         self.doomed = False
         # Whether a request was not forwarded: it failed, or was not tried
         self.failed: Maybe = False
-        self.missed = False
-        # Whether the link works: it must, may not or does not
+        self.missed: Maybe = False
+        # Whether the link works: it must, may not or does not, for good
         self.link: Maybe = True
         # Writes of which we will hear whether all of them have arrived
         self.pending: List[Write] = []
-        # Writes under way that may have failed before what is wrong now ended
-        self.doubtful: List[Write] = []
+        # Whether writes under way, by their range, could arrive at first
+        self.began: Dict[Tuple[int, int], Maybe] = {}
 
     def forwards(self) -> bool:
         """Whether writes go to the target in this stage."""
         return self.stage in (Stage.NONE, Stage.RUNNING)
 
+    def takes(self, write: Write) -> bool:
+        """Whether the stage has a request sent on."""
+        return self.forwards() or write.kind == 'flush'
+
     def guest_wrote(self, write: Write) -> None:
         """The guest has written, and a failure of the target is no matter."""
-        if write.kind == 'trim':
+        done = self.arrives(write.kind)
+        if self.began.pop(write.range(), done) is not done:
+            done = None
+        if write.kind in IDLE and not done:
+            done = None
+        if not self.takes(write):
+            # refused, so that the quorum leaves this node behind
+            self.missed = self.missed or (
+                None if write.kind in ('idle', 'trim') else True)
             return
-        if not self.forwards():
-            self.missed |= write.kind != 'flush'
-            return
-        if self.failed:
+        if self.failed or self.missed:
             # nothing is sent any more
             return
-        done = self.arrives()
-        if write.kind == 'flush' and not done:
-            # not sent if there is nothing to flush
-            done = None
         if self.behind:
             self.sent(write, done)
             return
-        if write in self.doubtful:
-            self.doubtful.remove(write)
-            done = None if done else done
         if self.failed is None and done:
             # unless another had failed
             done = None
@@ -301,9 +322,8 @@ class PrimaryNode(Node):
         self.under_way.append(write)
         self.quiet = False
         self.doomed |= done is False
-        if write in self.doubtful:
-            self.doubtful.remove(write)
-            self.failed = None
+        if done is None:
+            self.failed = self.failed or None
         self.target.primary_began(write)
         self.observe()
 
@@ -336,24 +356,24 @@ class PrimaryNode(Node):
 
     def guest_began(self, write: Write) -> None:
         """A write is under way that guest_wrote() will tell of."""
-        arrives = self.arrives()
-        if self.forwards() and write.kind != 'trim':
-            if not arrives:
-                self.doubtful.append(write)
-            if not arrives and self.failed is False:
-                self.failed = None
-            if arrives is not False:
-                self.target.primary_began(write)
+        if not self.takes(write) or self.failed or self.missed:
+            return
+        arrives = self.began[write.range()] = self.arrives(write.kind)
+        if not arrives and self.failed is False:
+            self.failed = None
+        if arrives is not False:
+            self.target.primary_began(write)
 
-    def arrives(self) -> Maybe:
+    def arrives(self, kind: str = 'write') -> Maybe:
         """Whether a forwarded write is done."""
-        if self.link is False:
-            return False
-        return self.target.primary_may_write() if self.link else None
+        may = False if self.link is False else self.target.primary_may_write(
+            'zero' if kind == 'idle' else kind)
+        return may if self.link is not None or may is False else None
 
     def serves_reads(self) -> Maybe:
         """Whether the target has the guest's data and it can be had."""
-        if self.stage is not Stage.RUNNING or self.failed:
+        if (self.stage is not Stage.RUNNING or self.failed
+                or self.link is False):
             return False
         if self.failed is None or not self.link or self.target.faults:
             return None
@@ -364,15 +384,18 @@ class PrimaryNode(Node):
             return True
         if self.missed or self.failed or self.doomed:
             return False
-        return None if self.failed is None else True
+        return None if None in (self.missed, self.failed) else True
 
     def called_here(self, op: Op, done: bool) -> None:
         if op in (Op.START, Op.CHECKPOINT):
-            self.failed = self.failed if self.missed else not done
+            self.told(done)
         if op is Op.FAILOVER:
-            # what was not sent is dropped
+            # what was not sent is dropped, and the connection is cut
             self.under_way.clear()
             self.doomed = False
+            self.missed = True
+            if self.remote:
+                self.link = False
         self.drained()
         if op is Op.FAILOVER:
             self.stage = Stage.DONE
@@ -380,6 +403,15 @@ class PrimaryNode(Node):
             self.stage = Stage.STOPPED
         elif done:
             self.stage = Stage.RUNNING
+
+    def told(self, done: bool) -> None:
+        """A call has told whether the target has everything."""
+        if done:
+            self.failed = self.missed = False
+        elif self.missed is False:
+            self.failed = True
+        elif self.missed is None and self.failed is False:
+            self.missed = True
 
     def missed_a_write(self) -> Maybe:
         return self.missed or self.failed
@@ -393,6 +425,10 @@ class PrimaryNode(Node):
             return
         self.failed = bad
         if not bad:
+            if any(write.kind not in IDLE
+                   for write in self.pending + self.under_way):
+                # a link that was lost would not have carried them
+                self.link = self.link is not False
             for write in self.pending:
                 self.target.primary_wrote(write, True)
             self.all_arrived()
@@ -457,13 +493,23 @@ class SecondaryNode(Node, Target):
 
     # What the primary does
 
-    def primary_may_write(self) -> Maybe:
+    def is_taken(self) -> bool:
+        """Whether the disk belongs to the guest: a fence keeps others out."""
+        return self.stage in (Stage.FAILOVER, Stage.FAILED, Stage.DONE)
+
+    def primary_may_write(self, kind: str = 'write') -> Maybe:
+        if self.is_taken() and kind != 'flush':
+            # a discard may be ignored before
+            return None if kind == 'trim' else False
         needed = {'disk'}
         if self.stage is Stage.RUNNING:
             needed.add('hidden')
         return None if needed & self.faults else True
 
     def primary_wrote(self, write: Write, done: Maybe) -> None:
+        if self.is_taken():
+            # what came before is undone
+            return
         super().primary_wrote(write, done)
         if not done:
             self.may_be_out_of_date(True if done is False else None)
@@ -471,6 +517,8 @@ class SecondaryNode(Node, Target):
             write.apply(self.view, None if self.shadowed else done)
 
     def primary_began(self, write: Write) -> None:
+        if self.is_taken():
+            return
         super().primary_began(write)
         if self.stage is Stage.STOPPED:
             write.apply(self.view, None)

@@ -111,6 +111,8 @@ class Sequence:
                     f'{host.name}: {op.value} {mode} ({error})')
         self.stats.refused += error is not None
         self._called(host, op, error, allowed)
+        if op is Op.FAILOVER:
+            self.quiesce()
         if before is not None:
             self.check_graph(host, before)
         return error is None
@@ -145,6 +147,9 @@ class Sequence:
                 failed = True
                 if allowed[node] is None:
                     node.called(op, False)
+                if op is Op.CHECKPOINT:
+                    # those behind it keep what they have
+                    return
             elif allowed[node]:
                 node.called(op, True)
             elif allowed[node] is None:
@@ -163,10 +168,13 @@ class Sequence:
 
     def _start_failed(self, host: Host, culprit: Node, allowed: Maybe,
                       error: str) -> None:
-        """Nothing has changed, unless a first checkpoint failed."""
+        """Nothing has changed, unless a first checkpoint failed.
+
+        Then those behind the culprit have what they had.
+        """
         if (allowed is None and culprit.mode == 'secondary'
                 and 'Cannot start' not in error):
-            for node in host.nodes:
+            for node in host.nodes[:host.nodes.index(culprit) + 1]:
                 if node.verdict(Op.START) is Verdict.ACCEPT:
                     node.start_lost()
         elif allowed is None:
@@ -271,7 +279,9 @@ class Sequence:
             # to do
             idle = write.kind in ('trim', 'flush')
             return serves or (None if idle else serves)
-        return True if side == LOCAL else disk.target.primary_may_write()
+        if side == LOCAL:
+            return True
+        return disk.target.primary_may_write(write.kind)
 
     def wrote(self, disk: Disk, side: str, write: Write, done: Maybe) -> None:
         """Tell the models that a write has ended."""
@@ -279,14 +289,36 @@ class Sequence:
             disk.target.primary_wrote(write, done)
         elif side == LOCAL:
             assert disk.primary
+            before = write.before(disk.primary.local)
             write.apply(disk.primary.local, True)
             if disk.primary.attached:
-                disk.primary.model.guest_wrote(write)
+                disk.primary.model.guest_wrote(
+                    self._passed_on(disk, side, write, before))
         else:
             assert disk.secondary
+            before = write.before(disk.secondary.model.view)
             disk.secondary.model.guest_wrote(write, bool(done))
             if disk.secondary.next:
-                disk.secondary.next.guest_wrote(write)
+                disk.secondary.next.guest_wrote(
+                    self._passed_on(disk, side, write, before))
+
+    def _passed_on(self, disk: Disk, side: str, write: Write,
+                   before: Optional[bytes]) -> Write:
+        """What a quorum with several children makes of a write.
+
+        A discard becomes zeroes, or nothing, for all of them.
+        """
+        if write.kind != 'trim':
+            return write
+        content, _ = disk.expected(side)
+        if not content.is_exact(*write.range()):
+            self.compare(disk, side, *write.range())
+        after = write.before(content)
+        if after is None:
+            # it cannot be read
+            return write
+        changed = before is not None and before != after
+        return Write('write' if changed else 'idle', write.offset, after)
 
     # Comparing
 
@@ -302,6 +334,8 @@ class Sequence:
         """Read from a side, and compare."""
         if side == DISK and not disk.target.disk_is_known():
             return
+        if disk.reads_fenced(side):
+            return
         if side in (DISK, VIEW):
             disk.drain()
         content, expected = disk.expected(side)
@@ -311,10 +345,10 @@ class Sequence:
         if data is not None:
             self.stats.compared += length
             check(what, content, offset, data)
-        elif disk.primary and disk.primary.model.link:
+        elif (disk.primary and disk.primary.is_remote()
+              and disk.primary.model.link):
             # the other host's NBD server has hung up, perhaps
-            disk.primary.model.link = None
-            self.observe()
+            self.lose_link(disk, None)
 
     def compare_all(self, disk: Disk) -> None:
         """Compare every byte from every side."""
@@ -322,6 +356,19 @@ class Sequence:
             self.compare(disk, side, 0, disk.layout.size)
 
     # Faults
+
+    def lose_link(self, disk: Disk, works: Maybe) -> None:
+        """The link is lost, or may be."""
+        assert disk.primary
+        disk.primary.model.link = works
+        self.quiesce()
+        self.observe()
+
+    def quiesce(self) -> None:
+        """Wait for requests under way, whose client may have gone."""
+        for host in self.hosts.values():
+            if host.is_running():
+                host.cmd('transaction', actions=[])
 
     def observe(self) -> None:
         """What is under way may fail, if anything can now."""
@@ -394,12 +441,11 @@ class Sequence:
 
     def is_healthy(self) -> bool:
         """Whether there is no fault at all."""
-        return not any(disk.is_troubled() for disk in self.disks)
+        return all(disk.is_healthy() for disk in self.disks)
 
     def is_alone(self, disk: Disk) -> bool:
         """Whether the primary may still write to the disk."""
-        return (not disk.secondary or disk.secondary.model.stage not in
-                (Stage.FAILOVER, Stage.FAILED, Stage.DONE))
+        return not disk.secondary or not disk.secondary.model.is_taken()
 
     def check_graph(self, host: Host, before: List[str]) -> None:
         """What was refused must not leave a trace."""

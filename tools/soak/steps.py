@@ -101,17 +101,10 @@ def random_flag(rng: Random, write: Write) -> str:
 
 
 def primary_writes(disk: Disk) -> Optional[str]:
-    """From where the primary writes.
-
-    Not where it could reach the disk of a secondary that has taken over.
-    """
-    alone = stage(disk) not in (Stage.FAILOVER, Stage.FAILED, Stage.DONE)
+    """From where the primary writes."""
     if disk.primary:
-        node = disk.primary.model
-        apart = (not disk.primary.attached or not node.forwards()
-                 or node.link is False)
-        return LOCAL if alone or apart else None
-    return DISK if disk.exported and alone else None
+        return LOCAL
+    return DISK if disk.exported else None
 
 
 def one_request(seq: Sequence, disk: Disk, side: str) -> None:
@@ -188,15 +181,11 @@ def stop(seq: Sequence, _disk: Disk) -> None:
 
 
 def part(seq: Sequence) -> None:
-    """Before a failover: see that the primary writes there no more."""
-    cut = seq.rng.random() < 0.7
-    if not cut and seq.hosts['a'].nodes:
+    """Perhaps the primary has gone already, or cannot write any more."""
+    if seq.rng.random() < 0.3 and seq.hosts['a'].nodes:
         seq.call(seq.hosts['a'], Op.FAILOVER, 'primary')
     for disk in seq.disks:
-        primary = disk.primary
-        # one that was not running may forward now, or once it is started
-        if disk.exported and (cut or primary and primary.attached
-                              and primary.model.stage is not Stage.DONE):
+        if disk.exported and seq.rng.random() < 0.3:
             cut_off(seq, disk)
 
 
@@ -257,13 +246,12 @@ def begin(seq: Sequence, disk: Disk, side: str, slot: int) -> Racer:
     return Racer(side, write, disk.clients[side].submit(write), expected)
 
 
-def finish(seq: Sequence, disk: Disk, racer: Racer,
+def finish(seq: Sequence, disk: Disk, racer: Racer, error: Optional[str],
            renewed: Optional[Op]) -> None:
-    """Wait for a write that may have come before or after a call.
+    """A write has ended that may have come before or after a call.
 
     If the call was one that empties the overlays, it is in renewed.
     """
-    error = disk.clients[racer.side].wait(racer.request)
     now = seq.may_write(disk, racer.side, racer.write)
     expected = now if now is racer.expected else None
     what = f'{racer.side}: {racer.write.kind} {racer.write.offset}'
@@ -311,7 +299,7 @@ def race(seq: Sequence, disk: Disk) -> None:
         part(seq)
     sides = [VIEW] if disk.secondary and VIEW in disk.clients else []
     primary = primary_writes(disk)
-    if primary and op is not Op.FAILOVER:
+    if primary:
         sides.append(primary)
     slots = seq.rng.sample(range(SLOTS), seq.rng.randrange(1, 8))
     slow = seq.rng.random() < 0.3 and not disk.disk_image.slow
@@ -325,8 +313,10 @@ def race(seq: Sequence, disk: Disk) -> None:
     with pumped(clients.values()):
         seq.call(host, op, mode_of(host))
     renewed = secondary is not None and secondary.epoch != epoch
-    for racer in racers:
-        finish(seq, disk, racer, op if renewed else None)
+    errors = [disk.clients[racer.side].wait(racer.request)
+              for racer in racers]
+    for racer, error in zip(racers, errors):
+        finish(seq, disk, racer, error, op if renewed else None)
     if slow:
         seq.switch_speed(disk)
     seq.settle(disk)
@@ -375,13 +365,12 @@ def change_speed(seq: Sequence, disk: Disk) -> None:
       and disk.primary.is_remote() and disk.primary.model.link
       and seq.may_break(disk) else 0)
 def break_link(seq: Sequence, disk: Disk) -> None:
-    """The connection breaks; the client makes a new one."""
+    """The connection breaks, for good."""
     assert disk.primary
     seq.log(f'yank link{disk.number}')
     disk.primary.host.cmd('yank', instances=[
         {'type': 'block-node', 'node-name': disk.node('link')}])
-    disk.primary.model.link = None
-    seq.observe()
+    seq.lose_link(disk, False)
     seq.stats.faults += 1
 
 
@@ -392,18 +381,25 @@ def unexport(seq: Sequence, disk: Disk) -> None:
     seq.stats.faults += 1
 
 
-@step(lambda seq, disk: 0 if disk.exported or not seq.is_alone(disk)
-      or (disk.primary and not disk.primary.is_remote()) else 3)
+@step(lambda seq, disk: 0 if disk.exported
+      or (disk.primary and not disk.primary.is_remote()) else
+      3 if seq.is_alone(disk) else 0.5)
 def export(seq: Sequence, disk: Disk) -> None:
     """It is there again, unless that would go past the checkpoint."""
     seq.log(f'export disk{disk.number}')
-    if stage(disk) is not Stage.RUNNING:
+    if seq.is_alone(disk) and stage(disk) is not Stage.RUNNING:
         disk.export_disk()
         return
-    error = disk.disk_host.attempt('block-export-add', {
+    host = disk.disk_host
+    error = host.attempt('block-export-add', {
         'type': 'nbd', 'id': 'export-past', 'name': 'past',
         'node-name': disk.node(DISK), 'writable': True})
-    seq.expect(False, error is None, 'a second way to the disk')
+    seq.log(f'export: {error or "done"}')
+    # after the merge it is for the guest's device to say who may share it
+    expected = None if stage(disk) is Stage.DONE else False
+    seq.expect(expected, error is None, 'a second way to the disk')
+    if error is None:
+        host.unexport('past')
 
 
 @step(lambda seq, disk: 0 if not disk.secondary else
@@ -445,8 +441,15 @@ def rebuild(seq: Sequence, disk: Disk) -> None:
     disk.drain()
     if disk.primary and disk.primary.attached:
         disk.detach()
+    fenced = not seq.is_alone(disk) and disk.exported
+    early = seq.rng.random() < 0.5
+    if fenced and early:
+        cut_off(seq, disk)
     if disk.secondary and stage(disk) is not Stage.RUNNING:
         disk.replace_secondary()
+    if fenced and not early:
+        # it outlives the secondary
+        cut_off(seq, disk)
     if stage(disk) is Stage.RUNNING and not disk.exported:
         # it can be protected again after a stop
         return
