@@ -446,6 +446,14 @@ class Disk:
             nodes.append((self.primary.host, self.primary.model))
         return nodes
 
+    def forwarder(self) -> Optional[Tuple[Host, PrimaryNode, str]]:
+        """The node that forwards the guest's writes, and the one above it."""
+        if self.secondary and self.secondary.next:
+            return self.disk_host, self.secondary.next, VIEW
+        if self.primary and self.primary.attached:
+            return self.primary.host, self.primary.model, LOCAL
+        return None
+
     def drain(self) -> None:
         """See that nothing is under way: block status waits for that."""
         for host, node in self.primaries():

@@ -63,6 +63,11 @@ IGNORED: Dict[Op, Set[Stage]] = {
 IDLE = 'flush', 'idle', 'trim'
 
 
+def either(one: Maybe, other: Maybe) -> Maybe:
+    """Whether one of two is so."""
+    return one or other or (None if None in (one, other) else False)
+
+
 class Content:
     """Bytes, some of which may be one of two values, or anything."""
 
@@ -372,7 +377,7 @@ class PrimaryNode(Node):
 
     def serves_reads(self) -> Maybe:
         """Whether the target has the guest's data and it can be had."""
-        if (self.stage is not Stage.RUNNING or self.failed
+        if (self.stage is not Stage.RUNNING or self.failed or self.missed
                 or self.link is False):
             return False
         if self.failed is None or not self.link or self.target.faults:
@@ -414,9 +419,11 @@ class PrimaryNode(Node):
             self.missed = True
 
     def missed_a_write(self) -> Maybe:
-        return self.missed or self.failed
+        return either(self.missed, self.failed)
 
     def is_bad(self) -> Maybe:
+        if self.stage is Stage.RUNNING:
+            return either(self.missed, self.failed)
         return self.stage is Stage.NONE or self.failed
 
     def status_was(self, bad: bool) -> None:
@@ -599,7 +606,7 @@ class SecondaryNode(Node, Target):
         self.stage = Stage.DONE if done else Stage.FAILED
 
     def missed_a_write(self) -> Maybe:
-        return self.cut_off or self.out_of_date
+        return either(self.cut_off, self.out_of_date)
 
     def is_bad(self) -> Maybe:
         if self.stage in (Stage.NONE, Stage.BROKEN, Stage.FAILED):

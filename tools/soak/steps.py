@@ -4,7 +4,7 @@
 from random import Random
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
-from disk import DISK, LOCAL, VIEW, Disk
+from disk import DISK, FORWARD, LOCAL, VIEW, Disk
 from disturb import disturb
 from host import Host
 from layout import KIB, MIB
@@ -17,6 +17,8 @@ KINDS = ['write', 'write', 'write', 'write', 'zero', 'zero', 'trim', 'flush']
 ALIGNMENTS = [1, 1, 512, 4 * KIB, 64 * KIB]
 LENGTHS = [1, 100, 512, 4 * KIB, 4 * KIB, 64 * KIB, 64 * KIB, 300 * KIB, MIB]
 SLOTS = 16
+# Bytes in which writes meet
+CROWD = 96 * KIB
 
 Weight = Callable[[Sequence, Disk], float]
 Run = Callable[[Sequence, Disk], None]
@@ -141,6 +143,61 @@ def read(seq: Sequence, disk: Disk) -> None:
 def read_all(seq: Sequence, disk: Disk) -> None:
     """Everybody reads everything."""
     seq.log('read all')
+    seq.compare_all(disk)
+
+
+def covered(writes: List[Write], start: int, data: bytes) -> bytes:
+    """What must be there: where several have written, what one of them has.
+
+    A byte of several writes that is none of theirs becomes another one.
+    """
+    right = bytearray(data)
+    for i, byte in enumerate(data, start):
+        values = [write.data[i - write.offset] for write in writes
+                  if write.offset <= i < write.offset + len(write.data)]
+        if values and byte not in values:
+            right[i - start] = values[0]
+    return bytes(right)
+
+
+def overlaps(disk: Disk) -> bool:
+    """Whether the order of writes is all that is not known."""
+    primary = disk.primary
+    return bool(primary and primary.attached and not primary.image.failing
+                and (primary.model.failed or primary.model.missed
+                     or primary.model.failed is False
+                     and primary.model.arrives()))
+
+
+@step(lambda _seq, disk: 2 if overlaps(disk) else 0)
+def overlap(seq: Sequence, disk: Disk) -> None:
+    """Writes of two clients to the same place are in flight at once."""
+    assert disk.primary
+    seq.compare(disk, LOCAL, 0, disk.layout.size)
+    clients = [disk.clients[LOCAL],
+               disk.primary.host.connect(disk.node(LOCAL))]
+    start = seq.rng.randrange(disk.layout.size - CROWD) // 512 * 512
+    writes, requests = [], []
+    for number in range(seq.rng.randrange(2, 9)):
+        first, last = sorted(seq.rng.sample(range(CROWD + 1), 2))
+        kind = seq.rng.choice(['write', 'write', 'zero'])
+        data = bytes(last - first)
+        if kind == 'write':
+            data = seq.rng.randbytes(last - first)
+        writes.append(Write(kind, start + first, data))
+        client = clients[number % 2]
+        requests.append((client, client.submit(writes[-1])))
+        seq.log(f'overlap {kind} {writes[-1].offset} +{len(data)}')
+    with pumped(clients[1:]):
+        errors = [client.wait(request) for client, request in requests[::2]]
+    errors += [client.wait(request) for client, request in requests[1::2]]
+    clients[1].close()
+    seq.expect(True, errors == [None] * len(errors), f'overlapping {errors}')
+    data = disk.read(LOCAL, start, CROWD) or b''
+    # what both disks must have
+    all_of_it = Write('write', start, covered(writes, start, data))
+    disk.primary.local.write(start, all_of_it.data)
+    disk.primary.model.guest_wrote(all_of_it)
     seq.compare_all(disk)
 
 
@@ -414,6 +471,28 @@ def hold(seq: Sequence, disk: Disk) -> None:
 
 
 # The graph
+
+
+@step(lambda seq, disk: 0.4 if disk.forwarder() and seq.may_break(disk) else 0)
+def lead_past(seq: Sequence, disk: Disk) -> None:
+    """The primary node is taken out, perhaps for a write, and put back."""
+    found = disk.forwarder()
+    assert found
+    host, node, side = found
+    seq.log(f'take {node.name} out')
+    disk.drain()
+    # only who has no parent can be put back
+    disk.unexport(FORWARD, host)
+    host.cmd('x-blockdev-change', parent=disk.node(side), child='children.1')
+    node.missed = True
+    seq.check_status()
+    for _ in range(seq.rng.randrange(3)):
+        write = random_write(seq.rng, *random_range(seq.rng, disk.layout.size))
+        seq.request(disk, side, write)
+    seq.log(f'put {node.name} back')
+    host.cmd('x-blockdev-change', parent=disk.node(side), node=node.name)
+    if side == LOCAL:
+        disk.export_forward()
 
 
 @step(lambda _seq, disk: 1.5 if stage(disk) in (Stage.RUNNING, Stage.FAILED)
