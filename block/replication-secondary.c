@@ -594,8 +594,8 @@ static void secondary_detach(BlockDriverState *bs, BdrvChild **child,
 }
 
 /* What is below may be written to all the same: by the primary, the merge */
-static void secondary_share_below(BlockDriverState *bs, BlockDriverState *active,
-                                  bool share)
+static void secondary_share_below(BlockDriverState *bs,
+                                  BlockDriverState *active, bool share)
 {
     BDRVReplicationState *s = bs->opaque;
 
