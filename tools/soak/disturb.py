@@ -6,11 +6,12 @@ from typing import List, NamedTuple
 from disk import DISK, VIEW, Disk
 from host import Json
 from layout import MIB
-from model import Maybe
+from model import Maybe, Stage
 from sequence import Sequence
 
 JOB = 'job'
 SPARE = 'spare-node'
+EXPORT = 'export-other'
 
 
 class Command(NamedTuple):
@@ -37,30 +38,52 @@ def reopens(disk: Disk) -> List[Json]:
             {**replication, 'file': active, 'mode': 'primary'}]
 
 
-def inserts(node: str) -> List[Command]:
+def inserts(node: str, expected: Maybe) -> List[Command]:
     """Jobs that put a filter above the node."""
     return [
         Command('blockdev-backup', {
             'job-id': JOB, 'device': node, 'target': SPARE, 'sync': 'full'},
-            None),
-        Command('block-stream', {'job-id': JOB, 'device': node}, None),
+            expected),
+        Command('block-stream', {'job-id': JOB, 'device': node}, expected),
     ]
 
 
-def commands(disk: Disk, in_iothread: bool) -> List[Command]:
+def writers(node: str) -> List[Command]:
+    """What would write to a node, or take it for something else."""
+    return [
+        Command('block-export-add', {
+            'type': 'nbd', 'id': EXPORT, 'name': EXPORT, 'node-name': node,
+            'writable': True}),
+        Command('blockdev-snapshot-internal-sync', {
+            'device': node, 'name': 'snapshot'}),
+        Command('blockdev-backup', {
+            'job-id': JOB, 'device': SPARE, 'target': node, 'sync': 'full'}),
+        Command('blockdev-mirror', {
+            'job-id': JOB, 'device': SPARE, 'target': node, 'sync': 'full'}),
+        Command('blockdev-add', {
+            'driver': 'raw', 'node-name': EXPORT, 'file': node}, None),
+    ]
+
+
+def commands(disk: Disk, in_iothread: bool, running: bool) -> List[Command]:
     """All of them."""
     top = disk.node(VIEW)
     lower = [disk.nodes()[0].name,
              *(disk.node(kind) for kind in ('active', 'hidden', DISK))]
     result = [Command('blockdev-reopen', {'options': [options]})
               for options in reopens(disk)]
+    if running:
+        for node in (disk.node('active'), disk.node('hidden')):
+            result += writers(node)
     for node in [top, *lower]:
+        # the replication node's place is not what replication depends on
+        jobs: Maybe = False if running and node != lower[0] else None
         result += [
             Command('blockdev-del', {'node-name': node}),
             Command('block_resize', {'node-name': node, 'size': 8 * MIB}),
             Command('blockdev-mirror', {
                 'job-id': JOB, 'device': node, 'target': SPARE,
-                'sync': 'full'}, None),
+                'sync': 'full'}, jobs),
             Command('x-blockdev-set-iothread', {
                 'node-name': node, 'iothread': 'iothread0'}, None),
             Command('x-blockdev-set-iothread', {
@@ -68,7 +91,7 @@ def commands(disk: Disk, in_iothread: bool) -> List[Command]:
         ]
         if not in_iothread:
             # There QEMU 10.0 crashes in bdrv_insert_node(), replicated or not
-            result += inserts(node)
+            result += inserts(node, jobs)
     result += [
         Command('block-commit', {
             'job-id': JOB, 'device': top, 'top-node': disk.node('active'),
@@ -87,7 +110,9 @@ def disturb(seq: Sequence, disk: Disk) -> None:
     host.add({'driver': 'null-co', 'node-name': SPARE, 'read-zeroes': True,
               'size': disk.layout.size})
     before = host.graph()
-    command = seq.rng.choice(commands(disk, seq.uses_iothread()))
+    command = seq.rng.choice(commands(
+        disk, seq.uses_iothread(),
+        disk.nodes()[0].stage is Stage.RUNNING))
     seq.log(f'{command.name} {command.args}')
     error = host.attempt(command.name, command.args)
     seq.log(f'{command.name}: {error or "done"}')
@@ -95,6 +120,8 @@ def disturb(seq: Sequence, disk: Disk) -> None:
     seq.moved |= command.name == 'x-blockdev-set-iothread'
     seq.expect(command.expected, error is None, command.name)
     host.end_job(JOB)
+    if not error and command.name == 'blockdev-add':
+        host.delete(EXPORT)
     seq.check_graph(host, before)
     host.delete(SPARE)
     seq.compare_all(disk)

@@ -4,7 +4,7 @@
 from random import Random
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
-from disk import DISK, FORWARD, LOCAL, VIEW, Disk
+from disk import DISK, FORWARD, LOCAL, VIEW, Disk, check
 from disturb import disturb
 from host import Host
 from layout import KIB, MIB
@@ -17,6 +17,7 @@ KINDS = ['write', 'write', 'write', 'write', 'zero', 'zero', 'trim', 'flush']
 ALIGNMENTS = [1, 1, 512, 4 * KIB, 64 * KIB]
 LENGTHS = [1, 100, 512, 4 * KIB, 4 * KIB, 64 * KIB, 64 * KIB, 300 * KIB, MIB]
 SLOTS = 16
+COPIER = 'copier'
 # Bytes in which writes meet
 CROWD = 96 * KIB
 
@@ -500,6 +501,51 @@ def lead_past(seq: Sequence, disk: Disk) -> None:
 def take_apart(seq: Sequence, disk: Disk) -> None:
     """A command that would take the chain apart."""
     disturb(seq, disk)
+
+
+def copies_on_read(disk: Disk) -> bool:
+    """Whether reads of the guest's data succeed."""
+    secondary = model(disk)
+    return (secondary is not None and secondary.serves() is True
+            and secondary.stage in (Stage.RUNNING, Stage.STOPPED))
+
+
+@step(lambda _seq, disk: 1 if copies_on_read(disk) else 0)
+def copy_on_read(seq: Sequence, disk: Disk) -> None:
+    """A filter copies to the active overlay what is read through it."""
+    assert disk.secondary
+    secondary, host = disk.secondary.model, disk.disk_host
+    kind = seq.rng.choice([VIEW, 'active'])
+    error = host.attempt('blockdev-add', {
+        'driver': 'copy-on-read', 'node-name': COPIER,
+        'file': disk.node(kind)})
+    seq.log(f'copy on read above {kind}{disk.number}: {error or "done"}')
+    # who comes to an overlay while it is in use may not change it
+    allowed = kind == VIEW or secondary.stage is Stage.STOPPED
+    seq.expect(allowed or None, error is None, f'a copy-on-read node: {error}')
+    if error is not None:
+        return
+    offset, length = random_range(seq.rng, disk.layout.size)
+    disk.drain()
+    with disk.visit(COPIER) as client:
+        data = client.read(offset, length)
+    host.delete(COPIER)
+    # what it has copied, the primary's writes do not change any more
+    secondary.shadowed |= secondary.stage is Stage.STOPPED
+    seq.expect(True, data is not None, 'read through it')
+    check(f'read through {COPIER}', secondary.view, offset, data or b'')
+
+
+@step(lambda _seq, disk: 3 if stage(disk) is Stage.FAILOVER else 0)
+def change_thread(seq: Sequence, disk: Disk) -> None:
+    """The guest's node goes to another thread while the merge goes on."""
+    thread = seq.rng.choice(['iothread0', None])
+    error = disk.disk_host.attempt('x-blockdev-set-iothread', {
+        'node-name': disk.node(VIEW), 'iothread': thread, 'force': True})
+    seq.log(f'move {VIEW}{disk.number} to {thread}: {error or "done"}')
+    seq.moved = True
+    seq.expect(None, error is None, 'a move')
+    seq.compare(disk, VIEW, 0, disk.layout.size)
 
 
 def resynchronise(seq: Sequence, disk: Disk) -> None:
