@@ -120,10 +120,7 @@ def play(seq: Sequence) -> None:
             seq.settle(each)
         seq.check_status()
     seq.new_step(MAX_STEPS)
-    # QEMU 10.0 moves a node back from an iothread, and polls for that, while
-    # it holds the graph lock to delete an export.  If the next export's turn
-    # comes in there, it takes the lock again: bdrv_graph_wrlock() aborts.
-    if seq.rng.random() < 0.25 and not seq.uses_iothread():
+    if seq.rng.random() < 0.25:
         end_by_quit(seq)
     else:
         end_by_close(seq)

@@ -536,16 +536,45 @@ def copy_on_read(seq: Sequence, disk: Disk) -> None:
     check(f'read through {COPIER}', secondary.view, offset, data or b'')
 
 
-@step(lambda _seq, disk: 3 if stage(disk) is Stage.FAILOVER else 0)
-def change_thread(seq: Sequence, disk: Disk) -> None:
-    """The guest's node goes to another thread while the merge goes on."""
-    thread = seq.rng.choice(['iothread0', None])
+def change_thread(seq: Sequence, disk: Disk, thread: Optional[str]) -> None:
+    """The guest's node goes to another thread."""
     error = disk.disk_host.attempt('x-blockdev-set-iothread', {
         'node-name': disk.node(VIEW), 'iothread': thread, 'force': True})
     seq.log(f'move {VIEW}{disk.number} to {thread}: {error or "done"}')
     seq.moved = True
     seq.expect(None, error is None, 'a move')
+
+
+@step(lambda _seq, disk: 3 if stage(disk) is Stage.FAILOVER else 0)
+def change_thread_once(seq: Sequence, disk: Disk) -> None:
+    """It does while the merge goes on."""
+    change_thread(seq, disk, seq.rng.choice(['iothread0', None]))
     seq.compare(disk, VIEW, 0, disk.layout.size)
+
+
+@step(lambda seq, disk: 0.7 if stage(disk) is Stage.RUNNING
+      and not disk.disk_image.slow and seq.is_healthy() else 0)
+def change_threads(seq: Sequence, disk: Disk) -> None:
+    """It does all the time until the merge has ended."""
+    seq.switch_speed(disk)
+    one_request(seq, disk, VIEW)
+    host = disk.disk_host
+    seq.call(host, Op.FAILOVER, mode_of(host))
+    moves = seq.rng.randrange(20)
+
+    def ended() -> bool:
+        nonlocal moves
+        moves -= 1
+        change_thread(seq, disk, 'iothread0' if moves % 2 else None)
+        if moves == 0 and disk.disk_image.slow:
+            seq.switch_speed(disk)
+        return moves < 0 and not host.has_job(disk.node(DISK))
+
+    host.wait_until(ended, 'end of the merge')
+    if disk.disk_image.slow:
+        seq.switch_speed(disk)
+    seq.settle(disk)
+    seq.compare_all(disk)
 
 
 def resynchronise(seq: Sequence, disk: Disk) -> None:
