@@ -19,7 +19,7 @@ LENGTHS = [1, 100, 512, 4 * KIB, 4 * KIB, 64 * KIB, 64 * KIB, 300 * KIB, MIB]
 SLOTS = 16
 COPIER = 'copier'
 # Bytes in which writes meet
-CROWD = 96 * KIB
+CROWD = 900 * KIB
 
 Weight = Callable[[Sequence, Disk], float]
 Run = Callable[[Sequence, Disk], None]
@@ -148,16 +148,21 @@ def read_all(seq: Sequence, disk: Disk) -> None:
 
 
 def covered(writes: List[Write], start: int, data: bytes) -> bytes:
-    """What must be there: where several have written, what one of them has.
+    """What must be there, which is what was found if that can be.
 
-    A byte of several writes that is none of theirs becomes another one.
+    Writes are done one after another.  So where several meet, there is what
+    one of them has.
     """
     right = bytearray(data)
-    for i, byte in enumerate(data, start):
-        values = [write.data[i - write.offset] for write in writes
-                  if write.offset <= i < write.offset + len(write.data)]
-        if values and byte not in values:
-            right[i - start] = values[0]
+    spans = [(write, write.offset - start,
+              write.offset - start + len(write.data)) for write in writes]
+    edges = sorted({edge for span in spans for edge in span[1:]})
+    for first, last in zip(edges, edges[1:]):
+        values = [write.data[first - begin:last - begin]
+                  for write, begin, end in spans
+                  if begin <= first and last <= end]
+        if values and data[first:last] not in values:
+            right[first:last] = values[0]
     return bytes(right)
 
 
@@ -179,7 +184,7 @@ def overlap(seq: Sequence, disk: Disk) -> None:
                disk.primary.host.connect(disk.node(LOCAL))]
     start = seq.rng.randrange(disk.layout.size - CROWD) // 512 * 512
     writes, requests = [], []
-    for number in range(seq.rng.randrange(2, 9)):
+    for number in range(seq.rng.randrange(2, 17)):
         first, last = sorted(seq.rng.sample(range(CROWD + 1), 2))
         kind = seq.rng.choice(['write', 'write', 'zero'])
         data = bytes(last - first)
@@ -556,19 +561,22 @@ def change_thread_once(seq: Sequence, disk: Disk) -> None:
       and not disk.disk_image.slow and seq.is_healthy() else 0)
 def change_threads(seq: Sequence, disk: Disk) -> None:
     """It does all the time until the merge has ended."""
-    seq.switch_speed(disk)
-    one_request(seq, disk, VIEW)
+    size = min(disk.layout.size, MIB)
+    seq.request(disk, VIEW, Write('write', 0, seq.rng.randbytes(size)))
+    if seq.rng.random() < 0.3:
+        seq.switch_speed(disk)
     host = disk.disk_host
     seq.call(host, Op.FAILOVER, mode_of(host))
     moves = seq.rng.randrange(20)
 
     def ended() -> bool:
         nonlocal moves
-        moves -= 1
-        change_thread(seq, disk, 'iothread0' if moves % 2 else None)
-        if moves == 0 and disk.disk_image.slow:
+        for thread in ('iothread0', None):
+            change_thread(seq, disk, thread)
+        moves -= 2
+        if moves < 0 and disk.disk_image.slow:
             seq.switch_speed(disk)
-        return moves < 0 and not host.has_job(disk.node(DISK))
+        return not host.has_job(disk.node(DISK))
 
     host.wait_until(ended, 'end of the merge')
     if disk.disk_image.slow:
