@@ -31,11 +31,8 @@
 #define MAX_JOINED_PARTS 256
 #define MAX_JOINED_ZEROES (16 * MiB)
 
-/* Larger requests are cut, so that a child that is slow shows progress */
+/* Larger requests are cut, so that who watches a slow child sees it go on */
 #define MAX_REQUEST (16 * MiB)
-
-/* The time without progress is measured in so many ticks */
-#define TIMEOUT_TICKS 4
 
 /*
  * With a bound in time, the first and the smallest of what may be in the queue.
@@ -198,21 +195,8 @@ struct WriteBehind {
     /* A negative errno: nothing is sent any more */
     int error;
 
-    /*
-     * Runs in the main loop while anything is pending, unless it has given the
-     * child up.  It counts ticks in which nothing was completed, rather than
-     * look at the clock, so that time in which we were stopped does not count.
-     */
-    QEMUTimer *timer;
-    bool watching;
-    bool hung_up;
-    bool progress;
-    unsigned idle_ticks;
-
     WriteBehindStats stats;
 };
-
-static void write_behind_tick(void *opaque);
 
 WriteBehind *write_behind_new(BlockDriverState *bs,
                               const WriteBehindOptions *opts,
@@ -232,9 +216,6 @@ WriteBehind *write_behind_new(BlockDriverState *bs,
     QTAILQ_INIT(&wb->pending);
     QTAILQ_INIT(&wb->ready);
     qemu_co_queue_init(&wb->flush_waiters);
-    /* Has to run while the main loop waits for the requests in flight */
-    wb->timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
-                              SCALE_NS, write_behind_tick, wb);
 
     return wb;
 }
@@ -245,7 +226,6 @@ void write_behind_free(WriteBehind *wb)
     assert(!wb->beginning && !wb->nb_in_flight && !wb->flushing);
     assert(QTAILQ_EMPTY(&wb->pending));
 
-    timer_free(wb->timer);
     qemu_mutex_destroy(&wb->lock);
     g_free(wb);
 }
@@ -758,67 +738,6 @@ static void write_behind_kick(WriteBehind *wb)
                     qemu_coroutine_create(write_behind_begin, wb));
 }
 
-static bool write_behind_is_pending(WriteBehind *wb)
-{
-    return !QTAILQ_EMPTY(&wb->pending) || wb->flushing;
-}
-
-static void write_behind_next_tick(WriteBehind *wb)
-{
-    int64_t tick = MAX(wb->opts.timeout_ms * SCALE_MS / TIMEOUT_TICKS, 1);
-
-    wb->watching = true;
-    timer_mod(wb->timer, qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + tick);
-}
-
-/* Called before anything is sent */
-static void write_behind_watch(WriteBehind *wb)
-{
-    if (!wb->nb_in_flight && !wb->flushing) {
-        wb->progress = true;
-    }
-    if (wb->opts.timeout_ms && !wb->watching && !wb->hung_up) {
-        write_behind_next_tick(wb);
-    }
-}
-
-/* With the lock.  Whether the child has to be given up. */
-static bool write_behind_is_stuck(WriteBehind *wb)
-{
-    wb->watching = false;
-    if (!write_behind_is_pending(wb)) {
-        return false;
-    }
-
-    wb->idle_ticks = wb->progress ? 0 : wb->idle_ticks + 1;
-    wb->progress = false;
-    if (wb->idle_ticks < TIMEOUT_TICKS) {
-        write_behind_next_tick(wb);
-        return false;
-    }
-
-    return true;
-}
-
-static void write_behind_tick(void *opaque)
-{
-    WriteBehind *wb = opaque;
-    WriteBehindReq *oldest;
-
-    WITH_QEMU_LOCK_GUARD(&wb->lock) {
-        if (!write_behind_is_stuck(wb)) {
-            return;
-        }
-        wb->hung_up = true;
-        oldest = QTAILQ_FIRST(&wb->pending);
-        write_behind_fail(wb, oldest ? oldest->type : WRITE_BEHIND_FLUSH,
-                          -ETIMEDOUT);
-        write_behind_kick(wb);
-    }
-
-    wb->opts.hang_up(wb->bs);
-}
-
 /* Until write_behind_end_wait(), send whatever there is.  With the lock. */
 static void write_behind_begin_wait(WriteBehind *wb)
 {
@@ -849,7 +768,6 @@ static void write_behind_progress(WriteBehind *wb, WriteBehindType type,
                                   int ret)
 {
     qemu_mutex_lock(&wb->lock);
-    wb->progress = true;
     if (ret < 0) {
         wb->stats.failed_requests++;
         write_behind_fail(wb, type, ret);
@@ -1035,7 +953,6 @@ static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
     WriteBehindReq *req = write_behind_next(wb);
 
     if (write_behind_may_flush(wb)) {
-        write_behind_watch(wb);
         wb->flushing = true;
         return qemu_coroutine_create(write_behind_do_flush, wb);
     }
@@ -1043,7 +960,6 @@ static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
         return NULL;
     }
 
-    write_behind_watch(wb);
     return qemu_coroutine_create(write_behind_do_request,
                                  write_behind_take(wb, req));
 }

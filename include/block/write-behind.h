@@ -70,12 +70,6 @@ typedef struct WriteBehindStats {
 typedef void WriteBehindErrorFunc(BlockDriverState *bs, WriteBehindType type,
                                   int ret);
 
-/*
- * Called at most once, in the main loop, when nothing has been completed for
- * too long: to end what hangs in the child.  Must not poll.
- */
-typedef void WriteBehindHangUpFunc(BlockDriverState *bs);
-
 typedef struct WriteBehindOptions {
     /*
      * The memory that requests in the queue may take.  When there is no room,
@@ -88,10 +82,6 @@ typedef struct WriteBehindOptions {
      * child lately completed in this time.
      */
     uint64_t max_ms;
-
-    /* If not 0, the child has to complete something in this time */
-    uint64_t timeout_ms;
-    WriteBehindHangUpFunc *hang_up;
 } WriteBehindOptions;
 
 /* Create the queue of @bs, a node whose requests go to bs->file */

@@ -54,7 +54,6 @@ static struct {
     int errors;
     WriteBehindType error_type;
     int error;
-    int hang_ups;
     bool flush_waits;
 } filter;
 
@@ -193,11 +192,6 @@ static void filter_error(BlockDriverState *bs, WriteBehindType type, int ret)
     filter.errors++;
     filter.error_type = type;
     filter.error = ret;
-}
-
-static void filter_hang_up(BlockDriverState *bs)
-{
-    filter.hang_ups++;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -1023,93 +1017,6 @@ static void test_short(void)
     teardown();
 }
 
-static void wait_for_hang_up(void)
-{
-    while (!filter.hang_ups) {
-        aio_poll(qemu_get_aio_context(), true);
-    }
-    run();
-}
-
-/* Whoever waits for room, or for the child to flush, goes on */
-static void test_timeout(void)
-{
-    GuestReq *room, *behind, *flush;
-
-    filter_opts = (WriteBehindOptions) {
-        .timeout_ms = 20,
-        .hang_up    = filter_hang_up,
-    };
-    setup(1000);
-    guest_write(0, 4, 1);
-    guest_write(0, 4, 2);
-    room = guest_begin(WRITE_BEHIND_WRITE, 8, 120, 3, 0);
-    behind = guest_begin(WRITE_BEHIND_WRITE, 8, 4, 3, 0);
-    filter.flush_waits = true;
-    flush = guest_begin(WRITE_BEHIND_FLUSH, 0, 0, 0, 0);
-    g_assert(!room->done && !behind->done && !flush->done);
-
-    wait_for_hang_up();
-    g_assert(room->done && behind->done && flush->done);
-    room->expected = behind->expected = flush->expected = -ETIMEDOUT;
-    g_assert_cmpint(filter.errors, ==, 1);
-    g_assert_cmpint(filter.error, ==, -ETIMEDOUT);
-    guest_fail(WRITE_BEHIND_WRITE, 0, 4, -ETIMEDOUT);
-    release_all();
-    assert_log("w0+4 ");
-
-    guest_free(room);
-    guest_free(behind);
-    guest_free(flush);
-    teardown();
-    filter_opts = (WriteBehindOptions) { };
-}
-
-static void sleep_and_run(int ms)
-{
-    int64_t end = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
-
-    while (qemu_clock_get_ms(QEMU_CLOCK_REALTIME) < end) {
-        run();
-    }
-}
-
-/* Slow is not dead, nor is who has nothing to do */
-static void test_timeout_progress(void)
-{
-    filter_opts = (WriteBehindOptions) {
-        .timeout_ms = 200,
-        .hang_up    = filter_hang_up,
-    };
-    setup(1 << 20);
-    sleep_and_run(250);
-    for (int i = 0; i < 8; i++) {
-        guest_write(8 * i, 4, i);
-    }
-    for (int i = 0; i < 8; i++) {
-        sleep_and_run(50);
-        release_first(0);
-    }
-    guest_flush();
-    sleep_and_run(50);
-    release_first(0);
-    sleep_and_run(250);
-    g_assert_cmpint(filter.hang_ups, ==, 0);
-    g_assert_cmpint(filter.errors, ==, 0);
-
-    /* A flush can hang as well */
-    guest_write(0, 4, 1);
-    release_first(0);
-    guest_flush();
-    assert_log("w0+4 w8+4 w16+4 w24+4 w32+4 w40+4 w48+4 w56+4 f w0+4 f ");
-    wait_for_hang_up();
-    g_assert_cmpint(filter.error_type, ==, WRITE_BEHIND_FLUSH);
-    release_all();
-    g_assert_cmpint(filter.hang_ups, ==, 1);
-    teardown();
-    filter_opts = (WriteBehindOptions) { };
-}
-
 static void test_settle(void)
 {
     uint32_t value = 0xff;
@@ -1197,6 +1104,15 @@ static int fill(void)
     }
 
     return i;
+}
+
+static void sleep_and_run(int ms)
+{
+    int64_t end = qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms;
+
+    while (qemu_clock_get_ms(QEMU_CLOCK_REALTIME) < end) {
+        run();
+    }
 }
 
 /* The queue takes what the child has done in some time */
@@ -1595,8 +1511,6 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/flush-error", test_flush_error);
     g_test_add_func("/write-behind/flush-waits", test_flush_waits);
     g_test_add_func("/write-behind/short", test_short);
-    g_test_add_func("/write-behind/timeout", test_timeout);
-    g_test_add_func("/write-behind/timeout-progress", test_timeout_progress);
     g_test_add_func("/write-behind/settle", test_settle);
     g_test_add_func("/write-behind/settle-overwritten",
                     test_settle_overwritten);
