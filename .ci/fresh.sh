@@ -32,6 +32,7 @@ share() {
 furnish() {
     mount -t proc proc "$FRESH/proc" &&
         mount --bind /dev "$FRESH/dev" &&
+        mount --bind /dev/pts "$FRESH/dev/pts" &&
         mount -t tmpfs tmpfs "$FRESH/dev/shm" || return
     share "$KEPT/archives" /var/cache/apt/archives &&
         share "$KEPT/debs" "$FRESH_CACHE/debs" &&
