@@ -26,6 +26,10 @@ MESON = [sys.executable, '-m', 'mesonbuild.mesonmain']
 # Say that tests still run after so long without a word from them.
 QUIET_SECONDS = 10
 
+# Of what a failed test has said, so many lines stand at the end of the run: in
+# between they are far above, and a log may be kept in part only.
+SAID_LINES = 60
+
 # How many times longer a test may take in a build with sanitizers.
 SANITIZE_TIMES = 5
 
@@ -163,13 +167,25 @@ def results(entry: Dict[str, Any]) -> List[Result]:
     return cases or [Result('passed', name)]
 
 
+def last_words(entry: Dict[str, Any]) -> str:
+    """What a failed test has said last."""
+    said = entry.get('stdout', '') + entry.get('stderr', '')
+    lines = said.splitlines()[-SAID_LINES:]
+    return '\n'.join([f"--- {entry['name']}:", *lines])
+
+
 def summarise(folder: Path, left_out: List[Result]) -> int:
     """Print what was skipped and how many passed and failed."""
     # the log is called after the wrapper too, if there is one
-    lines = [line for log in folder.glob('meson-logs/testlog*.json')
-             for line in log.read_text('utf-8').splitlines()]
-    cases = [case for line in lines for case in results(json.loads(line))]
-    cases += left_out
+    entries = [json.loads(line)
+               for log in folder.glob('meson-logs/testlog*.json')
+               for line in log.read_text('utf-8').splitlines()]
+    cases = left_out.copy()
+    for entry in entries:
+        outcome = results(entry)
+        cases += outcome
+        if any(case.outcome == 'failed' for case in outcome):
+            print(last_words(entry))
     count = {outcome: sum(case.outcome == outcome for case in cases)
              for outcome in ('passed', 'failed', 'skipped')}
     for case in cases:
