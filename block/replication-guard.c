@@ -386,10 +386,11 @@ BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
     g->owner = owner;
     error_setg(&g->blocker, "node is used by replication node '%s'",
                bdrv_get_node_name(owner));
-    bdrv_graph_rdlock_main_loop();
+    /* Others look at the limits under the lock */
+    bdrv_graph_wrlock();
     bdrv_refresh_limits(guard_bs, NULL, NULL);
     bdrv_op_block_all(guard_bs, g->blocker);
-    bdrv_graph_rdunlock_main_loop();
+    bdrv_graph_wrunlock();
     if (!guard_attach_active(guard_bs, cbw, active, errp)) {
         replication_guard_drop(guard_bs);
         return NULL;
