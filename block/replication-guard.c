@@ -73,7 +73,7 @@ static int guard_result(BlockDriverState *bs, int ret)
                      "secondary disk failed: %s", bdrv_get_node_name(g->owner),
                      strerror(-ret));
         replication_report_error(g->owner,
-                                 REPLICATION_ERROR_REASON_SECONDARY_WRITE, ret,
+                                 REPLICATION_ERROR_REASON_SECONDARY_WRITE,
                                  strerror(-ret));
     }
 
@@ -277,7 +277,7 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     if (g->owner && g->had_blk && !has_blk && !g->cut_off) {
         g->cut_off = true;
         replication_report_error(
-            g->owner, REPLICATION_ERROR_REASON_CUT_OFF, 0,
+            g->owner, REPLICATION_ERROR_REASON_CUT_OFF,
             "the export of the secondary disk was removed");
     }
     g->had_blk |= has_blk;

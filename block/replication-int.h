@@ -295,12 +295,10 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
 
 /*
  * Tell QMP clients that @bs cannot protect its disk, and remember it for the
- * statistics if it is the first such error.  @ret is a negative errno, or 0.
- * May be called from any thread.
+ * statistics if it is the first such error.  May be called from any thread.
  */
 void replication_report_error(BlockDriverState *bs,
-                              ReplicationErrorReason reason, int ret,
-                              const char *text);
+                              ReplicationErrorReason reason, const char *text);
 
 /*
  * For a filter: pass on the flags of all requests.  What the child cannot do,

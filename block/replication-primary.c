@@ -92,7 +92,7 @@ static void primary_fail(BlockDriverState *bs, const char *what, int ret)
     }
     error_report("Replication node '%s' failed to forward a %s to the "
                  "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
-    replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, ret,
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD,
                              strerror(-ret));
 }
 
@@ -200,7 +200,7 @@ static void primary_cut_off(BlockDriverState *bs, const char *from)
     if (primary_forwards(bs) && bdrv_find_node(from)) {
         error_report("Replication node '%s' was %s: what is written there does "
                      "not get to the secondary", bdrv_get_node_name(bs), text);
-        replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, 0, text);
+        replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, text);
     }
 }
 

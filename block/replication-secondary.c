@@ -221,7 +221,7 @@ static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
         error_report("Replication node '%s': flushing the disk after the "
                      "failover failed: %s", bdrv_get_node_name(bs),
                      strerror(-ret));
-        replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, ret,
+        replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER,
                                  strerror(-ret));
     }
 
@@ -988,7 +988,7 @@ static void secondary_bypassed(BlockDriverState *bs)
                bdrv_get_node_name(bs), bdrv_get_node_name(s->secondary.top));
     error_append_hint(&err, "The primary has to survive. Stop replication "
                       "without failover, put the node back and start again.\n");
-    replication_report_error(bs, REPLICATION_ERROR_REASON_BYPASSED, 0,
+    replication_report_error(bs, REPLICATION_ERROR_REASON_BYPASSED,
                              error_get_pretty(err));
     secondary_break(bs, error_copy(err));
     replication_disown_all(err);
@@ -1167,7 +1167,7 @@ static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
     ERRP_GUARD();
 
     if (!secondary_renew_quiesced(bs, errp)) {
-        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT, 0,
+        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
                                  error_get_pretty(*errp));
         secondary_break(bs, error_copy(*errp));
         return false;
@@ -1183,7 +1183,7 @@ static void secondary_disown(BlockDriverState *bs, const Error *reason)
     error_setg(&err, "Replication node '%s' does not stand for the same "
                "checkpoint as the VM's other disks: %s", bdrv_get_node_name(bs),
                error_get_pretty(reason));
-    replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT, 0,
+    replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
                              error_get_pretty(err));
     secondary_break(bs, err);
 }
@@ -1303,11 +1303,11 @@ static void secondary_stop(BlockDriverState *bs, Error **errp)
 }
 
 /* The overlays are whole and guard the guest's data until another attempt */
-static void secondary_failover_failed(BlockDriverState *bs, int ret, Error *err)
+static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER, ret,
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER,
                              error_get_pretty(err));
     secondary_set_error(bs, err);
     secondary_freeze(bs, NULL);
@@ -1389,7 +1389,7 @@ static void secondary_commit_done(void *opaque, int ret)
                          "disk", bdrv_get_node_name(bs));
         error_report("%s", error_get_pretty(err));
         secondary_set_merging(bs, false);
-        secondary_failover_failed(bs, ret, err);
+        secondary_failover_failed(bs, err);
     }
     bdrv_drained_end(bs);
 }
@@ -1564,7 +1564,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
                       "start to merge its overlays into the secondary disk: ",
                       bdrv_get_node_name(bs));
         s->secondary.failover_end_ns = s->secondary.failover_begin_ns;
-        secondary_failover_failed(bs, 0, error_copy(*errp));
+        secondary_failover_failed(bs, error_copy(*errp));
     }
     secondary_resume(disk);
 }

@@ -240,8 +240,7 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
 }
 
 void replication_report_error(BlockDriverState *bs,
-                              ReplicationErrorReason reason, int ret,
-                              const char *text)
+                              ReplicationErrorReason reason, const char *text)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -263,8 +262,6 @@ void replication_report_error(BlockDriverState *bs,
         *s->first_error = (BlockStatsReplicationError) {
             .reason     = reason,
             .error      = g_strdup(text),
-            .has_q_errno = ret < 0,
-            .q_errno    = -ret,
             .time_ns    = g_get_real_time() * 1000,
         };
     }
