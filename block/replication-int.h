@@ -53,7 +53,6 @@ typedef struct ReplicationPrimary {
 /* What says nothing else is protected by the BQL. */
 typedef struct ReplicationSecondary {
     char *top_id;
-    bool overlay_flush;
     /* For how long the end of QEMU may wait for a merge */
     uint64_t merge_at_quit_ms;
 
@@ -274,7 +273,6 @@ struct ReplicationRole {
 #define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
 #define REPLICATION_OPT_WRITE_BEHIND_MS "write-behind-ms"
 #define REPLICATION_OPT_REPLICA_TIMEOUT "replica-timeout"
-#define REPLICATION_OPT_OVERLAY_FLUSH   "overlay-flush"
 #define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
 
 extern const ReplicationRole replication_primary_role;

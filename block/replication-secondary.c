@@ -911,10 +911,8 @@ static void secondary_begin_scratch(BlockDriverState *bs)
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     assert(!s->secondary.scratch);
-    if (!s->secondary.overlay_flush) {
-        secondary_begin_scratch_node(bs, secondary_active(bs));
-        secondary_begin_scratch_node(bs, s->secondary.hidden->bs);
-    }
+    secondary_begin_scratch_node(bs, secondary_active(bs));
+    secondary_begin_scratch_node(bs, s->secondary.hidden->bs);
 }
 
 static void secondary_end_scratch_node(gpointer data)
@@ -1614,8 +1612,6 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     s->secondary.top_id = g_strdup(top_id);
     qemu_co_mutex_init(&s->secondary.split_lock);
     qemu_co_mutex_init(&s->secondary.settle_lock);
-    s->secondary.overlay_flush =
-        qemu_opt_get_bool(opts, REPLICATION_OPT_OVERLAY_FLUSH, false);
     s->secondary.merge_at_quit_ms =
         qemu_opt_get_number(opts, REPLICATION_OPT_MERGE_AT_QUIT,
                             MERGE_AT_QUIT_MS);

@@ -133,11 +133,6 @@ static QemuOptsList replication_runtime_opts = {
                     "given up, 0 for never (primary)",
         },
         {
-            .name = REPLICATION_OPT_OVERLAY_FLUSH,
-            .type = QEMU_OPT_BOOL,
-            .help = "Flush the overlays while they are scratch (secondary)",
-        },
-        {
             .name = REPLICATION_OPT_MERGE_AT_QUIT,
             .type = QEMU_OPT_NUMBER,
             .help = "Milliseconds that the end of QEMU may wait for a merge "
@@ -156,7 +151,6 @@ static const struct {
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_WRITE_BEHIND_MS, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_REPLICA_TIMEOUT, REPLICATION_MODE_PRIMARY },
-    { REPLICATION_OPT_OVERLAY_FLUSH, REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_MERGE_AT_QUIT, REPLICATION_MODE_SECONDARY },
 };
 
@@ -917,7 +911,6 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_WRITE_BEHIND,
     REPLICATION_OPT_WRITE_BEHIND_MS,
     REPLICATION_OPT_REPLICA_TIMEOUT,
-    REPLICATION_OPT_OVERLAY_FLUSH,
     REPLICATION_OPT_MERGE_AT_QUIT,
 
     NULL
