@@ -334,7 +334,8 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
         return false;
     }
 
-    return bdrv_cbw_set_needless(cbw, guard_is_hidden, bs, errp);
+    bdrv_cbw_set_needless(cbw, guard_is_hidden, bs);
+    return true;
 }
 
 /* Take away what belongs to our owner */
