@@ -674,9 +674,9 @@ static void secondary_unfreeze(BlockDriverState *bs)
      * an overlay that failed to be emptied and has lost its driver.
      */
     s->secondary.frozen = false;
-    secondary_hidden(bs)->backing->frozen = false;
-    secondary_active(bs)->backing->frozen = false;
-    bs->file->frozen = false;
+    bdrv_unfreeze_child(secondary_hidden(bs)->backing);
+    bdrv_unfreeze_child(secondary_active(bs)->backing);
+    bdrv_unfreeze_child(bs->file);
 }
 
 static bool secondary_block_top(BlockDriverState *bs, Error **errp)
@@ -776,13 +776,13 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     bdrv_graph_rdunlock_main_loop();
     cbw = s->secondary.disk->bs;
     s->secondary.guard = replication_guard_insert(cbw, active, bs, errp);
-    if (!s->secondary.guard || !bdrv_cbw_own_target(cbw, errp)) {
+    if (!s->secondary.guard) {
         return false;
     }
 
     /* Whatever came between would take the primary's writes past the guard */
-    s->secondary.disk->frozen = true;
-    return true;
+    bdrv_freeze_child(s->secondary.disk);
+    return bdrv_cbw_own_target(cbw, errp);
 }
 
 static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
@@ -842,7 +842,7 @@ static void secondary_end_backup(BlockDriverState *bs)
 
     secondary_end_backup_job(bs);
     if (s->secondary.guard) {
-        s->secondary.disk->frozen = false;
+        bdrv_unfreeze_child(s->secondary.disk);
         replication_guard_drop(s->secondary.guard);
         s->secondary.guard = NULL;
     }
@@ -866,7 +866,7 @@ static bool secondary_fence_off(BlockDriverState *bs, Error **errp)
     }
 
     s->secondary.guard = NULL;
-    s->secondary.disk->frozen = false;
+    bdrv_unfreeze_child(s->secondary.disk);
     replication_guard_fence(guard);
     s->secondary.exclusive = true;
 
