@@ -307,8 +307,7 @@ void replication_pass_flags(BlockDriverState *bs);
 /*
  * Insert a filter above the copy-before-write filter @cbw that remembers failed
  * writes, for the replication node @owner, which has to outlive it.  It also
- * keeps @cbw from copying what @active hides.  To be called with the AioContext
- * of @cbw pinned.
+ * keeps @cbw from copying what @active hides.
  */
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,

@@ -329,24 +329,6 @@ static void secondary_set_error(BlockDriverState *bs, Error *err)
     s->secondary.error = err;
 }
 
-/*
- * A child in another AioContext than its new parent's is moved there if nobody
- * objects.  This keeps the nodes where they are while a job inserts its filter,
- * so that an iothread stays in use, and because bdrv_insert_node() relies on
- * it.  To be dropped with blk_unref().
- */
-static BlockBackend *secondary_pin_context(BlockDriverState *bs, Error **errp)
-{
-    BlockBackend *blk = blk_new(bdrv_get_aio_context(bs), 0, BLK_PERM_ALL);
-
-    if (blk_insert_bs(blk, bs, errp) < 0) {
-        blk_unref(blk);
-        return NULL;
-    }
-
-    return blk;
-}
-
 /* Whether what is written to @top gets to @bs: not through an overlay */
 static bool GRAPH_RDLOCK
 node_is_below(BlockDriverState *bs, BlockDriverState *top)
@@ -742,8 +724,7 @@ static bool secondary_copies_in_host(BDRVReplicationState *s)
            uses_page_cache(s->secondary.hidden->bs);
 }
 
-/* The context of the nodes is pinned */
-static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
+static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
@@ -783,20 +764,6 @@ static bool secondary_insert_backup(BlockDriverState *bs, Error **errp)
     /* Whatever came between would take the primary's writes past the guard */
     bdrv_freeze_child(s->secondary.disk);
     return bdrv_cbw_own_target(cbw, errp);
-}
-
-static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
-{
-    BlockBackend *pin = secondary_pin_context(bs, errp);
-    bool ok;
-
-    if (!pin) {
-        return false;
-    }
-    ok = secondary_insert_backup(bs, errp);
-    blk_unref(pin);
-
-    return ok;
 }
 
 /* What the backup job has copied since start, also after its end */
@@ -1434,13 +1401,8 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *disk = s->secondary.disk->bs;
-    BlockBackend *pin = secondary_pin_context(bs, errp);
     BlockDriverState *active;
     bool in_chain;
-
-    if (!pin) {
-        return false;
-    }
 
     bdrv_graph_rdlock_main_loop();
     active = secondary_active(bs);
@@ -1451,7 +1413,6 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
     if (!in_chain) {
         error_setg(errp, "node '%s' is not in the backing chain of node '%s'",
                    bdrv_get_node_name(disk), bdrv_get_node_name(active));
-        blk_unref(pin);
         return false;
     }
 
@@ -1460,7 +1421,6 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
         commit_active_start(NULL, active, disk, JOB_INTERNAL, 0,
                             BLOCKDEV_ON_ERROR_REPORT, NULL,
                             secondary_commit_done, bs, true, errp);
-    blk_unref(pin);
     if (!s->secondary.commit_job) {
         secondary_set_merging(bs, false);
     }

@@ -309,9 +309,9 @@ static AioContext *replication_op_begin(BlockDriverState *bs)
 }
 
 /*
- * A node moves to the main loop when it loses a parent, unless another parent
- * objects.  Ours come and go all the time: @bs and those around it go back to
- * @ctx, where somebody wanted them to be.
+ * A node moves to the main loop when it gets or loses a parent, unless another
+ * parent objects.  Ours come and go all the time: @bs and those around it go
+ * back to @ctx, where somebody wanted them to be.
  */
 static void replication_op_end(BlockDriverState *bs, AioContext *ctx)
 {
