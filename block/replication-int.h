@@ -250,14 +250,8 @@ struct ReplicationRole {
     /* Whether a read in the present stage gives the guest's data */
     bool (*serves_reads)(BlockDriverState *bs);
 
-    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pwritev)(
-        BlockDriverState *bs, int64_t offset, int64_t bytes,
-        QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags);
-    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pwrite_zeroes)(
-        BlockDriverState *bs, int64_t offset, int64_t bytes,
-        BdrvRequestFlags flags);
-    int GRAPH_RDLOCK_PTR coroutine_fn (*co_pdiscard)(
-        BlockDriverState *bs, int64_t offset, int64_t bytes);
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_write)(BlockDriverState *bs,
+                                                  const WriteRequest *w);
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_flush)(BlockDriverState *bs);
 
     /* Optional.  See bdrv_rely_on() and bdrv_leave_behind(). */

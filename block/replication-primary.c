@@ -33,13 +33,6 @@
  */
 #define TIMEOUT_PARTS 4
 
-static const char *const forward_names[] = {
-    [WRITE_BEHIND_WRITE]    = "write",
-    [WRITE_BEHIND_ZEROES]   = "write of zeroes",
-    [WRITE_BEHIND_DISCARD]  = "discard",
-    [WRITE_BEHIND_FLUSH]    = "flush",
-};
-
 typedef struct PrimaryLoad {
     /* Requests that have not ended, and those that have, modulo 2^32 */
     unsigned int in_flight;
@@ -100,7 +93,7 @@ static void primary_fail(BlockDriverState *bs, const char *what, int ret)
 static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
                                    int ret)
 {
-    primary_fail(bs, forward_names[type], ret);
+    primary_fail(bs, write_request_name(type), ret);
 }
 
 /* Note that a write was not forwarded, because nothing is in this stage */
@@ -237,15 +230,7 @@ primary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    write_behind_co_settle(s->primary.queue, offset, bytes);
-}
-
-static void primary_trace_forward(BlockDriverState *bs, WriteBehindType type,
-                                  int64_t offset, int64_t bytes,
-                                  BdrvRequestFlags flags)
-{
-    trace_replication_forward(bs, bdrv_get_node_name(bs), forward_names[type],
-                              offset, bytes, flags);
+    write_behind_co_await(s->primary.queue, offset, bytes);
 }
 
 static bool primary_has_pending_writes(BlockDriverState *bs, int64_t offset,
@@ -268,79 +253,30 @@ static void primary_drain_begin(BlockDriverState *bs)
  * good copy of it.  Quorum goes on without us, and the guest sees no error that
  * is not of its own disk.
  */
-static int primary_begin_change(BlockDriverState *bs)
+static int coroutine_fn GRAPH_RDLOCK
+primary_co_write(BlockDriverState *bs, const WriteRequest *w)
 {
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
     if (!primary_forwards(bs)) {
         primary_missed(bs);
     }
+    ret = primary_error(bs);
+    if (ret < 0) {
+        return ret;
+    }
 
-    return primary_error(bs);
-}
-
-/* The end of a change, of which the queue says @ret */
-static int coroutine_fn GRAPH_RDLOCK
-primary_co_queued(BlockDriverState *bs, int ret, BdrvRequestFlags flags)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    if (ret >= 0 && (flags & BDRV_REQ_FUA) &&
+    trace_replication_forward(bs, bdrv_get_node_name(bs),
+                              write_request_name(w->type), w->offset, w->bytes,
+                              w->flags);
+    ret = write_behind_co_write(s->primary.queue, w);
+    if (ret >= 0 && (w->flags & BDRV_REQ_FUA) &&
         qatomic_read(&s->primary.relied_on)) {
         ret = write_behind_co_flush(s->primary.queue, true);
     }
 
     return ret;
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-primary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                   QEMUIOVector *qiov, size_t qiov_offset,
-                   BdrvRequestFlags flags)
-{
-    BDRVReplicationState *s = bs->opaque;
-    int ret = primary_begin_change(bs);
-
-    if (ret < 0) {
-        return ret;
-    }
-
-    primary_trace_forward(bs, WRITE_BEHIND_WRITE, offset, bytes, flags);
-    ret = write_behind_co_pwritev(s->primary.queue, offset, bytes, qiov,
-                                  qiov_offset, flags);
-
-    return primary_co_queued(bs, ret, flags);
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-primary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                         BdrvRequestFlags flags)
-{
-    BDRVReplicationState *s = bs->opaque;
-    int ret = primary_begin_change(bs);
-
-    if (ret < 0) {
-        return ret;
-    }
-
-    primary_trace_forward(bs, WRITE_BEHIND_ZEROES, offset, bytes, flags);
-    ret = write_behind_co_pwrite_zeroes(s->primary.queue, offset, bytes, flags);
-
-    return primary_co_queued(bs, ret, flags);
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-primary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
-{
-    BDRVReplicationState *s = bs->opaque;
-    int ret = primary_begin_change(bs);
-
-    if (ret < 0) {
-        return ret;
-    }
-
-    primary_trace_forward(bs, WRITE_BEHIND_DISCARD, offset, bytes, 0);
-    ret = write_behind_co_pdiscard(s->primary.queue, offset, bytes);
-
-    return primary_co_queued(bs, ret, 0);
 }
 
 /*
@@ -357,7 +293,8 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
         return ret;
     }
 
-    primary_trace_forward(bs, WRITE_BEHIND_FLUSH, 0, 0, 0);
+    trace_replication_forward(bs, bdrv_get_node_name(bs),
+                              write_request_name(WRITE_BEHIND_FLUSH), 0, 0, 0);
     return write_behind_co_flush(s->primary.queue,
                                  qatomic_read(&s->primary.relied_on));
 }
@@ -719,9 +656,7 @@ const ReplicationRole replication_primary_role = {
     .co_await_writes    = primary_co_await_writes,
     .has_pending_writes = primary_has_pending_writes,
     .serves_reads       = primary_serves_reads,
-    .co_pwritev         = primary_co_pwritev,
-    .co_pwrite_zeroes   = primary_co_pwrite_zeroes,
-    .co_pdiscard        = primary_co_pdiscard,
+    .co_write           = primary_co_write,
     .co_flush           = primary_co_flush,
     .rely_on            = primary_rely_on,
     .left_behind        = primary_left_behind,

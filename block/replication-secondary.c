@@ -99,32 +99,6 @@ static bool secondary_serves(BlockDriverState *bs)
     return stage != REPLICATION_STAGE_NONE && stage != REPLICATION_STAGE_BROKEN;
 }
 
-/* A request that changes the disk, from @offset to @offset + @bytes */
-typedef struct SecondaryWrite {
-    enum { SECONDARY_WRITE, SECONDARY_ZEROES, SECONDARY_DISCARD } type;
-    int64_t offset;
-    int64_t bytes;
-    BdrvRequestFlags flags;
-    QEMUIOVector *qiov;
-    size_t qiov_offset;
-} SecondaryWrite;
-
-static int coroutine_fn GRAPH_RDLOCK
-secondary_write_child(BdrvChild *child, const SecondaryWrite *w)
-{
-    switch (w->type) {
-    case SECONDARY_WRITE:
-        return bdrv_co_pwritev_part(child, w->offset, w->bytes, w->qiov,
-                                    w->qiov_offset, w->flags);
-    case SECONDARY_ZEROES:
-        return bdrv_co_pwrite_zeroes(child, w->offset, w->bytes, w->flags);
-    case SECONDARY_DISCARD:
-        return bdrv_co_pdiscard(child, w->offset, w->bytes);
-    default:
-        g_assert_not_reached();
-    }
-}
-
 /*
  * After a failed failover, write each block where the guest reads it from: to
  * the active overlay if one of the overlays has it, else to the disk, such that
@@ -135,18 +109,19 @@ secondary_write_child(BdrvChild *child, const SecondaryWrite *w)
  * writing to the disk there.
  */
 static int coroutine_fn GRAPH_RDLOCK
-secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
+secondary_write_split(BlockDriverState *bs, const WriteRequest *w)
 {
     BDRVReplicationState *s = bs->opaque;
-    int64_t end = w.offset + w.bytes;
+    int64_t end = w->offset + w->bytes;
+    WriteRequest part = *w;
     int ret;
 
     QEMU_LOCK_GUARD(&s->secondary.split_lock);
 
-    while (w.offset < end) {
+    while (part.offset < end) {
         ret = bdrv_co_is_allocated_above(bs->file->bs, s->secondary.disk->bs,
-                                         false, w.offset, end - w.offset,
-                                         &w.bytes);
+                                         false, part.offset, end - part.offset,
+                                         &part.bytes);
         if (ret < 0) {
             return ret;
         }
@@ -154,13 +129,13 @@ secondary_write_split(BlockDriverState *bs, SecondaryWrite w)
             return -EIO;
         }
 
-        ret = secondary_write_child(ret ? bs->file : s->secondary.disk, &w);
+        ret = write_request_co_do(ret ? bs->file : s->secondary.disk, &part);
         if (ret < 0) {
             return ret;
         }
 
-        w.offset += w.bytes;
-        w.qiov_offset += w.bytes;
+        part.offset += part.bytes;
+        part.qiov_offset += part.bytes;
     }
 
     return 0;
@@ -229,7 +204,7 @@ static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-secondary_write(BlockDriverState *bs, SecondaryWrite w)
+secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
 {
     BDRVReplicationState *s = bs->opaque;
     ReplicationStage stage = replication_stage(bs);
@@ -243,10 +218,10 @@ secondary_write(BlockDriverState *bs, SecondaryWrite w)
      * A disk that cannot be flushed can still be written to: after it has been
      * tried once, only who asks for a flush is told that it fails.
      */
-    if ((w.flags & BDRV_REQ_FUA) ||
+    if ((w->flags & BDRV_REQ_FUA) ||
         !qatomic_read(&s->secondary.settle_error)) {
         ret = secondary_settle(bs);
-        if (ret < 0 && (w.flags & BDRV_REQ_FUA)) {
+        if (ret < 0 && (w->flags & BDRV_REQ_FUA)) {
             return ret;
         }
     }
@@ -256,47 +231,10 @@ secondary_write(BlockDriverState *bs, SecondaryWrite w)
     }
 
     /* When it is done, the child is the disk */
-    if (w.type != SECONDARY_DISCARD && stage != REPLICATION_STAGE_DONE) {
-        stat64_add(&s->secondary.active_bytes, w.bytes);
+    if (w->type != WRITE_BEHIND_DISCARD && stage != REPLICATION_STAGE_DONE) {
+        stat64_add(&s->secondary.active_bytes, w->bytes);
     }
-    return secondary_write_child(bs->file, &w);
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-secondary_co_pwritev(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                     QEMUIOVector *qiov, size_t qiov_offset,
-                     BdrvRequestFlags flags)
-{
-    return secondary_write(bs, (SecondaryWrite) {
-        .type           = SECONDARY_WRITE,
-        .offset         = offset,
-        .bytes          = bytes,
-        .flags          = flags,
-        .qiov           = qiov,
-        .qiov_offset    = qiov_offset,
-    });
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-secondary_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                           BdrvRequestFlags flags)
-{
-    return secondary_write(bs, (SecondaryWrite) {
-        .type           = SECONDARY_ZEROES,
-        .offset         = offset,
-        .bytes          = bytes,
-        .flags          = flags,
-    });
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-secondary_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
-{
-    return secondary_write(bs, (SecondaryWrite) {
-        .type           = SECONDARY_DISCARD,
-        .offset         = offset,
-        .bytes          = bytes,
-    });
+    return write_request_co_do(bs->file, w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs)
@@ -1616,9 +1554,7 @@ const ReplicationRole replication_secondary_role = {
     .co_await_writes    = secondary_co_await_writes,
     .has_pending_writes = secondary_has_pending_writes,
     .serves_reads       = secondary_serves,
-    .co_pwritev         = secondary_co_pwritev,
-    .co_pwrite_zeroes   = secondary_co_pwrite_zeroes,
-    .co_pdiscard        = secondary_co_pdiscard,
+    .co_write           = secondary_co_write,
     .co_flush           = secondary_co_flush,
 
     .may_inactivate     = secondary_may_inactivate,

@@ -612,8 +612,16 @@ replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                             BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_WRITE,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+        .qiov           = qiov,
+        .qiov_offset    = qiov_offset,
+    };
 
-    return s->role->co_pwritev(bs, offset, bytes, qiov, qiov_offset, flags);
+    return s->role->co_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -621,16 +629,27 @@ replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
                              int64_t bytes, BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_ZEROES,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
 
-    return s->role->co_pwrite_zeroes(bs, offset, bytes, flags);
+    return s->role->co_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     BDRVReplicationState *s = bs->opaque;
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_DISCARD,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
 
-    return s->role->co_pdiscard(bs, offset, bytes);
+    return s->role->co_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)

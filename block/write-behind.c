@@ -94,6 +94,7 @@ typedef struct WriteBehindReq {
 
     /* In WriteBehind.pending */
     QTAILQ_ENTRY(WriteBehindReq) next;
+    /* Else it is in flight */
     bool queued;
 
     /* Some of those whose turn comes only after this */
@@ -109,11 +110,9 @@ typedef struct WriteBehindSend {
     PlaceList parts;
     unsigned nb_parts;
 
-    /* In WriteBehind.in_flight */
-    IntervalTreeNode range;
-
-    /* Of the oldest of them */
-    uint64_t seq;
+    /* From the beginning of the first to the end of the last */
+    uint64_t start;
+    uint64_t last;
 } WriteBehindSend;
 
 struct WriteBehind {
@@ -142,15 +141,12 @@ struct WriteBehind {
     uint64_t limit;
     int64_t limit_raised_ns;
 
-    /* All requests by age, and those that were not begun by their range */
+    /* All requests, queued or in flight: by age, and by their range */
     QTAILQ_HEAD(, WriteBehindReq) pending;
-    IntervalTreeRoot queued;
+    IntervalTreeRoot ranges;
 
-    /* Those of @queued that may begin; the others follow one that is pending */
+    /* The queued ones that may begin; the others follow one that is pending */
     PlaceList ready;
-
-    /* WriteBehindSend by their range */
-    IntervalTreeRoot in_flight;
 
     unsigned nb_queued;
     unsigned nb_ready;
@@ -198,6 +194,33 @@ struct WriteBehind {
     WriteBehindStats stats;
 };
 
+const char *write_request_name(WriteBehindType type)
+{
+    static const char *const names[] = {
+        [WRITE_BEHIND_WRITE]    = "write",
+        [WRITE_BEHIND_ZEROES]   = "write of zeroes",
+        [WRITE_BEHIND_DISCARD]  = "discard",
+        [WRITE_BEHIND_FLUSH]    = "flush",
+    };
+
+    return names[type];
+}
+
+int coroutine_fn write_request_co_do(BdrvChild *child, const WriteRequest *w)
+{
+    switch (w->type) {
+    case WRITE_BEHIND_WRITE:
+        return bdrv_co_pwritev_part(child, w->offset, w->bytes, w->qiov,
+                                    w->qiov_offset, w->flags);
+    case WRITE_BEHIND_ZEROES:
+        return bdrv_co_pwrite_zeroes(child, w->offset, w->bytes, w->flags);
+    case WRITE_BEHIND_DISCARD:
+        return bdrv_co_pdiscard(child, w->offset, w->bytes);
+    default:
+        g_assert_not_reached();
+    }
+}
+
 WriteBehind *write_behind_new(BlockDriverState *bs,
                               const WriteBehindOptions *opts,
                               WriteBehindErrorFunc *on_error)
@@ -230,14 +253,14 @@ void write_behind_free(WriteBehind *wb)
     g_free(wb);
 }
 
-static int64_t write_behind_range_bytes(const IntervalTreeNode *range)
-{
-    return range->last - range->start + 1;
-}
-
 static int64_t write_behind_req_bytes(const WriteBehindReq *req)
 {
-    return write_behind_range_bytes(&req->place.range);
+    return req->place.range.last - req->place.range.start + 1;
+}
+
+static int64_t write_behind_send_bytes(const WriteBehindSend *send)
+{
+    return send->last - send->start + 1;
 }
 
 static WriteBehindReq *write_behind_req(Place *place)
@@ -290,15 +313,7 @@ write_behind_find_older(WriteBehind *wb, uint64_t start, uint64_t last,
 {
     IntervalTreeNode *node;
 
-    for (node = interval_tree_iter_first(&wb->in_flight, start, last); node;
-         node = interval_tree_iter_next(node, start, last)) {
-        WriteBehindSend *send = container_of(node, WriteBehindSend, range);
-
-        if (send->seq < seq) {
-            return &write_behind_req(QTAILQ_FIRST(&send->parts))->followers;
-        }
-    }
-    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+    for (node = interval_tree_iter_first(&wb->ranges, start, last); node;
          node = interval_tree_iter_next(node, start, last)) {
         WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
 
@@ -312,7 +327,7 @@ write_behind_find_older(WriteBehind *wb, uint64_t start, uint64_t last,
 
 /*
  * Let it follow one of the older ones that overlap, or have its turn.  If it
- * @followed another, that is neither queued nor in flight any more.
+ * @followed another, that is out of the way.
  */
 static void coroutine_fn
 write_behind_line_up(WriteBehind *wb, Place *place, bool followed)
@@ -357,12 +372,13 @@ static void coroutine_fn
 write_behind_enqueue(WriteBehind *wb, WriteBehindReq *req)
 {
     QLIST_INIT(&req->followers);
-    interval_tree_insert(&req->place.range, &wb->queued);
+    interval_tree_insert(&req->place.range, &wb->ranges);
     req->queued = true;
     wb->nb_queued++;
     write_behind_line_up(wb, &req->place, false);
 }
 
+/* It is about to begin, or will not be sent */
 static void write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
 {
     if (req->place.ready) {
@@ -371,12 +387,17 @@ static void write_behind_dequeue(WriteBehind *wb, WriteBehindReq *req)
     } else {
         QLIST_REMOVE(&req->place, follow);
     }
-    interval_tree_remove(&req->place.range, &wb->queued);
     req->queued = false;
     wb->nb_queued--;
 }
 
-/* The request, which is not queued any more, is not in flight either */
+/* Nobody needs to follow the request any more: it is over, or will be */
+static void write_behind_clear_way(WriteBehind *wb, WriteBehindReq *req)
+{
+    interval_tree_remove(&req->place.range, &wb->ranges);
+}
+
+/* The request is over, and not in the way of others */
 static void coroutine_fn
 write_behind_finish(WriteBehind *wb, WriteBehindReq *req, int ret)
 {
@@ -396,15 +417,23 @@ write_behind_finish(WriteBehind *wb, WriteBehindReq *req, int ret)
     g_free(req);
 }
 
+/* Finish a request that is queued, and will not be sent */
+static void coroutine_fn
+write_behind_skip(WriteBehind *wb, WriteBehindReq *req, int ret)
+{
+    write_behind_dequeue(wb, req);
+    write_behind_clear_way(wb, req);
+    write_behind_finish(wb, req, ret);
+}
+
 static void coroutine_fn write_behind_drop_all(WriteBehind *wb)
 {
     WriteBehindReq *req, *next;
 
     QTAILQ_FOREACH_SAFE(req, &wb->pending, next, next) {
         if (req->queued) {
-            write_behind_dequeue(wb, req);
             wb->stats.dropped_requests += req->requests;
-            write_behind_finish(wb, req, wb->error);
+            write_behind_skip(wb, req, wb->error);
         }
     }
 
@@ -428,7 +457,7 @@ static void write_behind_fail(WriteBehind *wb, WriteBehindType type, int ret)
 static bool write_behind_may_cut(WriteBehind *wb, const WriteBehindReq *old,
                                  const WriteBehindReq *req)
 {
-    return old->room && old->place.seq > wb->awaited &&
+    return old->queued && old->room && old->place.seq > wb->awaited &&
            (req->type != WRITE_BEHIND_DISCARD || old->type == req->type);
 }
 
@@ -439,11 +468,11 @@ static void write_behind_set_range(WriteBehind *wb, WriteBehindReq *req,
     IntervalTreeNode *range = &req->place.range;
     uint64_t weight;
 
-    interval_tree_remove(range, &wb->queued);
+    interval_tree_remove(range, &wb->ranges);
     req->qiov_offset += start - range->start;
     range->start = start;
     range->last = last;
-    interval_tree_insert(range, &wb->queued);
+    interval_tree_insert(range, &wb->ranges);
 
     weight = write_behind_weigh(req->type, last - start + 1);
     wb->weight -= req->weight - weight;
@@ -512,8 +541,7 @@ write_behind_cut(WriteBehind *wb, WriteBehindReq *old, WriteBehindReq *req)
     } else {
         wb->stats.superseded_requests += old->requests;
         wb->stats.superseded_bytes += bytes;
-        write_behind_dequeue(wb, old);
-        write_behind_finish(wb, old, 0);
+        write_behind_skip(wb, old, 0);
     }
 }
 
@@ -528,7 +556,7 @@ write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
     uint64_t last = req->place.range.last;
     IntervalTreeNode *node, *next;
 
-    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+    for (node = interval_tree_iter_first(&wb->ranges, start, last); node;
          node = next) {
         WriteBehindReq *old = container_of(node, WriteBehindReq, place.range);
 
@@ -539,14 +567,14 @@ write_behind_supersede(WriteBehind *wb, WriteBehindReq *req)
     }
 }
 
-/* The youngest request that is queued and touches the range, or NULL */
+/* The youngest request that touches the range, or NULL */
 static WriteBehindReq *
 write_behind_find_youngest(WriteBehind *wb, uint64_t start, uint64_t last)
 {
     WriteBehindReq *youngest = NULL;
     IntervalTreeNode *node;
 
-    for (node = interval_tree_iter_first(&wb->queued, start, last); node;
+    for (node = interval_tree_iter_first(&wb->ranges, start, last); node;
          node = interval_tree_iter_next(node, start, last)) {
         WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
 
@@ -595,41 +623,46 @@ write_behind_absorb(WriteBehind *wb, WriteBehindReq *req)
     return true;
 }
 
-/* A flush under way stays as it is, so that newer ones cannot put it off */
-static bool write_behind_may_flush(WriteBehind *wb)
+static bool write_behind_child_is_busy(const WriteBehind *wb)
 {
-    WriteBehindReq *oldest;
+    return wb->nb_in_flight == MAX_IN_FLIGHT ||
+           wb->in_flight_bytes >= MAX_IN_FLIGHT_BYTES;
+}
 
-    if (wb->flushing || wb->flush_wanted == wb->flushed) {
-        return false;
-    }
+/* Decide on what is to be done next.  The functions below only look at it. */
+static void write_behind_decide(WriteBehind *wb)
+{
+    /* A flush under way stays as it is, so that newer ones cannot put it off */
     if (wb->flush_target == wb->flushed) {
         wb->flush_target = wb->flush_wanted;
     }
-    oldest = QTAILQ_FIRST(&wb->pending);
-
-    return !oldest || oldest->place.seq > wb->flush_target;
-}
-
-static bool write_behind_gathers(WriteBehind *wb)
-{
-    if (!wb->nb_in_flight || wb->nb_ready >= FULL_BATCH) {
+    if (!write_behind_child_is_busy(wb) &&
+        (!wb->nb_in_flight || wb->nb_ready >= FULL_BATCH)) {
         wb->batch = wb->nb_ready;
     }
+}
 
+static bool write_behind_may_flush(const WriteBehind *wb)
+{
+    WriteBehindReq *oldest = QTAILQ_FIRST(&wb->pending);
+
+    return !wb->flushing && wb->flush_target != wb->flushed &&
+           (!oldest || oldest->place.seq > wb->flush_target);
+}
+
+static bool write_behind_gathers(const WriteBehind *wb)
+{
     return !wb->batch && !wb->waiting &&
            wb->stats.pending_bytes < wb->opts.max_bytes / 2 &&
            !qatomic_read(&wb->bs->quiesce_counter);
 }
 
 /* The request to send next, if there is one that can be sent now */
-static WriteBehindReq *write_behind_next(WriteBehind *wb)
+static WriteBehindReq *write_behind_next(const WriteBehind *wb)
 {
     Place *place = QTAILQ_FIRST(&wb->ready);
 
-    if (!place || wb->nb_in_flight == MAX_IN_FLIGHT ||
-        wb->in_flight_bytes >= MAX_IN_FLIGHT_BYTES ||
-        write_behind_gathers(wb)) {
+    if (!place || write_behind_child_is_busy(wb) || write_behind_gathers(wb)) {
         return NULL;
     }
 
@@ -655,41 +688,28 @@ write_behind_is_in_bounds(WriteBehind *wb, int64_t end)
     return true;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-write_behind_co_send(WriteBehind *wb, WriteBehindType type, int64_t offset,
-                     int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
-                     BdrvRequestFlags flags)
-{
-    BdrvChild *child = wb->bs->file;
-
-    if (!write_behind_is_in_bounds(wb, offset + bytes)) {
-        return -EIO;
-    }
-
-    switch (type) {
-    case WRITE_BEHIND_WRITE:
-        return bdrv_co_pwritev_part(child, offset, bytes, qiov, qiov_offset,
-                                    flags);
-    case WRITE_BEHIND_ZEROES:
-        return bdrv_co_pwrite_zeroes(child, offset, bytes, flags);
-    case WRITE_BEHIND_DISCARD:
-        return bdrv_co_pdiscard(child, offset, bytes);
-    default:
-        g_assert_not_reached();
-    }
-}
-
 /* Send the parts as one request */
-static int coroutine_fn GRAPH_RDLOCK write_behind_co_do(WriteBehindSend *send)
+static int coroutine_fn GRAPH_RDLOCK write_behind_co_send(WriteBehindSend *send)
 {
+    WriteBehind *wb = send->wb;
     WriteBehindReq *first = write_behind_req(QTAILQ_FIRST(&send->parts));
-    QEMUIOVector *qiov = first->qiov;
-    size_t qiov_offset = first->qiov_offset;
+    WriteRequest w = {
+        .type           = first->type,
+        .flags          = first->flags,
+        .offset         = send->start,
+        .bytes          = write_behind_send_bytes(send),
+        .qiov           = first->qiov,
+        .qiov_offset    = first->qiov_offset,
+    };
     QEMUIOVector joined;
     Place *place;
     int ret;
 
-    if (qiov && send->nb_parts > 1) {
+    if (!write_behind_is_in_bounds(wb, w.offset + w.bytes)) {
+        return -EIO;
+    }
+
+    if (w.qiov && send->nb_parts > 1) {
         qemu_iovec_init(&joined, send->nb_parts);
         QTAILQ_FOREACH(place, &send->parts, next) {
             WriteBehindReq *req = write_behind_req(place);
@@ -697,14 +717,12 @@ static int coroutine_fn GRAPH_RDLOCK write_behind_co_do(WriteBehindSend *send)
             qemu_iovec_concat(&joined, req->qiov, req->qiov_offset,
                               write_behind_req_bytes(req));
         }
-        qiov = &joined;
-        qiov_offset = 0;
+        w.qiov = &joined;
+        w.qiov_offset = 0;
     }
 
-    ret = write_behind_co_send(send->wb, first->type, send->range.start,
-                               write_behind_range_bytes(&send->range), qiov,
-                               qiov_offset, first->flags);
-    if (qiov == &joined) {
+    ret = write_request_co_do(wb->bs->file, &w);
+    if (w.qiov == &joined) {
         qemu_iovec_destroy(&joined);
     }
 
@@ -727,7 +745,11 @@ static void coroutine_fn write_behind_begin(void *opaque);
 /* Called whenever something may have become possible to send */
 static void write_behind_kick(WriteBehind *wb)
 {
-    if (wb->beginning || !write_behind_has_work(wb)) {
+    if (wb->beginning) {
+        return;
+    }
+    write_behind_decide(wb);
+    if (!write_behind_has_work(wb)) {
         return;
     }
 
@@ -821,7 +843,7 @@ static uint64_t write_behind_data_bytes(WriteBehindSend *send)
 {
     bool data = write_behind_req(QTAILQ_FIRST(&send->parts))->qiov;
 
-    return data ? write_behind_range_bytes(&send->range) : 0;
+    return data ? write_behind_send_bytes(send) : 0;
 }
 
 static void coroutine_fn write_behind_do_request(void *opaque)
@@ -833,16 +855,19 @@ static void coroutine_fn write_behind_do_request(void *opaque)
     int ret;
 
     bdrv_graph_co_rdlock();
-    ret = write_behind_co_do(send);
+    ret = write_behind_co_send(send);
     bdrv_graph_co_rdunlock();
 
     write_behind_progress(wb, type, ret);
     if (ret == 0) {
         write_behind_count_sent(wb, send);
     }
-    interval_tree_remove(&send->range, &wb->in_flight);
     wb->nb_in_flight--;
     wb->in_flight_bytes -= write_behind_data_bytes(send);
+    /* First of all, so that nothing follows one after the other */
+    QTAILQ_FOREACH(place, &send->parts, next) {
+        write_behind_clear_way(wb, write_behind_req(place));
+    }
     while ((place = QTAILQ_FIRST(&send->parts))) {
         QTAILQ_REMOVE(&send->parts, place, next);
         write_behind_finish(wb, write_behind_req(place), ret);
@@ -875,11 +900,11 @@ static bool write_behind_may_join(WriteBehindSend *send, WriteBehindReq *req)
     WriteBehindReq *first = write_behind_req(QTAILQ_FIRST(&send->parts));
     bool data = first->type == WRITE_BEHIND_WRITE;
 
-    return req->place.ready && req->room && first->room &&
+    return req->queued && req->place.ready && req->room && first->room &&
            req->type == first->type && req->flags == first->flags &&
            (!data || send->nb_parts < MAX_JOINED_PARTS) &&
-           write_behind_range_bytes(&send->range) + write_behind_req_bytes(req)
-           <= (data ? MAX_JOINED_DATA : MAX_JOINED_ZEROES);
+           write_behind_send_bytes(send) + write_behind_req_bytes(req) <=
+           (data ? MAX_JOINED_DATA : MAX_JOINED_ZEROES);
 }
 
 /* A request that can be sent together, and starts or ends at this byte */
@@ -889,10 +914,10 @@ write_behind_find_neighbour(WriteBehindSend *send, uint64_t at)
     WriteBehind *wb = send->wb;
     IntervalTreeNode *node;
 
-    for (node = interval_tree_iter_first(&wb->queued, at, at); node;
+    for (node = interval_tree_iter_first(&wb->ranges, at, at); node;
          node = interval_tree_iter_next(node, at, at)) {
         WriteBehindReq *req = container_of(node, WriteBehindReq, place.range);
-        uint64_t edge = at < send->range.start ? node->last : node->start;
+        uint64_t edge = at < send->start ? node->last : node->start;
 
         if (edge == at && write_behind_may_join(send, req)) {
             return req;
@@ -909,14 +934,13 @@ write_behind_add_part(WriteBehindSend *send, WriteBehindReq *req)
 
     write_behind_dequeue(send->wb, req);
     send->nb_parts++;
-    send->seq = MIN(send->seq, req->place.seq);
-    if (range->start < send->range.start) {
+    if (range->start < send->start) {
         QTAILQ_INSERT_HEAD(&send->parts, &req->place, next);
     } else {
         QTAILQ_INSERT_TAIL(&send->parts, &req->place, next);
     }
-    send->range.start = MIN(send->range.start, range->start);
-    send->range.last = MAX(send->range.last, range->last);
+    send->start = MIN(send->start, range->start);
+    send->last = MAX(send->last, range->last);
 }
 
 /* Take the request, and all that can be sent together with it */
@@ -926,20 +950,19 @@ static WriteBehindSend *write_behind_take(WriteBehind *wb, WriteBehindReq *req)
 
     *send = (WriteBehindSend) {
         .wb     = wb,
-        .range  = req->place.range,
-        .seq    = req->place.seq,
+        .start  = req->place.range.start,
+        .last   = req->place.range.last,
     };
     QTAILQ_INIT(&send->parts);
     while (req) {
         write_behind_add_part(send, req);
-        req = write_behind_find_neighbour(send, send->range.last + 1);
+        req = write_behind_find_neighbour(send, send->last + 1);
     }
-    while (send->range.start &&
-           (req = write_behind_find_neighbour(send, send->range.start - 1))) {
+    while (send->start &&
+           (req = write_behind_find_neighbour(send, send->start - 1))) {
         write_behind_add_part(send, req);
     }
 
-    interval_tree_insert(&send->range, &wb->in_flight);
     wb->nb_in_flight++;
     wb->in_flight_bytes += write_behind_data_bytes(send);
     wb->batch -= MIN(wb->batch, send->nb_parts);
@@ -950,12 +973,14 @@ static WriteBehindSend *write_behind_take(WriteBehind *wb, WriteBehindReq *req)
 /* A coroutine that begins to do what is to be done next, or NULL */
 static Coroutine *coroutine_fn write_behind_take_next(WriteBehind *wb)
 {
-    WriteBehindReq *req = write_behind_next(wb);
+    WriteBehindReq *req;
 
+    write_behind_decide(wb);
     if (write_behind_may_flush(wb)) {
         wb->flushing = true;
         return qemu_coroutine_create(write_behind_do_flush, wb);
     }
+    req = write_behind_next(wb);
     if (!req) {
         return NULL;
     }
@@ -1105,64 +1130,39 @@ write_behind_own(WriteBehind *wb, const WriteBehindReq *req)
 }
 
 static int coroutine_fn
-write_behind_co_queue(WriteBehind *wb, WriteBehindReq req)
+write_behind_co_queue(WriteBehind *wb, WriteBehindReq *req)
 {
-    WriteBehindReq *own = write_behind_own(wb, &req);
+    WriteBehindReq *own = write_behind_own(wb, req);
 
     if (!own) {
-        return write_behind_add_and_wait(wb, &req);
+        return write_behind_add_and_wait(wb, req);
     }
 
     QEMU_LOCK_GUARD(&wb->lock);
     return write_behind_add(wb, own);
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-write_behind_co_request(WriteBehind *wb, WriteBehindType type, int64_t offset,
-                        int64_t bytes, QEMUIOVector *qiov, size_t qiov_offset,
-                        BdrvRequestFlags flags)
+int coroutine_fn write_behind_co_write(WriteBehind *wb, const WriteRequest *w)
 {
-    int64_t end = offset + bytes;
-    int64_t next;
+    int64_t end = w->offset + w->bytes;
+    int64_t offset, next;
     int ret = 0;
 
-    for (; offset < end && ret == 0; offset = next) {
+    for (offset = w->offset; offset < end && ret == 0; offset = next) {
+        WriteBehindReq req = {
+            .type           = w->type,
+            .flags          = w->flags,
+            .qiov           = w->qiov,
+            .qiov_offset    = w->qiov_offset + offset - w->offset,
+        };
+
         next = MIN(end, QEMU_ALIGN_DOWN(offset, MAX_REQUEST) + MAX_REQUEST);
-        ret = write_behind_co_queue(wb, (WriteBehindReq) {
-            .type           = type,
-            .place.range    = { .start = offset, .last = next - 1 },
-            .flags          = flags,
-            .qiov           = qiov,
-            .qiov_offset    = qiov_offset,
-        });
-        qiov_offset += next - offset;
+        req.place.range.start = offset;
+        req.place.range.last = next - 1;
+        ret = write_behind_co_queue(wb, &req);
     }
 
     return ret;
-}
-
-int coroutine_fn
-write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
-                        QEMUIOVector *qiov, size_t qiov_offset,
-                        BdrvRequestFlags flags)
-{
-    return write_behind_co_request(wb, WRITE_BEHIND_WRITE, offset, bytes, qiov,
-                                   qiov_offset, flags);
-}
-
-int coroutine_fn
-write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
-                              BdrvRequestFlags flags)
-{
-    return write_behind_co_request(wb, WRITE_BEHIND_ZEROES, offset, bytes, NULL,
-                                   0, flags);
-}
-
-int coroutine_fn
-write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes)
-{
-    return write_behind_co_request(wb, WRITE_BEHIND_DISCARD, offset, bytes,
-                                   NULL, 0, 0);
 }
 
 int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
@@ -1193,7 +1193,7 @@ int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
 }
 
 void coroutine_fn
-write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes)
+write_behind_co_await(WriteBehind *wb, int64_t offset, int64_t bytes)
 {
     Place place = {
         .range = { .start = offset, .last = offset + bytes - 1 },

@@ -35,6 +35,24 @@ typedef enum WriteBehindType {
     WRITE_BEHIND_FLUSH,
 } WriteBehindType;
 
+/* A request that changes the data of a node.  Never WRITE_BEHIND_FLUSH. */
+typedef struct WriteRequest {
+    WriteBehindType type;
+    BdrvRequestFlags flags;
+    int64_t offset;
+    int64_t bytes;
+    /* The data of a WRITE_BEHIND_WRITE, from @qiov_offset on */
+    QEMUIOVector *qiov;
+    size_t qiov_offset;
+} WriteRequest;
+
+/* What is to be said of a request or a flush, as in "failed to forward a" */
+const char *write_request_name(WriteBehindType type);
+
+/* Do it now */
+int coroutine_fn GRAPH_RDLOCK
+write_request_co_do(BdrvChild *child, const WriteRequest *w);
+
 /*
  * All counts start at 0 with write_behind_new().  Requests are counted as they
  * came; only those of more than 16 MiB, which are cut, count as several.
@@ -93,19 +111,12 @@ WriteBehind *write_behind_new(BlockDriverState *bs,
 void write_behind_free(WriteBehind *wb);
 
 /*
- * The requests.  They return 0 when they are queued, or if they have to wait,
- * as said above, when the child has done them.  If the queue has failed, they
- * are dropped and return the error, a negative errno.
+ * Returns 0 when the request is queued or, if it has to wait as said above,
+ * when the child has done it.  If the queue has failed, the request is dropped,
+ * and this returns the error, a negative errno.
  */
 int coroutine_fn GRAPH_RDLOCK
-write_behind_co_pwritev(WriteBehind *wb, int64_t offset, int64_t bytes,
-                        QEMUIOVector *qiov, size_t qiov_offset,
-                        BdrvRequestFlags flags);
-int coroutine_fn GRAPH_RDLOCK
-write_behind_co_pwrite_zeroes(WriteBehind *wb, int64_t offset, int64_t bytes,
-                              BdrvRequestFlags flags);
-int coroutine_fn GRAPH_RDLOCK
-write_behind_co_pdiscard(WriteBehind *wb, int64_t offset, int64_t bytes);
+write_behind_co_write(WriteBehind *wb, const WriteRequest *w);
 
 /*
  * Flush what was queued before.  If @wait, or without a queue, return when the
@@ -115,9 +126,9 @@ int coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb, bool wait);
 
 /* Wait for what is queued or in flight now and touches this range */
 void coroutine_fn GRAPH_RDLOCK
-write_behind_co_settle(WriteBehind *wb, int64_t offset, int64_t bytes);
+write_behind_co_await(WriteBehind *wb, int64_t offset, int64_t bytes);
 
-/* Whether write_behind_co_settle() would have to wait.  From any thread. */
+/* Whether write_behind_co_await() would have to wait.  From any thread. */
 bool write_behind_has_pending(WriteBehind *wb, int64_t offset, int64_t bytes);
 
 /*

@@ -199,21 +199,42 @@ filter_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                        QEMUIOVector *qiov, size_t qiov_offset,
                        BdrvRequestFlags flags)
 {
-    return write_behind_co_pwritev(filter.queue, offset, bytes, qiov,
-                                   qiov_offset, flags);
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_WRITE,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+        .qiov           = qiov,
+        .qiov_offset    = qiov_offset,
+    };
+
+    return write_behind_co_write(filter.queue, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 filter_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
                         BdrvRequestFlags flags)
 {
-    return write_behind_co_pwrite_zeroes(filter.queue, offset, bytes, flags);
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_ZEROES,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
+
+    return write_behind_co_write(filter.queue, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 filter_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    return write_behind_co_pdiscard(filter.queue, offset, bytes);
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_DISCARD,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
+
+    return write_behind_co_write(filter.queue, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK filter_co_flush(BlockDriverState *bs)
@@ -225,7 +246,7 @@ static int coroutine_fn GRAPH_RDLOCK
 filter_co_preadv(BlockDriverState *bs, int64_t offset, int64_t bytes,
                  QEMUIOVector *qiov, BdrvRequestFlags flags)
 {
-    write_behind_co_settle(filter.queue, offset, bytes);
+    write_behind_co_await(filter.queue, offset, bytes);
     return bdrv_co_preadv(bs->file, offset, bytes, qiov, flags);
 }
 
