@@ -114,13 +114,13 @@ static void replication_undo_start_one(ReplicationState *rs, void *opaque,
     }
 }
 
-static void replication_begin_one(ReplicationState *rs, void *opaque,
-                                  Error **errp)
+static void replication_first_checkpoint_one(ReplicationState *rs,
+                                             void *opaque, Error **errp)
 {
     uint64_t *start_round = opaque;
 
-    if (rs->started == *start_round && rs->ops->begin) {
-        rs->ops->begin(rs, errp);
+    if (rs->started == *start_round && rs->ops->first_checkpoint) {
+        rs->ops->first_checkpoint(rs, errp);
     }
 }
 
@@ -140,7 +140,7 @@ void replication_start_all(ReplicationMode mode, Error **errp)
         }
     }
     if (!local_err) {
-        replication_visit_until_error(replication_begin_one, &round,
+        replication_visit_until_error(replication_first_checkpoint_one, &round,
                                       &local_err);
     }
     if (local_err) {
@@ -166,19 +166,19 @@ static void replication_checkpoint_one(ReplicationState *rs, void *opaque,
     rs->ops->checkpoint(rs, errp);
 }
 
-static void replication_disown_one(ReplicationState *rs, void *opaque,
+static void replication_lose_one(ReplicationState *rs, void *opaque,
                                    Error **errp)
 {
-    if (rs->ops->disown) {
-        rs->ops->disown(rs, opaque);
+    if (rs->ops->lose) {
+        rs->ops->lose(rs, opaque);
     }
 }
 
-void replication_disown_all(Error *reason)
+void replication_lose_all(Error *reason)
 {
     GLOBAL_STATE_CODE();
 
-    replication_visit_all(replication_disown_one, reason, NULL);
+    replication_visit_all(replication_lose_one, reason, NULL);
 }
 
 void replication_do_checkpoint_all(Error **errp)
@@ -194,7 +194,7 @@ void replication_do_checkpoint_all(Error **errp)
     if (!local_err &&
         !replication_visit_until_error(replication_checkpoint_one, &begin_ns,
                                        &local_err)) {
-        replication_disown_all(local_err);
+        replication_lose_all(local_err);
     }
     bdrv_drain_all_end();
 

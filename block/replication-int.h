@@ -14,6 +14,23 @@
 #include "block/write-behind.h"
 #include "qemu/stats64.h"
 
+/* What is asked of a node, and its stage may refuse */
+typedef enum ReplicationOp {
+    /* By the registry */
+    REPLICATION_OP_START,
+    REPLICATION_OP_CHECKPOINT,
+    REPLICATION_OP_STOP,
+    REPLICATION_OP_FAILOVER,
+
+    /* By those who use the node */
+    REPLICATION_OP_READ,
+    REPLICATION_OP_WRITE,
+    REPLICATION_OP_RESIZE,
+    REPLICATION_OP_INACTIVATE,
+
+    REPLICATION_OP__MAX,
+} ReplicationOp;
+
 typedef struct ReplicationAbove ReplicationAbove;
 
 typedef struct ReplicationPrimary {
@@ -28,9 +45,6 @@ typedef struct ReplicationPrimary {
 
     /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
     bool missed;
-
-    /* What is done here has to be on the secondary's disk.  Also atomic. */
-    bool relied_on;
 
     /*
      * What stands above, and the name of the node there that the guest's writes
@@ -113,9 +127,6 @@ typedef struct ReplicationSecondary {
     /* The first failure to settle: a negative errno, or 0.  Also atomic. */
     int settle_error;
 
-    /* Why the stage is BROKEN or FAILOVER_FAILED */
-    Error *error;
-
     /* Serialises the guest's writes in stage FAILOVER_FAILED */
     CoMutex split_lock;
 } ReplicationSecondary;
@@ -139,6 +150,15 @@ typedef struct BDRVReplicationState {
      * first checkpoint may have thrown away what the guest saw there.
      */
     ReplicationStage undo_stage;
+
+    /* Why the stage is BROKEN or FAILOVER_FAILED.  BQL. */
+    Error *error;
+
+    /*
+     * The guest has no other copy of its data: what is done here has to be on
+     * the disk.  Accessed with atomic operations.
+     */
+    bool relied_on;
 
     /* QEMU ends, and what goes away is no loss.  BQL. */
     bool quitting;
@@ -166,16 +186,16 @@ typedef struct BDRVReplicationState {
 } BDRVReplicationState;
 
 /*
- * What differs between a primary and a secondary node.  The global state
- * functions are called only in stages that allow the operation, and without the
- * graph lock.
+ * What differs between a primary and a secondary node.  Where a member is NULL,
+ * there is nothing to do, and no error.  The global state functions are called
+ * only in stages that allow the operation, and without the graph lock.
  */
 struct ReplicationRole {
     /* Prepare our state before the first child is opened, and free it */
     bool (*init)(BlockDriverState *bs, QemuOpts *opts, Error **errp);
     void (*cleanup)(BlockDriverState *bs);
 
-    /* The node's file is open, or NULL if that changes nothing */
+    /* The node's file is open */
     void (*opened)(BlockDriverState *bs);
 
     void (*child_perm)(
@@ -189,37 +209,34 @@ struct ReplicationRole {
      */
     bool (*check_parents)(BlockDriverState *bs, Error **errp);
 
-    /* Optional.  The graph above has changed.  With the graph lock as well. */
+    /* The graph above has changed.  With the graph lock as well. */
     void (*parents_changed)(BlockDriverState *bs);
 
     /* Take what is needed to run.  On failure nothing is left taken. */
     bool (*start)(BlockDriverState *bs, Error **errp);
 
-    /* All nodes have started: do the first checkpoint */
-    bool (*begin)(BlockDriverState *bs, Error **errp);
-
     /* Whether everything that the primary's guest wrote has arrived */
     bool (*in_sync)(BlockDriverState *bs, Error **errp);
 
-    /* The node is in sync.  Sets the stage on failure. */
+    /*
+     * The node is in sync: make the disk as it stands the checkpoint.  A role
+     * without this has no checkpoint to go back to.
+     */
     bool (*checkpoint)(BlockDriverState *bs, Error **errp);
 
-    /* The node's checkpoint is not that of the VM's other disks */
-    void (*disown)(BlockDriverState *bs, const Error *reason);
-
-    /* End in peace.  Sets the stage, also on failure. */
-    void (*stop)(BlockDriverState *bs, Error **errp);
+    /* End in peace */
+    bool (*stop)(BlockDriverState *bs, Error **errp);
 
     /*
      * A failover comes: do not wait for what nobody needs any more.  The only
-     * function that is called without draining the node first.
+     * one of these functions that is called without draining the node first.
      */
     void (*abandon)(BlockDriverState *bs);
 
-    /* Go on alone.  Sets the stage, also on failure. */
+    /* Go on alone.  Sets the stage, also on failure.  Without this, to DONE. */
     void (*failover)(BlockDriverState *bs, Error **errp);
 
-    /* Report a remembered error, if there is one */
+    /* Report what keeps the node from protecting its disk, if anything does */
     void (*get_error)(BlockDriverState *bs, Error **errp);
 
     /* Fill in the part of the statistics that only this role has */
@@ -230,9 +247,9 @@ struct ReplicationRole {
     void (*release)(BlockDriverState *bs);
 
     /*
-     * Optional.  QEMU ends, since @quit_ns of QEMU_CLOCK_REALTIME, and nobody
-     * writes any more: finish what would be lost, in a bounded time.  Called in
-     * every stage, and without draining the node first.
+     * QEMU ends, since @quit_ns of QEMU_CLOCK_REALTIME, and nobody writes any
+     * more: finish what would be lost, in a bounded time.  Called in every
+     * stage, and without draining the node first.
      */
     void (*finish)(BlockDriverState *bs, int64_t quit_ns);
 
@@ -247,19 +264,16 @@ struct ReplicationRole {
     bool (*has_pending_writes)(BlockDriverState *bs, int64_t offset,
                                int64_t bytes);
 
-    /* Whether a read in the present stage gives the guest's data */
-    bool (*serves_reads)(BlockDriverState *bs);
+    /* Whether nothing of the guest's data is missing, if the stage allows it */
+    bool (*has_data)(BlockDriverState *bs);
 
+    /* In every stage */
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_write)(BlockDriverState *bs,
                                                   const WriteRequest *w);
     int GRAPH_RDLOCK_PTR coroutine_fn (*co_flush)(BlockDriverState *bs);
 
-    /* Optional.  See bdrv_rely_on() and bdrv_leave_behind(). */
-    void (*rely_on)(BlockDriverState *bs);
+    /* See bdrv_leave_behind() */
     void (*left_behind)(BlockDriverState *bs, int ret);
-
-    /* Whether the node may be made inactive now */
-    bool (*may_inactivate)(BlockDriverState *bs);
 };
 
 #define REPLICATION_OPT_MODE            "mode"
@@ -279,6 +293,9 @@ static inline ReplicationStage replication_stage(BlockDriverState *bs)
     return qatomic_read(&s->stage);
 }
 
+/* Whether the present stage of @bs allows @op.  replication_stages[] says. */
+bool replication_allows(BlockDriverState *bs, ReplicationOp op);
+
 /*
  * Enter @stage.  The caller holds the BQL and has drained @bs, so that no
  * request meets two stages.
@@ -291,6 +308,12 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
  */
 void replication_report_error(BlockDriverState *bs,
                               ReplicationErrorReason reason, const char *text);
+
+/* Why the stage is what it is, or is about to become; takes @err, or NULL */
+void replication_set_error(BlockDriverState *bs, Error *err);
+
+/* The overlays do not stand for one checkpoint because of @err.  Takes it. */
+void replication_lose_checkpoint(BlockDriverState *bs, Error *err);
 
 /*
  * For a filter: pass on the flags of all requests.  What the child cannot do,

@@ -39,21 +39,6 @@ typedef struct PrimaryLoad {
     unsigned int done;
 } PrimaryLoad;
 
-/* From the moment the node is opened, lest a write before start be lost */
-static bool primary_forwards(BlockDriverState *bs)
-{
-    switch (replication_stage(bs)) {
-    case REPLICATION_STAGE_NONE:
-    case REPLICATION_STAGE_RUNNING:
-        return true;
-    case REPLICATION_STAGE_STOPPED:
-    case REPLICATION_STAGE_DONE:
-        return false;
-    default:
-        g_assert_not_reached();
-    }
-}
-
 /* What is written to an overlay above this node would not be forwarded */
 static bool GRAPH_RDLOCK
 primary_refuse_overlays(BlockDriverState *bs, Error **errp)
@@ -167,7 +152,7 @@ primary_refuse_to_be_cut_off(BlockDriverState *bs, Error **errp)
 static bool GRAPH_RDLOCK
 primary_check_parents(BlockDriverState *bs, Error **errp)
 {
-    if (!primary_forwards(bs)) {
+    if (!replication_allows(bs, REPLICATION_OP_WRITE)) {
         return true;
     }
 
@@ -190,7 +175,7 @@ static void primary_cut_off(BlockDriverState *bs, const char *from)
     primary_missed(bs);
 
     /* If that node is being deleted, most likely so are we */
-    if (primary_forwards(bs) && bdrv_find_node(from)) {
+    if (replication_allows(bs, REPLICATION_OP_WRITE) && bdrv_find_node(from)) {
         error_report("Replication node '%s' was %s: what is written there does "
                      "not get to the secondary", bdrv_get_node_name(bs), text);
         replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, text);
@@ -214,15 +199,9 @@ static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
  * that it was synchronised, and the first write that it missed.  After a stop
  * it is the secondary's again, unless the guest has no other.
  */
-static bool primary_serves_reads(BlockDriverState *bs)
+static bool primary_has_data(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-    ReplicationStage stage = replication_stage(bs);
-
-    return (stage == REPLICATION_STAGE_RUNNING ||
-            (stage == REPLICATION_STAGE_STOPPED &&
-             qatomic_read(&s->primary.relied_on))) &&
-           !primary_error(bs);
+    return !primary_error(bs);
 }
 
 static void coroutine_fn GRAPH_RDLOCK
@@ -259,7 +238,7 @@ primary_co_write(BlockDriverState *bs, const WriteRequest *w)
     BDRVReplicationState *s = bs->opaque;
     int ret;
 
-    if (!primary_forwards(bs)) {
+    if (!replication_allows(bs, REPLICATION_OP_WRITE)) {
         primary_missed(bs);
     }
     ret = primary_error(bs);
@@ -272,7 +251,7 @@ primary_co_write(BlockDriverState *bs, const WriteRequest *w)
                               w->flags);
     ret = write_behind_co_write(s->primary.queue, w);
     if (ret >= 0 && (w->flags & BDRV_REQ_FUA) &&
-        qatomic_read(&s->primary.relied_on)) {
+        qatomic_read(&s->relied_on)) {
         ret = write_behind_co_flush(s->primary.queue, true);
     }
 
@@ -296,17 +275,7 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
     trace_replication_forward(bs, bdrv_get_node_name(bs),
                               write_request_name(WRITE_BEHIND_FLUSH), 0, 0, 0);
     return write_behind_co_flush(s->primary.queue,
-                                 qatomic_read(&s->primary.relied_on));
-}
-
-/* The guest's data is nowhere else any more */
-static void primary_rely_on(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    IO_CODE();
-
-    qatomic_set(&s->primary.relied_on, true);
+                                 qatomic_read(&s->relied_on));
 }
 
 /* A request was lost on the way to us, or was one that we have failed */
@@ -314,7 +283,7 @@ static void primary_left_behind(BlockDriverState *bs, int ret)
 {
     IO_CODE();
 
-    if (!primary_forwards(bs)) {
+    if (!replication_allows(bs, REPLICATION_OP_WRITE)) {
         primary_missed(bs);
     } else if (!primary_error(bs)) {
         primary_fail(bs, "request", ret);
@@ -326,7 +295,8 @@ static void primary_get_error(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
 
     /* Writes that are missed on purpose are no error until the next start */
-    if (primary_forwards(bs) || qatomic_read(&s->primary.forward_error)) {
+    if (replication_allows(bs, REPLICATION_OP_WRITE) ||
+        qatomic_read(&s->primary.forward_error)) {
         primary_in_sync(bs, errp);
     }
 }
@@ -429,26 +399,6 @@ static bool primary_start(BlockDriverState *bs, Error **errp)
            primary_check_lengths(bs, length, bs, errp);
 }
 
-/*
- * The node is drained and in sync: what the guest wrote has arrived, and there
- * is nothing to do.
- */
-static bool primary_checkpoint(BlockDriverState *bs, Error **errp)
-{
-    return true;
-}
-
-/* The primary has its own disk, and no checkpoint to go back to */
-static void primary_disown(BlockDriverState *bs, const Error *reason)
-{
-}
-
-/* A failover that this comes before, while both drain, does nothing more */
-static void primary_stop(BlockDriverState *bs, Error **errp)
-{
-    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
-}
-
 /* Add what is under way at the ends of the way to the secondary */
 static void GRAPH_RDLOCK
 primary_add_load(BlockDriverState *bs, PrimaryLoad *load)
@@ -474,7 +424,7 @@ static void primary_hang_up(BlockDriverState *bs)
     warn_report("Replication node '%s' cuts the connection to the secondary, "
                 "which has done nothing for %" PRIu64 " ms",
                 bdrv_get_node_name(bs), s->primary.timeout_ms);
-    if (primary_forwards(bs) && !primary_error(bs)) {
+    if (replication_allows(bs, REPLICATION_OP_WRITE) && !primary_error(bs)) {
         primary_fail(bs, "request", -ETIMEDOUT);
     }
     write_behind_abandon(s->primary.queue);
@@ -520,11 +470,6 @@ static void primary_abandon(BlockDriverState *bs)
     primary_missed(bs);
     write_behind_abandon(s->primary.queue);
     bdrv_cut_connection(bs->file->bs);
-}
-
-static void primary_failover(BlockDriverState *bs, Error **errp)
-{
-    replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
 
 static bool primary_get_ms(QemuOpts *opts, const char *name,
@@ -608,16 +553,6 @@ static void primary_cleanup(BlockDriverState *bs)
     g_free(s->primary.cut_off_from);
 }
 
-static bool primary_may_inactivate(BlockDriverState *bs)
-{
-    return true;
-}
-
-/* What a primary node has, it has from when it was opened */
-static void primary_nothing(BlockDriverState *bs)
-{
-}
-
 static void GRAPH_RDLOCK
 primary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                    BlockReopenQueue *reopen_queue,
@@ -641,25 +576,16 @@ const ReplicationRole replication_primary_role = {
     .parents_changed    = primary_parents_changed,
 
     .start              = primary_start,
-    .begin              = primary_checkpoint,
     .in_sync            = primary_in_sync,
-    .checkpoint         = primary_checkpoint,
-    .disown             = primary_disown,
-    .stop               = primary_stop,
     .abandon            = primary_abandon,
-    .failover           = primary_failover,
     .get_error          = primary_get_error,
     .get_stats          = primary_get_stats,
-    .release            = primary_nothing,
 
     .drain_begin        = primary_drain_begin,
     .co_await_writes    = primary_co_await_writes,
     .has_pending_writes = primary_has_pending_writes,
-    .serves_reads       = primary_serves_reads,
+    .has_data           = primary_has_data,
     .co_write           = primary_co_write,
     .co_flush           = primary_co_flush,
-    .rely_on            = primary_rely_on,
     .left_behind        = primary_left_behind,
-
-    .may_inactivate     = primary_may_inactivate,
 };

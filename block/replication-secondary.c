@@ -91,14 +91,6 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 }
 
-/* Whether the guest may touch the disk in the present stage */
-static bool secondary_serves(BlockDriverState *bs)
-{
-    ReplicationStage stage = replication_stage(bs);
-
-    return stage != REPLICATION_STAGE_NONE && stage != REPLICATION_STAGE_BROKEN;
-}
-
 /*
  * After a failed failover, write each block where the guest reads it from: to
  * the active overlay if one of the overlays has it, else to the disk, such that
@@ -210,7 +202,7 @@ secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
     ReplicationStage stage = replication_stage(bs);
     int ret;
 
-    if (!secondary_serves(bs)) {
+    if (!replication_allows(bs, REPLICATION_OP_WRITE)) {
         return -EIO;
     }
 
@@ -257,14 +249,6 @@ static int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs)
     }
 
     return 0;
-}
-
-static void secondary_set_error(BlockDriverState *bs, Error *err)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    error_free(s->secondary.error);
-    s->secondary.error = err;
 }
 
 /* Whether what is written to @top gets to @bs: not through an overlay */
@@ -857,17 +841,6 @@ static void secondary_release(BlockDriverState *bs)
     secondary_unblock_top(bs);
 }
 
-/*
- * The guest's view is gone, and only the primary is left.  Nothing is kept that
- * could stand in its way: a hidden overlay that failed would fail its writes.
- */
-static void secondary_break(BlockDriverState *bs, Error *err)
-{
-    secondary_set_error(bs, err);
-    secondary_release(bs);
-    replication_set_stage(bs, REPLICATION_STAGE_BROKEN);
-}
-
 static bool secondary_is_bypassed(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -893,8 +866,8 @@ static void secondary_bypassed(BlockDriverState *bs)
                       "without failover, put the node back and start again.\n");
     replication_report_error(bs, REPLICATION_ERROR_REASON_BYPASSED,
                              error_get_pretty(err));
-    secondary_break(bs, error_copy(err));
-    replication_disown_all(err);
+    replication_lose_checkpoint(bs, error_copy(err));
+    replication_lose_all(err);
     error_free(err);
 }
 
@@ -935,7 +908,7 @@ static void secondary_backup_done(void *opaque, int ret)
         error_setg(&err, "The backup job of replication node '%s' has ended: "
                    "the checkpoint is lost with the primary's next write",
                    bdrv_get_node_name(bs));
-        secondary_break(bs, err);
+        replication_lose_checkpoint(bs, err);
     }
     bdrv_drained_end(bs);
     bdrv_unref(bs);
@@ -1012,17 +985,6 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
     return true;
 }
 
-/* Make the secondary disk as it stands the checkpoint */
-static bool secondary_renew(BlockDriverState *bs, Error **errp)
-{
-    ERRP_GUARD();
-    BDRVReplicationState *s = bs->opaque;
-
-    backup_do_checkpoint(s->secondary.backup_job, errp);
-
-    return !*errp && secondary_empty_overlays(bs, errp);
-}
-
 /* Set @errp if the disk does not have what the primary wrote */
 static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
 {
@@ -1048,47 +1010,19 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
     return false;
 }
 
-static bool secondary_renew_quiesced(BlockDriverState *bs, Error **errp)
-{
-    BlockDriverState *disk = secondary_quiesce(bs);
-    bool ok = secondary_renew(bs, errp);
-
-    secondary_resume(disk);
-
-    return ok;
-}
-
-static bool secondary_begin(BlockDriverState *bs, Error **errp)
-{
-    secondary_begin_scratch(bs);
-
-    return secondary_renew_quiesced(bs, errp);
-}
-
+/* Make the secondary disk as it stands the checkpoint */
 static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *disk = secondary_quiesce(bs);
+    bool ok;
 
-    if (!secondary_renew_quiesced(bs, errp)) {
-        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
-                                 error_get_pretty(*errp));
-        secondary_break(bs, error_copy(*errp));
-        return false;
-    }
+    backup_do_checkpoint(s->secondary.backup_job, errp);
+    ok = !*errp && secondary_empty_overlays(bs, errp);
+    secondary_resume(disk);
 
-    return true;
-}
-
-static void secondary_disown(BlockDriverState *bs, const Error *reason)
-{
-    Error *err = NULL;
-
-    error_setg(&err, "Replication node '%s' does not stand for the same "
-               "checkpoint as the VM's other disks: %s", bdrv_get_node_name(bs),
-               error_get_pretty(reason));
-    replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
-                             error_get_pretty(err));
-    secondary_break(bs, err);
+    return ok;
 }
 
 /* Take what it needs to empty the overlays */
@@ -1142,7 +1076,7 @@ static bool secondary_start(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    secondary_set_error(bs, NULL);
+    secondary_begin_scratch(bs);
     return true;
 }
 
@@ -1169,7 +1103,7 @@ static bool secondary_clear_overlays(BlockDriverState *bs, Error **errp)
 }
 
 /* Throw away what the overlays have; the disk keeps what the primary wrote */
-static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
+static bool secondary_stop(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
@@ -1191,20 +1125,6 @@ static bool secondary_do_stop(BlockDriverState *bs, Error **errp)
     return ok;
 }
 
-static void secondary_stop(BlockDriverState *bs, Error **errp)
-{
-    ERRP_GUARD();
-
-    if (!secondary_do_stop(bs, errp)) {
-        secondary_break(bs, error_copy(*errp));
-        return;
-    }
-
-    secondary_release(bs);
-    secondary_set_error(bs, NULL);
-    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
-}
-
 /* The overlays are whole and guard the guest's data until another attempt */
 static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
@@ -1212,7 +1132,7 @@ static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 
     replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER,
                              error_get_pretty(err));
-    secondary_set_error(bs, err);
+    replication_set_error(bs, err);
     secondary_freeze(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
 
@@ -1253,7 +1173,7 @@ static void secondary_failover_complete(BlockDriverState *bs)
     secondary_release(bs);
     s->secondary.merging = false;
     secondary_count_anew(bs);
-    secondary_set_error(bs, NULL);
+    replication_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
 }
 
@@ -1405,23 +1325,6 @@ static void secondary_finish(BlockDriverState *bs, int64_t quit_ns)
     timer_free(timer);
 }
 
-/* A secondary node holds nothing back that could be abandoned or hurried */
-static void secondary_nothing(BlockDriverState *bs)
-{
-}
-
-/* What is written is read from where it was written to */
-static void coroutine_fn
-secondary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
-{
-}
-
-static bool secondary_has_pending_writes(BlockDriverState *bs, int64_t offset,
-                                         int64_t bytes)
-{
-    return false;
-}
-
 /*
  * The overlays are scratch no more.  Even if their flushes were not held back,
  * those of the guest have not reached the disk before.
@@ -1453,7 +1356,7 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
     secondary_unsettle(bs);
     secondary_begin_progress(bs);
     if (fenced_off && secondary_start_commit(bs, errp)) {
-        secondary_set_error(bs, NULL);
+        replication_set_error(bs, NULL);
         replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
     } else {
         error_prepend(errp, "The failover of replication node '%s' could not "
@@ -1469,10 +1372,6 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    if (s->secondary.error) {
-        error_propagate(errp, error_copy(s->secondary.error));
-        return;
-    }
     if (secondary_in_sync(bs, errp) && s->secondary.guard &&
         replication_guard_is_cut_off(s->secondary.guard)) {
         /*
@@ -1485,14 +1384,6 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
                    bdrv_get_node_name(bs));
         error_append_hint(errp, "A failover is possible.\n");
     }
-}
-
-/* What is taken for the overlays is writable, and has to stay so */
-static bool secondary_may_inactivate(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    return !s->secondary.hidden;
 }
 
 static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
@@ -1528,7 +1419,6 @@ static void secondary_cleanup(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     g_free(s->secondary.top_id);
-    error_free(s->secondary.error);
 }
 
 const ReplicationRole replication_secondary_role = {
@@ -1538,24 +1428,15 @@ const ReplicationRole replication_secondary_role = {
     .check_parents      = secondary_check_parents,
 
     .start              = secondary_start,
-    .begin              = secondary_begin,
     .in_sync            = secondary_in_sync,
     .checkpoint         = secondary_checkpoint,
-    .disown             = secondary_disown,
     .stop               = secondary_stop,
-    .abandon            = secondary_nothing,
     .failover           = secondary_failover,
     .get_error          = secondary_get_error,
     .get_stats          = secondary_get_stats,
     .release            = secondary_release,
     .finish             = secondary_finish,
 
-    .drain_begin        = secondary_nothing,
-    .co_await_writes    = secondary_co_await_writes,
-    .has_pending_writes = secondary_has_pending_writes,
-    .serves_reads       = secondary_serves,
     .co_write           = secondary_co_write,
     .co_flush           = secondary_co_flush,
-
-    .may_inactivate     = secondary_may_inactivate,
 };

@@ -26,15 +26,7 @@
 #include "replication-int.h"
 #include "trace.h"
 
-typedef enum ReplicationOp {
-    REPLICATION_OP_START,
-    REPLICATION_OP_CHECKPOINT,
-    REPLICATION_OP_STOP,
-    REPLICATION_OP_FAILOVER,
-    REPLICATION_OP__MAX,
-} ReplicationOp;
-
-static const char *const replication_op_names[REPLICATION_OP__MAX] = {
+static const char *const replication_op_names[] = {
     [REPLICATION_OP_START]      = "start",
     [REPLICATION_OP_CHECKPOINT] = "checkpoint",
     [REPLICATION_OP_STOP]       = "stop",
@@ -46,6 +38,11 @@ typedef enum ReplicationVerdict {
     ACCEPT,
     /* Succeed without doing anything */
     IGNORE,
+    /* Accept in one of the modes */
+    PRIMARY,
+    SECONDARY,
+    /* A primary accepts only if its guest has its data nowhere else */
+    LASTLY,
 } ReplicationVerdict;
 
 /* What each stage allows, and what to tell the user whom it refuses */
@@ -54,49 +51,42 @@ static const struct {
     const char *reason;
     const char *hint;
 } replication_stages[REPLICATION_STAGE__MAX] = {
+    /* start, checkpoint, stop, failover; read, write, resize, inactivate */
     [REPLICATION_STAGE_NONE] = {
-        .verdict[REPLICATION_OP_START] = ACCEPT,
+        /* A primary forwards at once, lest a write before start be lost */
+        { ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, PRIMARY, ACCEPT, ACCEPT },
         .reason = "it is not running",
         .hint = "Start replication first.\n",
     },
     [REPLICATION_STAGE_RUNNING] = {
-        .verdict[REPLICATION_OP_CHECKPOINT] = ACCEPT,
-        .verdict[REPLICATION_OP_STOP] = ACCEPT,
-        .verdict[REPLICATION_OP_FAILOVER] = ACCEPT,
+        { REFUSE, ACCEPT, ACCEPT, ACCEPT, ACCEPT, ACCEPT, REFUSE, PRIMARY },
         .reason = "it is running already",
         .hint = "Stop replication first.\n",
     },
     [REPLICATION_STAGE_BROKEN] = {
-        .verdict[REPLICATION_OP_STOP] = ACCEPT,
+        { REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, ACCEPT },
         .reason = "its overlays do not stand for one checkpoint any more",
         .hint = "The primary has to survive. Stop replication without "
                 "failover, remove the node, resynchronise the disk and start "
                 "again with new overlays.\n",
     },
     [REPLICATION_STAGE_STOPPED] = {
-        .verdict[REPLICATION_OP_START] = ACCEPT,
-        .verdict[REPLICATION_OP_STOP] = IGNORE,
-        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+        { ACCEPT, REFUSE, IGNORE, IGNORE, LASTLY, SECONDARY, ACCEPT, ACCEPT },
         .reason = "it was stopped",
         .hint = "Start replication first.\n",
     },
     [REPLICATION_STAGE_FAILOVER] = {
-        .verdict[REPLICATION_OP_START] = IGNORE,
-        .verdict[REPLICATION_OP_CHECKPOINT] = IGNORE,
-        .verdict[REPLICATION_OP_STOP] = IGNORE,
-        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+        { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE },
     },
     [REPLICATION_STAGE_FAILOVER_FAILED] = {
-        .verdict[REPLICATION_OP_FAILOVER] = ACCEPT,
+        { REFUSE, REFUSE, REFUSE, ACCEPT, ACCEPT, ACCEPT, REFUSE, REFUSE },
         .reason = "its failover has failed",
         .hint = "Remove the cause, then stop replication with failover "
                 "again.\n",
     },
     [REPLICATION_STAGE_DONE] = {
-        .verdict[REPLICATION_OP_START] = IGNORE,
-        .verdict[REPLICATION_OP_CHECKPOINT] = IGNORE,
-        .verdict[REPLICATION_OP_STOP] = IGNORE,
-        .verdict[REPLICATION_OP_FAILOVER] = IGNORE,
+        { IGNORE, IGNORE, IGNORE, IGNORE, SECONDARY, SECONDARY, ACCEPT,
+          ACCEPT },
     },
 };
 
@@ -269,6 +259,44 @@ static void replication_forget_error(BlockDriverState *bs)
     g_clear_pointer(&s->first_error, qapi_free_BlockStatsReplicationError);
 }
 
+void replication_set_error(BlockDriverState *bs, Error *err)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    error_free(s->error);
+    s->error = err;
+}
+
+static void replication_release(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->release) {
+        s->role->release(bs);
+    }
+}
+
+/*
+ * The guest's view is gone, and only the primary is left.  Nothing is kept that
+ * could stand in its way: a hidden overlay that failed would fail its writes.
+ */
+void replication_lose_checkpoint(BlockDriverState *bs, Error *err)
+{
+    replication_set_error(bs, err);
+    replication_release(bs);
+    replication_set_stage(bs, REPLICATION_STAGE_BROKEN);
+}
+
+static bool replication_do_checkpoint(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    /* Without it, all there is to do is that what was written has arrived */
+    return !s->role->checkpoint || s->role->checkpoint(bs, errp);
+}
+
 void replication_pass_flags(BlockDriverState *bs)
 {
     bs->supported_read_flags = BDRV_REQ_REGISTERED_BUF;
@@ -278,21 +306,39 @@ void replication_pass_flags(BlockDriverState *bs)
                                BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
 }
 
+bool replication_allows(BlockDriverState *bs, ReplicationOp op)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    switch (replication_stages[replication_stage(bs)].verdict[op]) {
+    case ACCEPT:
+        return true;
+    case PRIMARY:
+        return s->mode == REPLICATION_MODE_PRIMARY;
+    case SECONDARY:
+        return s->mode == REPLICATION_MODE_SECONDARY;
+    case LASTLY:
+        return s->mode == REPLICATION_MODE_SECONDARY ||
+               qatomic_read(&s->relied_on);
+    default:
+        return false;
+    }
+}
+
 /* Whether to go on with @op; if the node's stage refuses it, @errp says why */
 static bool replication_may(BlockDriverState *bs, ReplicationOp op,
                             Error **errp)
 {
     ReplicationStage stage = replication_stage(bs);
-    ReplicationVerdict verdict = replication_stages[stage].verdict[op];
 
-    if (verdict == REFUSE) {
+    if (replication_stages[stage].verdict[op] == REFUSE) {
         error_setg(errp, "Cannot %s replication node '%s': %s",
                    replication_op_names[op], bdrv_get_node_name(bs),
                    replication_stages[stage].reason);
         error_append_hint(errp, "%s", replication_stages[stage].hint);
     }
 
-    return verdict == ACCEPT;
+    return replication_allows(bs, op);
 }
 
 /*
@@ -349,6 +395,7 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
     ctx = replication_op_begin(bs);
     if (replication_may(bs, REPLICATION_OP_START, errp) &&
         replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
+        replication_set_error(bs, NULL);
         replication_forget_error(bs);
         s->undo_stage = s->stage;
         replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
@@ -356,7 +403,8 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
     replication_op_end(bs, ctx);
 }
 
-static void replication_begin(ReplicationState *rs, Error **errp)
+/* A failure is undone as that of a start is, unlike those of later ones */
+static void replication_first_checkpoint(ReplicationState *rs, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
@@ -368,7 +416,7 @@ static void replication_begin(ReplicationState *rs, Error **errp)
     /* A node that has failed over did not start */
     if (s->stage == REPLICATION_STAGE_RUNNING) {
         s->undo_stage = REPLICATION_STAGE_NONE;
-        s->role->begin(bs, errp);
+        replication_do_checkpoint(bs, errp);
     }
     replication_op_end(bs, ctx);
 }
@@ -383,7 +431,7 @@ static void replication_undo_start(ReplicationState *rs)
 
     ctx = replication_op_begin(bs);
     if (s->stage == REPLICATION_STAGE_RUNNING) {
-        s->role->release(bs);
+        replication_release(bs);
         replication_set_stage(bs, s->undo_stage);
     }
     replication_op_end(bs, ctx);
@@ -396,15 +444,39 @@ static void replication_abandon(ReplicationState *rs)
 
     GLOBAL_STATE_CODE();
 
-    if (replication_may(bs, REPLICATION_OP_FAILOVER, NULL)) {
+    if (s->role->abandon && replication_allows(bs, REPLICATION_OP_FAILOVER)) {
         s->role->abandon(bs);
+    }
+}
+
+static void replication_end_in_peace(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->stop && !s->role->stop(bs, errp)) {
+        replication_lose_checkpoint(bs, error_copy(*errp));
+        return;
+    }
+    replication_release(bs);
+    replication_set_error(bs, NULL);
+    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
+}
+
+static void replication_go_on_alone(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->failover) {
+        s->role->failover(bs, errp);
+    } else {
+        replication_set_stage(bs, REPLICATION_STAGE_DONE);
     }
 }
 
 static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
 {
     BlockDriverState *bs = rs->opaque;
-    BDRVReplicationState *s = bs->opaque;
     AioContext *ctx;
     ReplicationOp op = failover ? REPLICATION_OP_FAILOVER : REPLICATION_OP_STOP;
 
@@ -414,21 +486,12 @@ static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
     ctx = replication_op_begin(bs);
     if (replication_may(bs, op, errp)) {
         if (failover) {
-            s->role->failover(bs, errp);
+            replication_go_on_alone(bs, errp);
         } else {
-            s->role->stop(bs, errp);
+            replication_end_in_peace(bs, errp);
         }
     }
     replication_op_end(bs, ctx);
-}
-
-/* Whether @bs is in a stage for checkpoints and would not refuse one */
-static bool replication_may_checkpoint(BlockDriverState *bs, Error **errp)
-{
-    BDRVReplicationState *s = bs->opaque;
-
-    return replication_may(bs, REPLICATION_OP_CHECKPOINT, errp) &&
-           s->role->in_sync(bs, errp);
 }
 
 static void replication_check(ReplicationState *rs, Error **errp)
@@ -441,13 +504,17 @@ static void replication_check(ReplicationState *rs, Error **errp)
     GLOBAL_STATE_CODE();
 
     ctx = replication_op_begin(bs);
-    replication_may_checkpoint(bs, errp);
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
+        s->role->in_sync(bs, errp);
+    }
     s->failed_checkpoints += *errp != NULL;
     replication_op_end(bs, ctx);
 }
 
+/* The node is in sync, and nobody has written to it since that was checked */
 static void replication_checkpoint(ReplicationState *rs, Error **errp)
 {
+    ERRP_GUARD();
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
     AioContext *ctx;
@@ -456,9 +523,14 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
     GLOBAL_STATE_CODE();
 
     ctx = replication_op_begin(bs);
-    if (replication_may_checkpoint(bs, errp)) {
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
         trace_replication_checkpoint_begin(bs, bdrv_get_node_name(bs));
-        done = s->role->checkpoint(bs, errp);
+        done = replication_do_checkpoint(bs, errp);
+        if (!done) {
+            replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
+                                     error_get_pretty(*errp));
+            replication_lose_checkpoint(bs, error_copy(*errp));
+        }
         s->checkpoints += done;
         s->failed_checkpoints += !done;
         s->last_checkpoint_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) -
@@ -471,17 +543,24 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
     replication_op_end(bs, ctx);
 }
 
-static void replication_disown(ReplicationState *rs, const Error *reason)
+/* A primary has its own disk, and no checkpoint to lose */
+static void replication_lose(ReplicationState *rs, const Error *reason)
 {
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
+    Error *err = NULL;
     AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
     ctx = replication_op_begin(bs);
-    if (s->stage == REPLICATION_STAGE_RUNNING) {
-        s->role->disown(bs, reason);
+    if (s->stage == REPLICATION_STAGE_RUNNING && s->role->checkpoint) {
+        error_setg(&err, "Replication node '%s' does not stand for the same "
+                   "checkpoint as the VM's other disks: %s",
+                   bdrv_get_node_name(bs), error_get_pretty(reason));
+        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
+                                 error_get_pretty(err));
+        replication_lose_checkpoint(bs, err);
     }
     replication_op_end(bs, ctx);
 }
@@ -518,9 +597,11 @@ static void replication_get_error(ReplicationState *rs, Error **errp)
     if (s->stage == REPLICATION_STAGE_NONE) {
         error_setg(errp, "Replication node '%s' is not running",
                    bdrv_get_node_name(bs));
-        return;
+    } else if (s->error) {
+        error_propagate(errp, error_copy(s->error));
+    } else {
+        s->role->get_error(bs, errp);
     }
-    s->role->get_error(bs, errp);
 }
 
 static BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
@@ -552,17 +633,26 @@ static BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
 
 static ReplicationOps replication_ops = {
     .start      = replication_start,
-    .begin      = replication_begin,
     .undo_start = replication_undo_start,
     .stop       = replication_stop,
     .check      = replication_check,
     .checkpoint = replication_checkpoint,
-    .disown     = replication_disown,
+    .first_checkpoint = replication_first_checkpoint,
+    .lose       = replication_lose,
     .abandon    = replication_abandon,
     .get_error  = replication_get_error,
     .quit       = replication_quit,
     .finish     = replication_finish,
 };
+
+/* Whether a read gives the guest's data */
+static bool replication_can_read(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return replication_allows(bs, REPLICATION_OP_READ) &&
+           (!s->role->has_data || s->role->has_data(bs));
+}
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
@@ -571,11 +661,11 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
 {
     BDRVReplicationState *s = bs->opaque;
 
-    if (s->role->serves_reads(bs)) {
+    if (s->role->co_await_writes && replication_can_read(bs)) {
         s->role->co_await_writes(bs, offset, bytes);
     }
     /* Again, because of what has become of them */
-    if (!s->role->serves_reads(bs)) {
+    if (!replication_can_read(bs)) {
         return -EIO;
     }
 
@@ -596,8 +686,9 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
      * Whoever was told that there are zeroes would not try to read.  Do not
      * wait for writes: quorum asks all children before a read of only one.
      */
-    if (!s->role->serves_reads(bs) ||
-        s->role->has_pending_writes(bs, offset, bytes)) {
+    if (!replication_can_read(bs) ||
+        (s->role->has_pending_writes &&
+         s->role->has_pending_writes(bs, offset, bytes))) {
         return BDRV_BLOCK_DATA;
     }
 
@@ -662,18 +753,14 @@ static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
 /* A guest that has nothing else needs to read what it writes */
 static bool GRAPH_RDLOCK replication_can_rely_on(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-
-    return s->role->serves_reads(bs);
+    return replication_can_read(bs);
 }
 
 static void GRAPH_RDLOCK replication_rely_on(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    if (s->role->rely_on) {
-        s->role->rely_on(bs);
-    }
+    qatomic_set(&s->relied_on, true);
 }
 
 static void GRAPH_RDLOCK replication_leave_behind(BlockDriverState *bs, int ret)
@@ -689,7 +776,9 @@ static void replication_drain_begin(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
-    s->role->drain_begin(bs);
+    if (s->role->drain_begin) {
+        s->role->drain_begin(bs);
+    }
 }
 
 static int64_t coroutine_fn GRAPH_RDLOCK
@@ -702,13 +791,6 @@ replication_co_getlength(BlockDriverState *bs)
  * While a node is in use on both sides, a new length here would be another one
  * than there, and than that of the nodes below.
  */
-static bool replication_is_in_use(ReplicationStage stage)
-{
-    return stage != REPLICATION_STAGE_NONE &&
-           stage != REPLICATION_STAGE_STOPPED &&
-           stage != REPLICATION_STAGE_DONE;
-}
-
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                         PreallocMode prealloc, BdrvRequestFlags flags,
@@ -716,7 +798,7 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 {
     BDRVReplicationState *s = bs->opaque;
 
-    if (replication_is_in_use(replication_stage(bs))) {
+    if (!replication_allows(bs, REPLICATION_OP_RESIZE)) {
         error_setg(errp, "Cannot resize replication node '%s' while it "
                    "replicates", bdrv_get_node_name(bs));
         error_append_hint(errp, "Stop replication, resize the disk on both "
@@ -725,14 +807,16 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
     }
 
     /* What was written where the disk ends now must not end up beyond it */
-    s->role->co_await_writes(bs, 0, BDRV_MAX_LENGTH);
+    if (s->role->co_await_writes) {
+        s->role->co_await_writes(bs, 0, BDRV_MAX_LENGTH);
+    }
 
     return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
 }
 
 /*
  * Otherwise the block layer would close the node and open it again, and it
- * would have forgotten its stage.
+ * would have forgotten its stage.  A snapshot may have another length.
  */
 static int replication_snapshot_goto(BlockDriverState *bs,
                                      const char *snapshot_id)
@@ -743,7 +827,7 @@ static int replication_snapshot_goto(BlockDriverState *bs,
 
     GLOBAL_STATE_CODE();
 
-    if (replication_is_in_use(replication_stage(bs))) {
+    if (!replication_allows(bs, REPLICATION_OP_RESIZE)) {
         return -EBUSY;
     }
 
@@ -803,9 +887,7 @@ replication_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
 /* Called before the node is marked inactive, unlike its permission callbacks */
 static int GRAPH_RDLOCK replication_inactivate(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-
-    return s->role->may_inactivate(bs) ? 0 : -EBUSY;
+    return replication_allows(bs, REPLICATION_OP_INACTIVATE) ? 0 : -EBUSY;
 }
 
 static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
@@ -879,6 +961,7 @@ static void replication_cleanup(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     s->role->cleanup(bs);
+    replication_set_error(bs, NULL);
     replication_forget_error(bs);
     g_free(s->top_node);
     g_free(s->device);
@@ -920,7 +1003,7 @@ static void replication_close(BlockDriverState *bs)
     GLOBAL_STATE_CODE();
 
     replication_remove(s->rs);
-    s->role->release(bs);
+    replication_release(bs);
     replication_cleanup(bs);
 }
 

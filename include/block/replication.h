@@ -68,12 +68,12 @@ struct ReplicationOps {
      * be taken back without a loss.  When it fails, no other node is asked any
      * more.
      */
-    void (*begin)(ReplicationState *rs, Error **errp);
+    void (*first_checkpoint)(ReplicationState *rs, Error **errp);
 
     /*
      * Optional.  Take back a start that has just succeeded, because another
-     * node of the VM could not start or begin.  A start that did nothing is not
-     * undone.
+     * node of the VM could not start, or do its first checkpoint.  A start that
+     * did nothing is not undone.
      */
     void (*undo_start)(ReplicationState *rs);
 
@@ -88,7 +88,7 @@ struct ReplicationOps {
      * half-way, or cannot be failed over to: this one does not stand for the
      * same checkpoint.
      */
-    void (*disown)(ReplicationState *rs, const Error *reason);
+    void (*lose)(ReplicationState *rs, const Error *reason);
 
     /*
      * Optional.  A failover begins: stop() need not wait for the peer any more.
@@ -120,7 +120,8 @@ void replication_remove(ReplicationState *rs);
 
 /*
  * Start all nodes in @mode, or none: when one refuses, those that this call
- * has started are put back, and have lost something only if they had begun.
+ * has started are put back, and have lost something only if they had done their
+ * first checkpoint.
  * @errp gets the error of the node that refused.
  */
 void replication_start_all(ReplicationMode mode, Error **errp);
@@ -138,8 +139,8 @@ void replication_start_all(ReplicationMode mode, Error **errp);
  */
 void replication_do_checkpoint_all(Error **errp);
 
-/* Tell all nodes that one of them has lost its checkpoint, see disown() */
-void replication_disown_all(Error *reason);
+/* Tell all nodes that one of them has lost its checkpoint, see lose() */
+void replication_lose_all(Error *reason);
 
 /* Find out whether any node has ceased to protect its disk */
 void replication_get_error_all(Error **errp);
