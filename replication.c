@@ -132,6 +132,7 @@ void replication_start_all(ReplicationMode mode, Error **errp)
 
     GLOBAL_STATE_CODE();
 
+    bdrv_drain_all_begin();
     while (!local_err && (rs = replication_next(round))) {
         rs->started = round;
         rs->ops->start(rs, mode, &local_err);
@@ -145,8 +146,10 @@ void replication_start_all(ReplicationMode mode, Error **errp)
     }
     if (local_err) {
         replication_visit_all(replication_undo_start_one, &round, NULL);
-        error_propagate(errp, local_err);
     }
+    bdrv_drain_all_end();
+
+    error_propagate(errp, local_err);
 }
 
 static void replication_check_one(ReplicationState *rs, void *opaque,
@@ -167,7 +170,7 @@ static void replication_checkpoint_one(ReplicationState *rs, void *opaque,
 }
 
 static void replication_lose_one(ReplicationState *rs, void *opaque,
-                                   Error **errp)
+                                 Error **errp)
 {
     if (rs->ops->lose) {
         rs->ops->lose(rs, opaque);
@@ -178,7 +181,9 @@ void replication_lose_all(Error *reason)
 {
     GLOBAL_STATE_CODE();
 
+    bdrv_drain_all_begin();
     replication_visit_all(replication_lose_one, reason, NULL);
+    bdrv_drain_all_end();
 }
 
 void replication_do_checkpoint_all(Error **errp)
@@ -237,7 +242,9 @@ void replication_stop_all(bool failover, Error **errp)
     if (failover) {
         replication_visit_all(replication_abandon_one, NULL, NULL);
     }
+    bdrv_drain_all_begin();
     replication_visit_all(replication_stop_one, &failover, errp);
+    bdrv_drain_all_end();
 }
 
 static void replication_quit_one(ReplicationState *rs, void *opaque,

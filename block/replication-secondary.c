@@ -739,7 +739,8 @@ static void secondary_end_backup(BlockDriverState *bs)
 
 /*
  * The primary has written to the disk for the last time, and the guard sees to
- * it as long as somebody is above it.  The nodes are quiesced.
+ * it as long as somebody is above it.  The nodes are drained: no write may come
+ * after the end of the backup job, which saves what it overwrites.
  */
 static bool secondary_fence_off(BlockDriverState *bs, Error **errp)
 {
@@ -936,38 +937,7 @@ secondary_empty(BlockDriverState *bs, BdrvChild *overlay, const char *what,
     return true;
 }
 
-/*
- * Stop the guest and the primary: both write through nodes above the secondary
- * disk, and that stays so when filters come and go.  Returns what to give to
- * secondary_resume().
- */
-static BlockDriverState *secondary_quiesce(BlockDriverState *bs)
-{
-    BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *disk;
-
-    bdrv_graph_rdlock_main_loop();
-    if (s->secondary.disk && !s->secondary.guard) {
-        disk = s->secondary.disk->bs;
-    } else {
-        /* Our own link leads to the guard, and not through the overlays */
-        disk = secondary_disk(bs);
-    }
-    bdrv_graph_rdunlock_main_loop();
-
-    bdrv_ref(disk);
-    bdrv_drained_begin(disk);
-
-    return disk;
-}
-
-static void secondary_resume(BlockDriverState *disk)
-{
-    bdrv_drained_end(disk);
-    bdrv_unref(disk);
-}
-
-/* Must not meet a request in flight: the caller has secondary_quiesce()d */
+/* Must not meet a request in flight */
 static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -1015,14 +985,10 @@ static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *disk = secondary_quiesce(bs);
-    bool ok;
 
     backup_do_checkpoint(s->secondary.backup_job, errp);
-    ok = !*errp && secondary_empty_overlays(bs, errp);
-    secondary_resume(disk);
 
-    return ok;
+    return !*errp && secondary_empty_overlays(bs, errp);
 }
 
 /* Take what it needs to empty the overlays */
@@ -1107,8 +1073,6 @@ static bool secondary_stop(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *disk;
-    bool ok;
 
     /* A broken node has given back everything */
     if (!s->secondary.hidden && !secondary_take_overlays(bs, errp)) {
@@ -1117,12 +1081,9 @@ static bool secondary_stop(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    disk = secondary_quiesce(bs);
     secondary_end_backup(bs);
-    ok = secondary_clear_overlays(bs, errp);
-    secondary_resume(disk);
 
-    return ok;
+    return secondary_clear_overlays(bs, errp);
 }
 
 /* The overlays are whole and guard the guest's data until another attempt */
@@ -1342,15 +1303,8 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
-    BlockDriverState *disk;
-    bool fenced_off;
+    bool fenced_off = secondary_fence_off(bs, errp);
 
-    /*
-     * No write of the primary may come after the end of the backup job, which
-     * saves what it overwrites.
-     */
-    disk = secondary_quiesce(bs);
-    fenced_off = secondary_fence_off(bs, errp);
     secondary_unblock_top(bs);
     secondary_unfreeze(bs);
     secondary_unsettle(bs);
@@ -1365,7 +1319,6 @@ static void secondary_failover(BlockDriverState *bs, Error **errp)
         s->secondary.failover_end_ns = s->secondary.failover_begin_ns;
         secondary_failover_failed(bs, error_copy(*errp));
     }
-    secondary_resume(disk);
 }
 
 static void secondary_get_error(BlockDriverState *bs, Error **errp)

@@ -342,14 +342,14 @@ static bool replication_may(BlockDriverState *bs, ReplicationOp op,
 }
 
 /*
- * Around everything that may change the stage: no request is in flight, and
- * @bs outlives the operation even if that drops the last node above it.
- * Returns what to give to replication_op_end().
+ * Around everything of the registry that may change the stage: @bs, which it
+ * has drained, outlives the operation even if that drops the last node above
+ * it.  Returns what to give to replication_op_end().
  */
 static AioContext *replication_op_begin(BlockDriverState *bs)
 {
+    assert(qatomic_read(&bs->quiesce_counter) > 0);
     bdrv_ref(bs);
-    bdrv_drained_begin(bs);
 
     return bdrv_get_aio_context(bs);
 }
@@ -362,7 +362,6 @@ static AioContext *replication_op_begin(BlockDriverState *bs)
 static void replication_op_end(BlockDriverState *bs, AioContext *ctx)
 {
     bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
-    bdrv_drained_end(bs);
     bdrv_unref(bs);
 }
 
@@ -499,16 +498,13 @@ static void replication_check(ReplicationState *rs, Error **errp)
     ERRP_GUARD();
     BlockDriverState *bs = rs->opaque;
     BDRVReplicationState *s = bs->opaque;
-    AioContext *ctx;
 
     GLOBAL_STATE_CODE();
 
-    ctx = replication_op_begin(bs);
     if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
         s->role->in_sync(bs, errp);
     }
     s->failed_checkpoints += *errp != NULL;
-    replication_op_end(bs, ctx);
 }
 
 /* The node is in sync, and nobody has written to it since that was checked */

@@ -11,6 +11,9 @@
  * Everything here is global state: it is called under the BQL, outside of
  * coroutines.  start and checkpoint are called while the VM is stopped, stop
  * while it is stopped or about to be.
+ *
+ * The registry drains all nodes of the block layer once for each call that may
+ * change what a node does, so that no request meets half of it.
  */
 
 #ifndef REPLICATION_H
@@ -39,6 +42,7 @@ struct ReplicationState {
 
 /*
  * What a driver offers for each of its nodes.  An error always names the node.
+ * Only abandon, get_error, quit and finish are called without draining first.
  */
 struct ReplicationOps {
     /*
@@ -91,9 +95,9 @@ struct ReplicationOps {
     void (*lose)(ReplicationState *rs, const Error *reason);
 
     /*
-     * Optional.  A failover begins: stop() need not wait for the peer any more.
-     * All nodes are told so before the first is stopped, lest each of them wait
-     * for a peer that is dead, one after the other.
+     * Optional.  A failover begins: nobody need wait for the peer any more.
+     * All nodes are told so before they are drained, lest that wait for a peer
+     * that is dead.
      */
     void (*abandon)(ReplicationState *rs);
 
