@@ -229,7 +229,11 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     if (guard_is_fence(bs)) {
         *nperm &= BLK_PERM_CONSISTENT_READ;
     } else if (g->owner) {
-        /* Whoever writes to the disk has to come through us */
+        /*
+         * Whoever writes to the disk has to come through us, and nobody may be
+         * in the way of that, or of a failover
+         */
+        *nperm |= BLK_PERM_WRITE;
         *nshared &= ~BLK_PERM_WRITE;
     }
 }
@@ -429,7 +433,7 @@ void replication_guard_drop(BlockDriverState *bs)
     guard_disown(bs);
 
     /* If it has to stay, it lets everything pass */
-    if (bdrv_drop_filter(bs, &local_err) < 0) {
+    if (!guard_is_fence(bs) && bdrv_drop_filter(bs, &local_err) < 0) {
         warn_reportf_err(local_err, "Node '%s' stays in the graph: ",
                          bdrv_get_node_name(bs));
     }

@@ -86,10 +86,10 @@ typedef struct ReplicationSecondary {
     Error *active_blocker;
     /* The links from this node to the secondary disk are frozen */
     bool frozen;
-    /* From a failover on: nobody else may write to the disk */
+    /* From a failover on: nobody else may write to the overlays */
     bool exclusive;
-    /* Not even we, because the merge does */
-    bool merging;
+    /* We write to the disk, and nobody else: only in stage FAILOVER_FAILED */
+    bool writes_disk;
     /* Referenced, because a node must not go away with op blockers on it */
     BlockDriverState *top;
     Error *top_blocker;
@@ -337,13 +337,13 @@ int replication_guard_error(BlockDriverState *bs);
 /* Whether the last user above @bs that could write has gone */
 bool replication_guard_is_cut_off(BlockDriverState *bs);
 
-/* Take the filter out of the graph and delete it */
+/* Take the filter out of the graph and delete it.  A fence stays where it is. */
 void replication_guard_drop(BlockDriverState *bs);
 
 /*
  * Leave the filter to those above it, as a fence that refuses all that would
  * change the disk, and does not hold the permission to.  The caller has drained
- * it, and drops its references.
+ * it, and drops its reference when it has no child that leads there any more.
  */
 void replication_guard_fence(BlockDriverState *bs);
 

@@ -46,6 +46,37 @@ secondary_disk(BlockDriverState *bs)
     return child_bs(secondary_hidden(bs)->backing);
 }
 
+/* What we want of the nodes below the active overlay, and let others do there */
+static void secondary_own_child_perm(BlockDriverState *bs, BdrvChild *c,
+                                     uint64_t *nperm, uint64_t *nshared)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    /* Everybody else in the chain may go on, as long as the lengths stay */
+    *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
+
+    if (c && c == s->secondary.hidden) {
+        /* It is emptied */
+        *nperm = BLK_PERM_WRITE_UNCHANGED;
+        if (s->secondary.exclusive) {
+            *nshared &= ~BLK_PERM_WRITE;
+        }
+    } else if (c && c == s->secondary.disk) {
+        *nperm = 0;
+        if (s->secondary.writes_disk) {
+            *nperm = BLK_PERM_WRITE;
+            *nshared &= ~BLK_PERM_WRITE;
+        }
+    } else {
+        /* It is being attached: who will be in the way refuses it at once */
+        *nperm = BLK_PERM_WRITE;
+    }
+
+    if (bs->open_flags & BDRV_O_INACTIVE) {
+        *nperm = 0;
+    }
+}
+
 static void
 secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
                      BlockReopenQueue *reopen_queue,
@@ -55,25 +86,7 @@ secondary_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     BDRVReplicationState *s = bs->opaque;
 
     if (!(role & BDRV_CHILD_FILTERED)) {
-        /*
-         * The hidden overlay is emptied; the secondary disk is written to after
-         * a failed failover.  Everybody else in the chain may go on, as long as
-         * the lengths stay.
-         */
-        *nperm = BLK_PERM_WRITE;
-        *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
-        if (s->secondary.exclusive) {
-            *nshared &= ~BLK_PERM_WRITE;
-        }
-        if (c && c == s->secondary.hidden) {
-            *nperm = BLK_PERM_WRITE_UNCHANGED;
-        } else if (s->secondary.merging) {
-            *nperm = 0;
-            *nshared |= BLK_PERM_WRITE;
-        }
-        if (bs->open_flags & BDRV_O_INACTIVE) {
-            *nperm = 0;
-        }
+        secondary_own_child_perm(bs, c, nperm, nshared);
         return;
     }
 
@@ -117,7 +130,7 @@ secondary_write_split(BlockDriverState *bs, const WriteRequest *w)
         if (ret < 0) {
             return ret;
         }
-        if (!ret && s->secondary.merging) {
+        if (!ret && !s->secondary.writes_disk) {
             return -EIO;
         }
 
@@ -438,34 +451,52 @@ secondary_check_chain(BlockDriverState *bs, Error **errp)
            secondary_find_top(bs, errp);
 }
 
+/* With less than before, this succeeds */
+static bool secondary_refresh_perms(BlockDriverState *bs, BdrvChild *child)
+{
+    Error *local_err = NULL;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (bdrv_child_refresh_perms(bs, child, &local_err) < 0) {
+        warn_reportf_err(local_err, "Replication node '%s' does not get the "
+                         "permissions that it needs: ",
+                         bdrv_get_node_name(bs));
+        return false;
+    }
+
+    return true;
+}
+
 /*
  * Make @node a child of @bs that can be written to and cannot go away.
  * *@was_ro tells secondary_detach() to make it read-only again.
  */
-static BdrvChild *secondary_attach(BlockDriverState *bs, BlockDriverState *node,
-                                   const char *name, bool *was_ro, Error **errp)
+static bool secondary_attach(BlockDriverState *bs, BlockDriverState *node,
+                             const char *name, BdrvChild **child, bool *was_ro,
+                             Error **errp)
 {
-    BdrvChild *child;
-
     *was_ro = bdrv_is_read_only(node);
     if (*was_ro && bdrv_reopen_set_read_only(node, false, errp) < 0) {
         *was_ro = false;
-        return NULL;
+        return false;
     }
 
     /* The reference is the child's, or dropped on failure */
     bdrv_ref(node);
     bdrv_graph_wrlock();
-    child = bdrv_attach_child(bs, node, name, &child_of_bds, BDRV_CHILD_DATA,
-                              errp);
+    *child = bdrv_attach_child(bs, node, name, &child_of_bds, BDRV_CHILD_DATA,
+                               errp);
     bdrv_graph_wrunlock();
 
-    if (!child && *was_ro) {
+    if (*child) {
+        secondary_refresh_perms(bs, *child);
+    } else if (*was_ro) {
         bdrv_reopen_set_read_only(node, true, NULL);
         *was_ro = false;
     }
 
-    return child;
+    return *child;
 }
 
 static void secondary_detach(BlockDriverState *bs, BdrvChild **child,
@@ -747,28 +778,31 @@ static bool secondary_fence_off(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
     BlockDriverState *guard = s->secondary.guard;
     BlockDriverState *disk;
-    int ret;
 
     secondary_end_backup_job(bs);
-    /* Not when a failover is tried again */
+    /* Not when only the merge is tried again */
     if (!guard) {
         return true;
     }
 
-    s->secondary.guard = NULL;
-    bdrv_unfreeze_child(s->secondary.disk);
     replication_guard_fence(guard);
     s->secondary.exclusive = true;
+    /* Nobody can have the permission that this takes from others */
+    secondary_refresh_perms(bs, s->secondary.hidden);
 
     bdrv_graph_rdlock_main_loop();
     disk = bdrv_filter_bs(guard);
-    /* Nobody can have the permission that this takes from others */
-    bdrv_child_refresh_perms(bs, s->secondary.hidden, NULL);
     bdrv_graph_rdunlock_main_loop();
-    ret = bdrv_replace_child_bs(s->secondary.disk, disk, errp);
+    bdrv_unfreeze_child(s->secondary.disk);
+    if (bdrv_replace_child_bs(s->secondary.disk, disk, errp) < 0) {
+        /* To be tried again with the failover */
+        bdrv_freeze_child(s->secondary.disk);
+        return false;
+    }
+    s->secondary.guard = NULL;
     bdrv_unref(guard);
 
-    return ret == 0;
+    return true;
 }
 
 /* Make scratch of @node and of what its own data is stored in */
@@ -1004,9 +1038,9 @@ static bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    s->secondary.hidden = secondary_attach(bs, hidden, "hidden-disk",
-                                           &s->secondary.hidden_was_ro, errp);
-    return s->secondary.hidden && secondary_own_overlays(bs, errp);
+    return secondary_attach(bs, hidden, "hidden-disk", &s->secondary.hidden,
+                            &s->secondary.hidden_was_ro, errp) &&
+           secondary_own_overlays(bs, errp);
 }
 
 static bool secondary_take(BlockDriverState *bs, Error **errp)
@@ -1022,9 +1056,8 @@ static bool secondary_take(BlockDriverState *bs, Error **errp)
     disk = secondary_disk(bs);
     bdrv_graph_rdunlock_main_loop();
 
-    s->secondary.disk = secondary_attach(bs, disk, "secondary-disk",
-                                         &s->secondary.disk_was_ro, errp);
-    return s->secondary.disk &&
+    return secondary_attach(bs, disk, "secondary-disk", &s->secondary.disk,
+                            &s->secondary.disk_was_ro, errp) &&
            secondary_take_overlays(bs, errp) &&
            secondary_freeze(bs, errp) &&
            secondary_start_backup(bs, errp) &&
@@ -1086,6 +1119,23 @@ static bool secondary_stop(BlockDriverState *bs, Error **errp)
     return secondary_clear_overlays(bs, errp);
 }
 
+/*
+ * Take the permission to write to the disk, or leave the disk to the merge.  If
+ * it still lies behind the guard, that refuses all writes.
+ */
+static void secondary_set_writes_disk(BlockDriverState *bs, bool writes_disk)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->secondary.guard || s->secondary.writes_disk == writes_disk) {
+        return;
+    }
+    s->secondary.writes_disk = writes_disk;
+    if (!secondary_refresh_perms(bs, s->secondary.disk)) {
+        s->secondary.writes_disk = false;
+    }
+}
+
 /* The overlays are whole and guard the guest's data until another attempt */
 static void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
@@ -1095,6 +1145,7 @@ static void secondary_failover_failed(BlockDriverState *bs, Error *err)
                              error_get_pretty(err));
     replication_set_error(bs, err);
     secondary_freeze(bs, NULL);
+    secondary_set_writes_disk(bs, true);
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
 
     /* Otherwise the guest's next write or the end of the merge would do it */
@@ -1105,25 +1156,6 @@ static void secondary_failover_failed(BlockDriverState *bs, Error *err)
     bdrv_graph_rdunlock_main_loop();
 }
 
-/*
- * Leave the disk to the merge, or take it back.  Nobody else can have come in
- * between, because the job does not share it either.
- */
-static void secondary_set_merging(BlockDriverState *bs, bool merging)
-{
-    BDRVReplicationState *s = bs->opaque;
-    Error *local_err = NULL;
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    s->secondary.merging = merging;
-    if (bdrv_child_refresh_perms(bs, s->secondary.disk, &local_err) < 0) {
-        s->secondary.merging = !merging;
-        warn_reportf_err(local_err, "Replication node '%s' cannot write to its "
-                         "secondary disk: ", bdrv_get_node_name(bs));
-    }
-}
-
 /* The commit job has put the disk in the place of the active overlay */
 static void secondary_failover_complete(BlockDriverState *bs)
 {
@@ -1132,7 +1164,6 @@ static void secondary_failover_complete(BlockDriverState *bs)
     /* It is the guest's disk now, and shared only if its device wants it so */
     s->secondary.disk_was_ro = false;
     secondary_release(bs);
-    s->secondary.merging = false;
     secondary_count_anew(bs);
     replication_set_error(bs, NULL);
     replication_set_stage(bs, REPLICATION_STAGE_DONE);
@@ -1172,7 +1203,6 @@ static void secondary_commit_done(void *opaque, int ret)
                          "failed to merge its overlays into the secondary "
                          "disk", bdrv_get_node_name(bs));
         error_report("%s", error_get_pretty(err));
-        secondary_set_merging(bs, false);
         secondary_failover_failed(bs, err);
     }
     bdrv_drained_end(bs);
@@ -1235,15 +1265,11 @@ static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    secondary_set_merging(bs, true);
+    secondary_set_writes_disk(bs, false);
     s->secondary.commit_job =
         commit_active_start(NULL, active, disk, JOB_INTERNAL, 0,
                             BLOCKDEV_ON_ERROR_REPORT, NULL,
                             secondary_commit_done, bs, true, errp);
-    if (!s->secondary.commit_job) {
-        secondary_set_merging(bs, false);
-    }
-
     return s->secondary.commit_job;
 }
 
