@@ -166,7 +166,7 @@ static bool above_has_moved(const void *user)
  * on; or NULL
  */
 static const char *GRAPH_RDLOCK
-above_lost_node(ReplicationAbove *old, ReplicationAbove *new)
+above_bypassing_node(ReplicationAbove *old, ReplicationAbove *new)
 {
     GHashTableIter iter;
     void *key, *value;
@@ -193,7 +193,8 @@ above_lost_node(ReplicationAbove *old, ReplicationAbove *new)
 }
 
 /* The same for the users of nodes, which may come and go */
-static const char *above_lost_user(ReplicationAbove *old, ReplicationAbove *new)
+static const char *
+above_bypassing_user(ReplicationAbove *old, ReplicationAbove *new)
 {
     GHashTableIter iter;
     void *key, *value;
@@ -234,7 +235,7 @@ static ReplicationAbove *GRAPH_RDLOCK above_find(BlockDriverState *bs)
     return above;
 }
 
-char *replication_above_lost(ReplicationAbove *above, BlockDriverState *bs)
+char *replication_above_bypass(ReplicationAbove *above, BlockDriverState *bs)
 {
     ReplicationAbove *new = above_find(bs);
     const char *name;
@@ -242,7 +243,8 @@ char *replication_above_lost(ReplicationAbove *above, BlockDriverState *bs)
 
     GLOBAL_STATE_CODE();
 
-    name = above_lost_node(above, new) ?: above_lost_user(above, new) ?:
+    name = above_bypassing_node(above, new) ?:
+           above_bypassing_user(above, new) ?:
            above_overlaid(new);
     result = g_strdup(name);
     replication_above_free(new);

@@ -89,7 +89,7 @@ static int guard_result(BlockDriverState *bs, int ret)
  * disk.  It must not read what the primary is going to write.
  */
 static bool coroutine_fn GRAPH_RDLOCK
-guard_is_hidden(void *opaque, int64_t offset, int64_t bytes)
+guard_is_covered(void *opaque, int64_t offset, int64_t bytes)
 {
     BlockDriverState *bs = opaque;
     ReplicationGuard *g = bs->opaque;
@@ -338,12 +338,12 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
         return false;
     }
 
-    bdrv_cbw_set_needless(cbw, guard_is_hidden, bs);
+    bdrv_cbw_set_needless(cbw, guard_is_covered, bs);
     return true;
 }
 
 /* Take away what belongs to our owner */
-static void guard_disown(BlockDriverState *bs)
+static void guard_leave_owner(BlockDriverState *bs)
 {
     ReplicationGuard *g = bs->opaque;
 
@@ -430,7 +430,7 @@ void replication_guard_drop(BlockDriverState *bs)
 
     GLOBAL_STATE_CODE();
 
-    guard_disown(bs);
+    guard_leave_owner(bs);
 
     /* If it has to stay, it lets everything pass */
     if (!guard_is_fence(bs) && bdrv_drop_filter(bs, &local_err) < 0) {
@@ -447,7 +447,7 @@ void replication_guard_fence(BlockDriverState *bs)
     GLOBAL_STATE_CODE();
     assert(qatomic_read(&bs->quiesce_counter) > 0);
 
-    guard_disown(bs);
+    guard_leave_owner(bs);
     g->fence = true;
 
     /* The disk is for others to write to.  Giving up can only succeed. */

@@ -1,5 +1,48 @@
 /*
- * Block replication: what the two roles of a node share
+ * Block replication: what its files share
+ *
+ * Who calls whom.  All begins at one of the two on the left.
+ *
+ *   COLO, xen-*  -->  replication.c        the registry: each operation on all
+ *                      |                   nodes, which it drains once
+ *                      | ReplicationOps
+ *                      v
+ *   block layer  -->  block/replication.c  options, what each stage allows,
+ *                      |                   errors and statistics of a node
+ *                      | ReplicationRole
+ *                      |
+ *       .--------------'-----------.
+ *       v                          v
+ *     -primary.c                 -secondary.c        I/O, checkpoint, stop
+ *     forwards what the           |          |
+ *     guest changes               |          |
+ *       |          |              v          v
+ *       v          v         -take.c  <---  -merge.c   failover
+ *   write-     -above.c     what start takes,
+ *   behind.c   who writes   and gives back
+ *   the queue  to the node        |
+ *   in front                      v
+ *   of the                     -guard.c     filter above the secondary disk:
+ *   link                                    what the primary does there
+ *
+ * On the way back, a role tells block/replication.c of the stage it enters, of
+ * an error, and that its checkpoint is lost.
+ *
+ * The words, each for one thing in all of the files:
+ *
+ *   stage       where a node stands: ReplicationStage
+ *   checkpoint  the state that a failover goes back to, and making it so
+ *   in sync     all that the primary's guest wrote has arrived
+ *   missed      what the guest wrote and was not forwarded
+ *   lose        the checkpoint: the overlays do not stand for one any more
+ *   bypass      write above a node without the writes coming to it
+ *   cut off     the primary cannot write to the secondary disk any more
+ *   take        what is needed to run; to release is to give it back
+ *   abandon     the peer: what waits for it waits in vain
+ *   fence       refuse the primary's writes, because the disk is the guest's
+ *   merge       the overlays into the disk, after a failover
+ *   settle      put on the disk what was flushed before the failover
+ *   split       a write between overlays and disk, after a failed merge
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
@@ -9,10 +52,8 @@
 
 #include "block/block-io.h"
 #include "block/block_int.h"
-#include "block/blockjob.h"
 #include "block/replication.h"
 #include "block/write-behind.h"
-#include "qemu/stats64.h"
 
 /* What is asked of a node, and its stage may refuse */
 typedef enum ReplicationOp {
@@ -33,104 +74,8 @@ typedef enum ReplicationOp {
 
 typedef struct ReplicationAbove ReplicationAbove;
 
-typedef struct ReplicationPrimary {
-    /* What the guest wrote and the secondary does not have yet */
-    WriteBehind *queue;
-
-    /*
-     * Why the first request that the secondary should have got did not reach
-     * it: a negative errno, or 0.  Accessed with atomic operations.
-     */
-    int forward_error;
-
-    /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
-    bool missed;
-
-    /*
-     * What stands above, and the name of the node there that the guest's writes
-     * have got no further than, or NULL.  Protected by the BQL.
-     */
-    ReplicationAbove *above;
-    char *cut_off_from;
-
-    /*
-     * Ends what hangs at the secondary; NULL if @timeout_ms is 0.  What was
-     * done when the timer ran last, and how many times it has seen that nothing
-     * was done since.  Protected by the BQL.
-     */
-    QEMUTimer *watch_timer;
-    uint64_t timeout_ms;
-    unsigned int load_done;
-    unsigned int idle_parts;
-} ReplicationPrimary;
-
-/* What says nothing else is protected by the BQL. */
-typedef struct ReplicationSecondary {
-    char *top_id;
-    /* For how long the end of QEMU may wait for a merge */
-    uint64_t merge_at_quit_ms;
-
-    /*
-     * What start takes and secondary_release() gives back.  Each is NULL or
-     * false while we do not have it.
-     */
-    BdrvChild *hidden;
-    BdrvChild *disk;
-    bool hidden_was_ro;
-    bool disk_was_ro;
-    /*
-     * The active overlay, referenced, while it and the hidden one can be
-     * emptied and nobody else may write to them
-     */
-    BlockDriverState *active;
-    Error *active_blocker;
-    /* The links from this node to the secondary disk are frozen */
-    bool frozen;
-    /* From a failover on: nobody else may write to the overlays */
-    bool exclusive;
-    /* We write to the disk, and nobody else: only in stage FAILOVER_FAILED */
-    bool writes_disk;
-    /* Referenced, because a node must not go away with op blockers on it */
-    BlockDriverState *top;
-    Error *top_blocker;
-    BlockJob *backup_job;
-    /* Above the filter of @backup_job */
-    BlockDriverState *guard;
-    BlockJob *commit_job;
-
-    /* We are ending @backup_job ourselves */
-    bool ending_backup;
-
-    /* Bytes that the guest wrote since the active overlay was emptied */
-    Stat64 active_bytes;
-    /* What @backup_job has copied, when last seen and up to the checkpoint */
-    uint64_t copied;
-    uint64_t copied_before;
-
-    /* How far the merge has got, when it began, and when it ended or 0 */
-    bool has_failed_over;
-    uint64_t merged;
-    uint64_t to_merge;
-    int64_t failover_begin_ns;
-    int64_t failover_end_ns;
-
-    /* Nodes that we have made scratch, referenced */
-    GSList *scratch;
-
-    /*
-     * What the guest and the primary have flushed before the failover may not
-     * be on the disk yet.  Cleared by requests under @settle_lock, apart from
-     * that changed while the node is drained.  Accessed with atomic operations.
-     */
-    bool unsettled;
-    CoMutex settle_lock;
-    /* The first failure to settle: a negative errno, or 0.  Also atomic. */
-    int settle_error;
-
-    /* Serialises the guest's writes in stage FAILOVER_FAILED */
-    CoMutex split_lock;
-} ReplicationSecondary;
-
+typedef struct ReplicationPrimary ReplicationPrimary;
+typedef struct ReplicationSecondary ReplicationSecondary;
 typedef struct ReplicationRole ReplicationRole;
 
 typedef struct BDRVReplicationState {
@@ -179,9 +124,10 @@ typedef struct BDRVReplicationState {
     char *device;
     QemuMutex error_lock; /* protects @first_error, @top_node and @device */
 
+    /* What only the node's role knows */
     union {
-        ReplicationPrimary primary;
-        ReplicationSecondary secondary;
+        ReplicationPrimary *primary;
+        ReplicationSecondary *secondary;
     };
 } BDRVReplicationState;
 
@@ -337,7 +283,7 @@ int replication_guard_error(BlockDriverState *bs);
 /* Whether the last user above @bs that could write has gone */
 bool replication_guard_is_cut_off(BlockDriverState *bs);
 
-/* Take the filter out of the graph and delete it.  A fence stays where it is. */
+/* Take the filter out of the graph and delete it.  A fence stays in place. */
 void replication_guard_drop(BlockDriverState *bs);
 
 /*
@@ -355,8 +301,8 @@ void replication_above_free(ReplicationAbove *above);
  * The name of a node in @above whose users' writes do not come to @bs any more,
  * to be freed by the caller, or NULL
  */
-char *GRAPH_RDLOCK replication_above_lost(ReplicationAbove *above,
-                                          BlockDriverState *bs);
+char *GRAPH_RDLOCK replication_above_bypass(ReplicationAbove *above,
+                                            BlockDriverState *bs);
 
 /* What stands above @bs now.  Takes the place of @above, which is freed. */
 ReplicationAbove *GRAPH_RDLOCK

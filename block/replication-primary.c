@@ -33,6 +33,44 @@
  */
 #define TIMEOUT_PARTS 4
 
+struct ReplicationPrimary {
+    /* What the guest wrote and the secondary does not have yet */
+    WriteBehind *queue;
+
+    /*
+     * Why the first request that the secondary should have got did not reach
+     * it: a negative errno, or 0.  Accessed with atomic operations.
+     */
+    int forward_error;
+
+    /* The guest wrote, or may have, what was not forwarded.  Also atomic. */
+    bool missed;
+
+    /*
+     * What stands above, and the name of the node there that the guest's writes
+     * have got no further than, or NULL.  Protected by the BQL.
+     */
+    ReplicationAbove *above;
+    char *bypassed_at;
+
+    /*
+     * Ends what hangs at the secondary; NULL if @timeout_ms is 0.  What was
+     * done when the timer ran last, and how many times it has seen that nothing
+     * was done since.  Protected by the BQL.
+     */
+    QEMUTimer *watch_timer;
+    uint64_t timeout_ms;
+    unsigned int load_done;
+    unsigned int idle_parts;
+};
+
+static ReplicationPrimary *primary_state(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->primary;
+}
+
 typedef struct PrimaryLoad {
     /* Requests that have not ended, and those that have, modulo 2^32 */
     unsigned int in_flight;
@@ -61,11 +99,11 @@ primary_refuse_overlays(BlockDriverState *bs, Error **errp)
 /* From now on the secondary is out of date.  Only the first call counts. */
 static void primary_fail(BlockDriverState *bs, const char *what, int ret)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     IO_CODE();
 
-    if (qatomic_cmpxchg(&s->primary.forward_error, 0, ret)) {
+    if (qatomic_cmpxchg(&s->forward_error, 0, ret)) {
         return;
     }
     error_report("Replication node '%s' failed to forward a %s to the "
@@ -84,43 +122,43 @@ static void primary_forward_failed(BlockDriverState *bs, WriteBehindType type,
 /* Note that a write was not forwarded, because nothing is in this stage */
 static void primary_missed(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     IO_CODE();
 
-    qatomic_set(&s->primary.missed, true);
+    qatomic_set(&s->missed, true);
 }
 
 /* What the secondary lacks, if anything: a negative errno, or 0 */
 static int primary_error(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-    int forward_error = qatomic_read(&s->primary.forward_error);
+    ReplicationPrimary *s = primary_state(bs);
+    int forward_error = qatomic_read(&s->forward_error);
 
     if (forward_error) {
         return forward_error;
     }
 
-    return qatomic_read(&s->primary.missed) ? -EIO : 0;
+    return qatomic_read(&s->missed) ? -EIO : 0;
 }
 
 /* Set @errp if something that the guest wrote did not reach the secondary */
 static bool primary_in_sync(BlockDriverState *bs, Error **errp)
 {
-    BDRVReplicationState *s = bs->opaque;
-    int forward_error = qatomic_read(&s->primary.forward_error);
+    ReplicationPrimary *s = primary_state(bs);
+    int forward_error = qatomic_read(&s->forward_error);
 
     if (forward_error) {
         error_setg_errno(errp, -forward_error,
                          "The secondary of replication node '%s' is out of "
                          "date and has to be resynchronised: a request could "
                          "not be forwarded", bdrv_get_node_name(bs));
-    } else if (s->primary.cut_off_from) {
+    } else if (s->bypassed_at) {
         error_setg(errp, "The secondary of replication node '%s' is out of "
                    "date and has to be resynchronised: the node was cut off "
                    "from node '%s' above it, where the guest may have written",
-                   bdrv_get_node_name(bs), s->primary.cut_off_from);
-    } else if (qatomic_read(&s->primary.missed)) {
+                   bdrv_get_node_name(bs), s->bypassed_at);
+    } else if (qatomic_read(&s->missed)) {
         error_setg(errp, "The secondary of replication node '%s' is out of "
                    "date and has to be resynchronised: the guest wrote while "
                    "replication was stopped", bdrv_get_node_name(bs));
@@ -134,17 +172,17 @@ static bool primary_in_sync(BlockDriverState *bs, Error **errp)
 }
 
 static bool GRAPH_RDLOCK
-primary_refuse_to_be_cut_off(BlockDriverState *bs, Error **errp)
+primary_refuse_bypass(BlockDriverState *bs, Error **errp)
 {
-    BDRVReplicationState *s = bs->opaque;
-    g_autofree char *lost = replication_above_lost(s->primary.above, bs);
+    ReplicationPrimary *s = primary_state(bs);
+    g_autofree char *node = replication_above_bypass(s->above, bs);
 
-    if (!lost) {
+    if (!node) {
         return true;
     }
 
     error_setg(errp, "Replication node '%s' forwards writes and cannot be cut "
-               "off from node '%s' above it", bdrv_get_node_name(bs), lost);
+               "off from node '%s' above it", bdrv_get_node_name(bs), node);
     error_append_hint(errp, "Stop replication first.\n");
     return false;
 }
@@ -162,20 +200,20 @@ primary_check_parents(BlockDriverState *bs, Error **errp)
      */
     return primary_refuse_overlays(bs, errp) &&
            (!errp || primary_error(bs) ||
-            primary_refuse_to_be_cut_off(bs, errp));
+            primary_refuse_bypass(bs, errp));
 }
 
-static void primary_cut_off(BlockDriverState *bs, const char *from)
+static void primary_bypassed(BlockDriverState *bs, const char *node)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
     g_autofree char *text = g_strdup_printf("cut off from node '%s' above it",
-                                            from);
+                                            node);
 
-    s->primary.cut_off_from = g_strdup(from);
+    s->bypassed_at = g_strdup(node);
     primary_missed(bs);
 
     /* If that node is being deleted, most likely so are we */
-    if (replication_allows(bs, REPLICATION_OP_WRITE) && bdrv_find_node(from)) {
+    if (replication_allows(bs, REPLICATION_OP_WRITE) && bdrv_find_node(node)) {
         error_report("Replication node '%s' was %s: what is written there does "
                      "not get to the secondary", bdrv_get_node_name(bs), text);
         replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD, text);
@@ -185,13 +223,13 @@ static void primary_cut_off(BlockDriverState *bs, const char *from)
 /* What could not be refused is not forgotten, even if it is taken back */
 static void GRAPH_RDLOCK primary_parents_changed(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
-    g_autofree char *lost = replication_above_lost(s->primary.above, bs);
+    ReplicationPrimary *s = primary_state(bs);
+    g_autofree char *node = replication_above_bypass(s->above, bs);
 
-    if (lost && !primary_error(bs)) {
-        primary_cut_off(bs, lost);
+    if (node && !primary_error(bs)) {
+        primary_bypassed(bs, node);
     }
-    s->primary.above = replication_above_update(s->primary.above, bs);
+    s->above = replication_above_update(s->above, bs);
 }
 
 /*
@@ -207,24 +245,24 @@ static bool primary_has_data(BlockDriverState *bs)
 static void coroutine_fn GRAPH_RDLOCK
 primary_co_await_writes(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
-    write_behind_co_await(s->primary.queue, offset, bytes);
+    write_behind_co_await(s->queue, offset, bytes);
 }
 
 static bool primary_has_pending_writes(BlockDriverState *bs, int64_t offset,
                                        int64_t bytes)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
-    return write_behind_has_pending(s->primary.queue, offset, bytes);
+    return write_behind_has_pending(s->queue, offset, bytes);
 }
 
 static void primary_drain_begin(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
-    write_behind_drain_begin(s->primary.queue);
+    write_behind_drain_begin(s->queue);
 }
 
 /*
@@ -249,10 +287,10 @@ primary_co_write(BlockDriverState *bs, const WriteRequest *w)
     trace_replication_forward(bs, bdrv_get_node_name(bs),
                               write_request_name(w->type), w->offset, w->bytes,
                               w->flags);
-    ret = write_behind_co_write(s->primary.queue, w);
+    ret = write_behind_co_write(s->primary->queue, w);
     if (ret >= 0 && (w->flags & BDRV_REQ_FUA) &&
         qatomic_read(&s->relied_on)) {
-        ret = write_behind_co_flush(s->primary.queue, true);
+        ret = write_behind_co_flush(s->primary->queue, true);
     }
 
     return ret;
@@ -274,7 +312,7 @@ static int coroutine_fn GRAPH_RDLOCK primary_co_flush(BlockDriverState *bs)
 
     trace_replication_forward(bs, bdrv_get_node_name(bs),
                               write_request_name(WRITE_BEHIND_FLUSH), 0, 0, 0);
-    return write_behind_co_flush(s->primary.queue,
+    return write_behind_co_flush(s->primary->queue,
                                  qatomic_read(&s->relied_on));
 }
 
@@ -292,11 +330,11 @@ static void primary_left_behind(BlockDriverState *bs, int ret)
 
 static void primary_get_error(BlockDriverState *bs, Error **errp)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     /* Writes that are missed on purpose are no error until the next start */
     if (replication_allows(bs, REPLICATION_OP_WRITE) ||
-        qatomic_read(&s->primary.forward_error)) {
+        qatomic_read(&s->forward_error)) {
         primary_in_sync(bs, errp);
     }
 }
@@ -304,11 +342,11 @@ static void primary_get_error(BlockDriverState *bs, Error **errp)
 static void primary_get_stats(BlockDriverState *bs,
                               BlockStatsSpecificReplication *stats)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
     int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     WriteBehindStats q;
 
-    write_behind_get_stats(s->primary.queue, &q);
+    write_behind_get_stats(s->queue, &q);
     stats->u.primary = (BlockStatsReplicationPrimary) {
         .forwarded_requests     = q.sent_requests,
         .forwarded_bytes        = q.sent_bytes,
@@ -417,17 +455,17 @@ primary_add_load(BlockDriverState *bs, PrimaryLoad *load)
 /* The secondary does nothing, and somebody may wait for it, or all of us */
 static void primary_hang_up(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     warn_report("Replication node '%s' cuts the connection to the secondary, "
                 "which has done nothing for %" PRIu64 " ms",
-                bdrv_get_node_name(bs), s->primary.timeout_ms);
+                bdrv_get_node_name(bs), s->timeout_ms);
     if (replication_allows(bs, REPLICATION_OP_WRITE) && !primary_error(bs)) {
         primary_fail(bs, "request", -ETIMEDOUT);
     }
-    write_behind_abandon(s->primary.queue);
+    write_behind_abandon(s->queue);
     bdrv_cut_connection(bs->file->bs);
 }
 
@@ -438,22 +476,22 @@ static void primary_hang_up(BlockDriverState *bs)
 static void primary_watch(void *opaque)
 {
     BlockDriverState *bs = opaque;
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
     PrimaryLoad load = {};
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     primary_add_load(bs->file->bs, &load);
-    if (!load.in_flight || load.done != s->primary.load_done) {
-        s->primary.idle_parts = 0;
-    } else if (++s->primary.idle_parts == TIMEOUT_PARTS) {
+    if (!load.in_flight || load.done != s->load_done) {
+        s->idle_parts = 0;
+    } else if (++s->idle_parts == TIMEOUT_PARTS) {
         primary_hang_up(bs);
     }
-    s->primary.load_done = load.done;
+    s->load_done = load.done;
 
-    timer_mod(s->primary.watch_timer,
+    timer_mod(s->watch_timer,
               qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              DIV_ROUND_UP(s->primary.timeout_ms, TIMEOUT_PARTS));
+              DIV_ROUND_UP(s->timeout_ms, TIMEOUT_PARTS));
 }
 
 /*
@@ -462,13 +500,13 @@ static void primary_watch(void *opaque)
  */
 static void primary_abandon(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     /* First, lest a read give what was there before the dropped writes */
     primary_missed(bs);
-    write_behind_abandon(s->primary.queue);
+    write_behind_abandon(s->queue);
     bdrv_cut_connection(bs->file->bs);
 }
 
@@ -495,17 +533,19 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
         .max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
                                        DEFAULT_WRITE_BEHIND),
     };
+    uint64_t timeout_ms;
 
     if (!primary_get_ms(opts, REPLICATION_OPT_WRITE_BEHIND_MS,
                         DEFAULT_WRITE_BEHIND_MS, &queue.max_ms, errp) ||
         !primary_get_ms(opts, REPLICATION_OPT_REPLICA_TIMEOUT,
-                        DEFAULT_REPLICA_TIMEOUT_MS, &s->primary.timeout_ms,
-                        errp)) {
+                        DEFAULT_REPLICA_TIMEOUT_MS, &timeout_ms, errp)) {
         return false;
     }
 
-    s->primary.queue = write_behind_new(bs, &queue, primary_forward_failed);
-    s->primary.above = replication_above_new();
+    s->primary = g_new0(ReplicationPrimary, 1);
+    s->primary->timeout_ms = timeout_ms;
+    s->primary->queue = write_behind_new(bs, &queue, primary_forward_failed);
+    s->primary->above = replication_above_new();
 
     /*
      * A write of zeroes that must not fall back to data could succeed on one
@@ -522,15 +562,15 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
  */
 static void primary_opened(BlockDriverState *bs)
 {
-    BDRVReplicationState *s = bs->opaque;
+    ReplicationPrimary *s = primary_state(bs);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     bdrv_keep_connection(bs->file->bs);
 
-    if (s->primary.timeout_ms) {
+    if (s->timeout_ms) {
         /* Runs while the main loop waits for the requests in flight */
-        s->primary.watch_timer = aio_timer_new(qemu_get_aio_context(),
+        s->watch_timer = aio_timer_new(qemu_get_aio_context(),
                                                QEMU_CLOCK_REALTIME, SCALE_MS,
                                                primary_watch, bs);
         primary_watch(bs);
@@ -547,10 +587,11 @@ static void primary_cleanup(BlockDriverState *bs)
         bdrv_flush(bs->file->bs);
     }
     bdrv_graph_rdunlock_main_loop();
-    timer_free(s->primary.watch_timer);
-    write_behind_free(s->primary.queue);
-    replication_above_free(s->primary.above);
-    g_free(s->primary.cut_off_from);
+    timer_free(s->primary->watch_timer);
+    write_behind_free(s->primary->queue);
+    replication_above_free(s->primary->above);
+    g_free(s->primary->bypassed_at);
+    g_free(s->primary);
 }
 
 static void GRAPH_RDLOCK
