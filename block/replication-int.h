@@ -1,32 +1,42 @@
 /*
  * Block replication: what its files share
  *
- * Who calls whom.  All begins at one of the two on the left.
+ * Who calls whom ("-x.c" is block/replication-x.c):
  *
- *   COLO, xen-*  -->  replication.c        the registry: each operation on all
- *                      |                   nodes, which it drains once
- *                      | ReplicationOps
- *                      v
- *   block layer  -->  block/replication.c  options, what each stage allows,
- *                      |                   errors and statistics of a node
- *                      | ReplicationRole
- *                      |
- *       .--------------'-----------.
- *       v                          v
- *     -primary.c                 -secondary.c        I/O, checkpoint, stop
- *     forwards what the           |          |
- *     guest changes               |          |
- *       |          |              v          v
- *       v          v         -take.c  <---  -merge.c   failover
- *   write-     -above.c     what start takes,
- *   behind.c   who writes   and gives back
- *   the queue  to the node        |
- *   in front                      v
- *   of the                     -guard.c     filter above the secondary disk:
- *   link                                    what the primary does there
+ *   COLO, xen-*                        block layer
+ *        |                                  |
+ *        v                                  v
+ *   replication.c                      block/replication.c
+ *   the registry: each operation       options; requests, and
+ *   on all nodes, drained once         changes of the graph
+ *        |                                  |
+ *        | ReplicationOps                   |
+ *        v                                  |
+ *   -ops.c                                  |
+ *   what each stage allows; errors          |
+ *   and statistics of a node                |
+ *        |                                  |
+ *        '----------------.----------------'
+ *                         | ReplicationRole
+ *           .-------------'-------------.
+ *           v                           v
+ *   -primary.c                    -secondary.c
+ *   forwards what the guest       I/O, checkpoint, stop
+ *   changes                         |       |
+ *     |          |                  |       v
+ *     |          |                  |   -secondary-merge.c
+ *     |          |                  |   failover
+ *     v          v                  v       v
+ *   write-     -above.c           -secondary-take.c
+ *   behind.c   who writes         what start takes, and gives back
+ *   the queue  to the node              |
+ *   in front                            v
+ *   of the                        -guard.c
+ *   link                          filter above the secondary disk, for
+ *                                 what the primary does there
  *
- * On the way back, a role tells block/replication.c of the stage it enters, of
- * an error, and that its checkpoint is lost.
+ * On the way back a role tells -ops.c of a stage that the node enters, of an
+ * error, and that its checkpoint is lost.  All ask it what the stage allows.
  *
  * The words, each for one thing in all of the files:
  *
@@ -84,7 +94,7 @@ typedef struct BDRVReplicationState {
     ReplicationState *rs;
 
     /*
-     * replication_stages[] in block/replication.c says what each stage allows.
+     * replication_stages[] in replication-ops.c says what each stage allows.
      * Changed under the BQL while the node is drained; read by requests with
      * replication_stage().
      */
@@ -260,6 +270,20 @@ void replication_set_error(BlockDriverState *bs, Error *err);
 
 /* The overlays do not stand for one checkpoint because of @err.  Takes it. */
 void replication_lose_checkpoint(BlockDriverState *bs, Error *err);
+
+/* That error is of the past: the node starts anew */
+void replication_forget_error(BlockDriverState *bs);
+
+/* Find out where @bs stands in the graph, unless it runs */
+void GRAPH_RDLOCK replication_update_place(BlockDriverState *bs);
+
+/* End every job, and give back what start took */
+void replication_release(BlockDriverState *bs);
+
+BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs);
+
+/* What the registry calls */
+extern ReplicationOps replication_ops;
 
 /*
  * For a filter: pass on the flags of all requests.  What the child cannot do,

@@ -1,0 +1,572 @@
+/*
+ * Block replication: what the registry asks of a node
+ *
+ * A table says what each stage of a node allows.  What differs between the two
+ * roles is theirs; here is what they have in common, with the errors and the
+ * statistics of a node.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qapi/clone-visitor.h"
+#include "qapi/qapi-events-block-core.h"
+#include "qapi/qapi-visit-block-core.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "system/block-backend.h"
+#include "replication-int.h"
+#include "trace.h"
+
+static const char *const replication_op_names[] = {
+    [REPLICATION_OP_START]      = "start",
+    [REPLICATION_OP_CHECKPOINT] = "checkpoint",
+    [REPLICATION_OP_STOP]       = "stop",
+    [REPLICATION_OP_FAILOVER]   = "fail over",
+};
+
+typedef enum ReplicationVerdict {
+    REFUSE,
+    ACCEPT,
+    /* Succeed without doing anything */
+    IGNORE,
+    /* Accept in one of the modes */
+    PRIMARY,
+    SECONDARY,
+    /* A primary accepts only if its guest has its data nowhere else */
+    LASTLY,
+} ReplicationVerdict;
+
+/* What each stage allows, and what to tell the user whom it refuses */
+static const struct {
+    ReplicationVerdict verdict[REPLICATION_OP__MAX];
+    const char *reason;
+    const char *hint;
+} replication_stages[REPLICATION_STAGE__MAX] = {
+    /* start, checkpoint, stop, failover; read, write, resize, inactivate */
+    [REPLICATION_STAGE_NONE] = {
+        /* A primary forwards at once, lest a write before start be lost */
+        { ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, PRIMARY, ACCEPT, ACCEPT },
+        .reason = "it is not running",
+        .hint = "Start replication first.\n",
+    },
+    [REPLICATION_STAGE_RUNNING] = {
+        { REFUSE, ACCEPT, ACCEPT, ACCEPT, ACCEPT, ACCEPT, REFUSE, PRIMARY },
+        .reason = "it is running already",
+        .hint = "Stop replication first.\n",
+    },
+    [REPLICATION_STAGE_BROKEN] = {
+        { REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, ACCEPT },
+        .reason = "its overlays do not stand for one checkpoint any more",
+        .hint = "The primary has to survive. Stop replication without "
+                "failover, remove the node, resynchronise the disk and start "
+                "again with new overlays.\n",
+    },
+    [REPLICATION_STAGE_STOPPED] = {
+        { ACCEPT, REFUSE, IGNORE, IGNORE, LASTLY, SECONDARY, ACCEPT, ACCEPT },
+        .reason = "it was stopped",
+        .hint = "Start replication first.\n",
+    },
+    [REPLICATION_STAGE_FAILOVER] = {
+        { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE },
+    },
+    [REPLICATION_STAGE_FAILOVER_FAILED] = {
+        { REFUSE, REFUSE, REFUSE, ACCEPT, ACCEPT, ACCEPT, REFUSE, REFUSE },
+        .reason = "its failover has failed",
+        .hint = "Remove the cause, then stop replication with failover "
+                "again.\n",
+    },
+    [REPLICATION_STAGE_DONE] = {
+        { IGNORE, IGNORE, IGNORE, IGNORE, SECONDARY, SECONDARY, ACCEPT,
+          ACCEPT },
+    },
+};
+
+static BlockDriverState *GRAPH_RDLOCK replication_root(BlockDriverState *bs)
+{
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        if (c->klass->parent_is_bds) {
+            return replication_root(c->opaque);
+        }
+    }
+
+    return bs;
+}
+
+/* How a user calls the device of @bs: as -drive does, or by its ID or path */
+static char *GRAPH_RDLOCK replication_device(BlockDriverState *bs)
+{
+    BlockBackend *blk = NULL;
+    char *id;
+
+    while ((blk = blk_all_next(blk))) {
+        if (blk_bs(blk) != bs) {
+            continue;
+        }
+        id = *blk_name(blk) ? g_strdup(blk_name(blk)) :
+                              blk_get_attached_dev_id(blk);
+        if (*id) {
+            return id;
+        }
+        g_free(id);
+    }
+
+    return NULL;
+}
+
+/*
+ * Errors are reported from any thread, where nobody can look at the graph.  And
+ * who takes a running node out of it wants to be told where it was.
+ */
+void replication_update_place(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockDriverState *root = replication_root(bs);
+
+    GLOBAL_STATE_CODE();
+
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        return;
+    }
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    g_free(s->top_node);
+    g_free(s->device);
+    s->top_node = root == bs ? NULL : g_strdup(bdrv_get_node_name(root));
+    s->device = replication_device(root);
+}
+
+void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    assert(qatomic_read(&bs->quiesce_counter) > 0);
+
+    if (stage == s->stage) {
+        return;
+    }
+    /* A device may have come since, which changes nothing in the graph */
+    bdrv_graph_rdlock_main_loop();
+    replication_update_place(bs);
+    bdrv_graph_rdunlock_main_loop();
+    qatomic_set(&s->stage, stage);
+    trace_replication_stage(bs, bdrv_get_node_name(bs),
+                            ReplicationStage_str(stage));
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    qapi_event_send_replication_stage_change(bdrv_get_node_name(bs),
+                                             s->top_node, s->device, stage);
+}
+
+void replication_report_error(BlockDriverState *bs,
+                              ReplicationErrorReason reason, const char *text)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    /* The end of QEMU removes all exports */
+    if (reason == REPLICATION_ERROR_REASON_CUT_OFF && s->quitting) {
+        return;
+    }
+
+    trace_replication_error(bs, bdrv_get_node_name(bs),
+                            ReplicationErrorReason_str(reason), text);
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    qapi_event_send_replication_error(bdrv_get_node_name(bs), s->top_node,
+                                      s->device, reason, text);
+    if (!s->first_error) {
+        s->first_error = g_new(BlockStatsReplicationError, 1);
+        *s->first_error = (BlockStatsReplicationError) {
+            .reason     = reason,
+            .error      = g_strdup(text),
+            .time_ns    = g_get_real_time() * 1000,
+        };
+    }
+}
+
+void replication_forget_error(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    g_clear_pointer(&s->first_error, qapi_free_BlockStatsReplicationError);
+}
+
+void replication_set_error(BlockDriverState *bs, Error *err)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    error_free(s->error);
+    s->error = err;
+}
+
+void replication_release(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->release) {
+        s->role->release(bs);
+    }
+}
+
+/*
+ * The guest's view is gone, and only the primary is left.  Nothing is kept that
+ * could stand in its way: a hidden overlay that failed would fail its writes.
+ */
+void replication_lose_checkpoint(BlockDriverState *bs, Error *err)
+{
+    replication_set_error(bs, err);
+    replication_release(bs);
+    replication_set_stage(bs, REPLICATION_STAGE_BROKEN);
+}
+
+bool replication_allows(BlockDriverState *bs, ReplicationOp op)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    switch (replication_stages[replication_stage(bs)].verdict[op]) {
+    case ACCEPT:
+        return true;
+    case PRIMARY:
+        return s->mode == REPLICATION_MODE_PRIMARY;
+    case SECONDARY:
+        return s->mode == REPLICATION_MODE_SECONDARY;
+    case LASTLY:
+        return s->mode == REPLICATION_MODE_SECONDARY ||
+               qatomic_read(&s->relied_on);
+    default:
+        return false;
+    }
+}
+
+/* Whether to go on with @op; if the node's stage refuses it, @errp says why */
+static bool replication_may(BlockDriverState *bs, ReplicationOp op,
+                            Error **errp)
+{
+    ReplicationStage stage = replication_stage(bs);
+
+    if (replication_stages[stage].verdict[op] == REFUSE) {
+        error_setg(errp, "Cannot %s replication node '%s': %s",
+                   replication_op_names[op], bdrv_get_node_name(bs),
+                   replication_stages[stage].reason);
+        error_append_hint(errp, "%s", replication_stages[stage].hint);
+    }
+
+    return replication_allows(bs, op);
+}
+
+/*
+ * Around everything of the registry that may change the stage: @bs, which it
+ * has drained, outlives the operation even if that drops the last node above
+ * it.  Returns what to give to replication_op_end().
+ */
+static AioContext *replication_op_begin(BlockDriverState *bs)
+{
+    assert(qatomic_read(&bs->quiesce_counter) > 0);
+    bdrv_ref(bs);
+
+    return bdrv_get_aio_context(bs);
+}
+
+/*
+ * A node moves to the main loop when it gets or loses a parent, unless another
+ * parent objects.  Ours come and go all the time: @bs and those around it go
+ * back to @ctx, where somebody wanted them to be.
+ */
+static void replication_op_end(BlockDriverState *bs, AioContext *ctx)
+{
+    bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
+    bdrv_unref(bs);
+}
+
+static bool replication_check_mode(BlockDriverState *bs, ReplicationMode mode,
+                                   Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (mode != s->mode) {
+        error_setg(errp, "Cannot start replication node '%s' as %s: "
+                   "it was opened as %s", bdrv_get_node_name(bs),
+                   ReplicationMode_str(mode), ReplicationMode_str(s->mode));
+        return false;
+    }
+
+    return true;
+}
+
+static bool replication_do_checkpoint(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    /* Without it, all there is to do is that what was written has arrived */
+    return !s->role->checkpoint || s->role->checkpoint(bs, errp);
+}
+
+static void replication_start(ReplicationState *rs, ReplicationMode mode,
+                              Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
+
+    GLOBAL_STATE_CODE();
+
+    trace_replication_start(bs, bdrv_get_node_name(bs),
+                            ReplicationMode_str(mode));
+    ctx = replication_op_begin(bs);
+    if (replication_may(bs, REPLICATION_OP_START, errp) &&
+        replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
+        replication_set_error(bs, NULL);
+        replication_forget_error(bs);
+        s->undo_stage = s->stage;
+        replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
+    }
+    replication_op_end(bs, ctx);
+}
+
+/* A failure is undone as that of a start is, unlike those of later ones */
+static void replication_first_checkpoint(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
+
+    GLOBAL_STATE_CODE();
+
+    ctx = replication_op_begin(bs);
+    /* A node that has failed over did not start */
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        s->undo_stage = REPLICATION_STAGE_NONE;
+        replication_do_checkpoint(bs, errp);
+    }
+    replication_op_end(bs, ctx);
+}
+
+static void replication_undo_start(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
+
+    GLOBAL_STATE_CODE();
+
+    ctx = replication_op_begin(bs);
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        replication_release(bs);
+        replication_set_stage(bs, s->undo_stage);
+    }
+    replication_op_end(bs, ctx);
+}
+
+static void replication_abandon(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->role->abandon && replication_allows(bs, REPLICATION_OP_FAILOVER)) {
+        s->role->abandon(bs);
+    }
+}
+
+static void replication_end_in_peace(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->stop && !s->role->stop(bs, errp)) {
+        replication_lose_checkpoint(bs, error_copy(*errp));
+        return;
+    }
+    replication_release(bs);
+    replication_set_error(bs, NULL);
+    replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
+}
+
+static void replication_go_on_alone(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->failover) {
+        s->role->failover(bs, errp);
+    } else {
+        replication_set_stage(bs, REPLICATION_STAGE_DONE);
+    }
+}
+
+static void replication_stop(ReplicationState *rs, bool failover, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    AioContext *ctx;
+    ReplicationOp op = failover ? REPLICATION_OP_FAILOVER : REPLICATION_OP_STOP;
+
+    GLOBAL_STATE_CODE();
+
+    trace_replication_stop(bs, bdrv_get_node_name(bs), failover);
+    ctx = replication_op_begin(bs);
+    if (replication_may(bs, op, errp)) {
+        if (failover) {
+            replication_go_on_alone(bs, errp);
+        } else {
+            replication_end_in_peace(bs, errp);
+        }
+    }
+    replication_op_end(bs, ctx);
+}
+
+static void replication_check(ReplicationState *rs, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
+        s->role->in_sync(bs, errp);
+    }
+    s->failed_checkpoints += *errp != NULL;
+}
+
+/* The node is in sync, and nobody has written to it since that was checked */
+static void replication_checkpoint(ReplicationState *rs, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
+    bool done;
+
+    GLOBAL_STATE_CODE();
+
+    ctx = replication_op_begin(bs);
+    if (replication_may(bs, REPLICATION_OP_CHECKPOINT, errp)) {
+        trace_replication_checkpoint_begin(bs, bdrv_get_node_name(bs));
+        done = replication_do_checkpoint(bs, errp);
+        if (!done) {
+            replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
+                                     error_get_pretty(*errp));
+            replication_lose_checkpoint(bs, error_copy(*errp));
+        }
+        s->checkpoints += done;
+        s->failed_checkpoints += !done;
+        s->last_checkpoint_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) -
+                                rs->checkpoint_ns;
+        s->longest_checkpoint_ns = MAX(s->longest_checkpoint_ns,
+                                       s->last_checkpoint_ns);
+        trace_replication_checkpoint_end(bs, bdrv_get_node_name(bs), done,
+                                         s->last_checkpoint_ns);
+    }
+    replication_op_end(bs, ctx);
+}
+
+/* A primary has its own disk, and no checkpoint to lose */
+static void replication_lose(ReplicationState *rs, const Error *reason)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    Error *err = NULL;
+    AioContext *ctx;
+
+    GLOBAL_STATE_CODE();
+
+    ctx = replication_op_begin(bs);
+    if (s->stage == REPLICATION_STAGE_RUNNING && s->role->checkpoint) {
+        error_setg(&err, "Replication node '%s' does not stand for the same "
+                   "checkpoint as the VM's other disks: %s",
+                   bdrv_get_node_name(bs), error_get_pretty(reason));
+        replication_report_error(bs, REPLICATION_ERROR_REASON_CHECKPOINT,
+                                 error_get_pretty(err));
+        replication_lose_checkpoint(bs, err);
+    }
+    replication_op_end(bs, ctx);
+}
+
+static void replication_quit(ReplicationState *rs)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    s->quitting = true;
+}
+
+static void replication_finish(ReplicationState *rs, int64_t quit_ns)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->role->finish) {
+        s->role->finish(bs, quit_ns);
+    }
+}
+
+static void replication_get_error(ReplicationState *rs, Error **errp)
+{
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->stage == REPLICATION_STAGE_NONE) {
+        error_setg(errp, "Replication node '%s' is not running",
+                   bdrv_get_node_name(bs));
+    } else if (s->error) {
+        error_propagate(errp, error_copy(s->error));
+    } else {
+        s->role->get_error(bs, errp);
+    }
+}
+
+ReplicationOps replication_ops = {
+    .start      = replication_start,
+    .undo_start = replication_undo_start,
+    .stop       = replication_stop,
+    .check      = replication_check,
+    .checkpoint = replication_checkpoint,
+    .first_checkpoint = replication_first_checkpoint,
+    .lose       = replication_lose,
+    .abandon    = replication_abandon,
+    .get_error  = replication_get_error,
+    .quit       = replication_quit,
+    .finish     = replication_finish,
+};
+
+BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockStatsSpecific *specific = g_new0(BlockStatsSpecific, 1);
+    BlockStatsSpecificReplication *stats = &specific->u.replication;
+
+    GLOBAL_STATE_CODE();
+
+    specific->driver = BLOCKDEV_DRIVER_REPLICATION;
+    *stats = (BlockStatsSpecificReplication) {
+        .mode                   = s->mode,
+        .stage                  = s->stage,
+        .checkpoints            = s->checkpoints,
+        .failed_checkpoints     = s->failed_checkpoints,
+        .last_checkpoint_ns     = s->last_checkpoint_ns,
+        .longest_checkpoint_ns  = s->longest_checkpoint_ns,
+    };
+    WITH_QEMU_LOCK_GUARD(&s->error_lock) {
+        stats->error = QAPI_CLONE(BlockStatsReplicationError, s->first_error);
+        stats->top_node = g_strdup(s->top_node);
+        stats->device = g_strdup(s->device);
+    }
+    s->role->get_stats(bs, stats);
+
+    return specific;
+}
