@@ -268,6 +268,12 @@ static WriteBehindReq *write_behind_req(Place *place)
     return container_of(place, WriteBehindReq, place);
 }
 
+/* Where the requests go */
+static BdrvChild *GRAPH_RDLOCK write_behind_child(const WriteBehind *wb)
+{
+    return wb->bs->file;
+}
+
 /*
  * How much of the child's time a request takes, in bytes of data that take as
  * long: each has a cost of its own, and zeroes cost little.  It need not be
@@ -679,7 +685,7 @@ write_behind_is_in_bounds(WriteBehind *wb, int64_t end)
 {
     BlockDriverState *bs;
 
-    for (bs = wb->bs->file->bs; bs; bs = bdrv_filter_bs(bs)) {
+    for (bs = write_behind_child(wb)->bs; bs; bs = bdrv_filter_bs(bs)) {
         if (bdrv_co_getlength(bs) < end) {
             return false;
         }
@@ -721,7 +727,7 @@ static int coroutine_fn GRAPH_RDLOCK write_behind_co_send(WriteBehindSend *send)
         w.qiov_offset = 0;
     }
 
-    ret = write_request_co_do(wb->bs->file, &w);
+    ret = write_request_co_do(write_behind_child(wb), &w);
     if (w.qiov == &joined) {
         qemu_iovec_destroy(&joined);
     }
@@ -882,7 +888,7 @@ static void coroutine_fn write_behind_do_flush(void *opaque)
     int ret;
 
     bdrv_graph_co_rdlock();
-    ret = bdrv_co_flush(wb->bs->file->bs);
+    ret = bdrv_co_flush(write_behind_child(wb)->bs);
     bdrv_graph_co_rdunlock();
 
     write_behind_progress(wb, WRITE_BEHIND_FLUSH, ret);

@@ -1306,6 +1306,22 @@ static bool secondary_failover_reported(Secondary *s)
     return failed && secondary_jobs_gone(s);
 }
 
+/* Whether the node itself may write to the disk, which others do else */
+static bool secondary_may_write_disk(Secondary *s)
+{
+    BlockDriverState *repl = secondary_node(s, "repl");
+    BdrvChild *c;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    QLIST_FOREACH(c, &repl->children, next) {
+        if (g_str_equal(c->name, "secondary-disk")) {
+            return c->perm & BLK_PERM_WRITE;
+        }
+    }
+    return false;
+}
+
 /* The commit meets one bad sector; later the sector is good again */
 static void test_secondary_commit_fails(void)
 {
@@ -1315,10 +1331,13 @@ static void test_secondary_commit_fails(void)
     });
 
     start_ok(SECONDARY);
+    g_assert_false(secondary_may_write_disk(s));
     secondary_write_both(s, 0x10);
     put(s->guest, s->view, 13 * CLUSTER, CLUSTER, 0x51);
     stop_ok(true);
+    g_assert_false(secondary_may_write_disk(s));
     poll_until_at(secondary_failover_reported, s, __LINE__);
+    g_assert_true(secondary_may_write_disk(s));
     status_fails("repl-s");
     g_assert_false(secondary_promoted(s));
 
@@ -1338,6 +1357,7 @@ static void test_secondary_commit_fails(void)
     start_fails(SECONDARY, "repl-s");
 
     stop_ok(true);
+    g_assert_false(secondary_may_write_disk(s));
     secondary_wait_failover(s);
     check_secondary(s);
     status_ok();
