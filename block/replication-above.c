@@ -11,7 +11,8 @@
 
 #include "qemu/osdep.h"
 #include "system/block-backend.h"
-#include "replication-int.h"
+#include "block/block_int.h"
+#include "replication-above.h"
 
 typedef struct AboveNode {
     char *name;

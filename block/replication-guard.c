@@ -6,7 +6,7 @@
  * that one tells the replication node what it could not know otherwise: that a
  * write of the primary, or saving the pre-image for it, has failed, or that the
  * primary cannot write any more.  And it tells the copy-before-write filter
- * what that could not know: where the active overlay hides the disk.
+ * what that could not know: where the active overlay covers the disk.
  *
  * From a failover on the disk belongs to the secondary guest.  Then the filter
  * is a fence: it belongs to those above it, goes away with the last of them,
@@ -23,7 +23,7 @@
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
 #include "copy-before-write.h"
-#include "replication-int.h"
+#include "replication-secondary.h"
 
 typedef struct ReplicationGuard {
     /*

@@ -47,6 +47,7 @@
  *   lose        the checkpoint: the overlays do not stand for one any more
  *   bypass      write above a node without the writes coming to it
  *   cut off     the primary cannot write to the secondary disk any more
+ *   cover       the active overlay has it, and nobody looks below
  *   take        what is needed to run; to release is to give it back
  *   abandon     the peer: what waits for it waits in vain
  *   fence       refuse the primary's writes, because the disk is the guest's
@@ -82,7 +83,6 @@ typedef enum ReplicationOp {
     REPLICATION_OP__MAX,
 } ReplicationOp;
 
-typedef struct ReplicationAbove ReplicationAbove;
 
 typedef struct ReplicationPrimary ReplicationPrimary;
 typedef struct ReplicationSecondary ReplicationSecondary;
@@ -271,8 +271,8 @@ void replication_set_error(BlockDriverState *bs, Error *err);
 /* The overlays do not stand for one checkpoint because of @err.  Takes it. */
 void replication_lose_checkpoint(BlockDriverState *bs, Error *err);
 
-/* That error is of the past: the node starts anew */
-void replication_forget_error(BlockDriverState *bs);
+/* For the statistics, the node starts anew */
+void replication_forget_first_error(BlockDriverState *bs);
 
 /* Find out where @bs stands in the graph, unless it runs */
 void GRAPH_RDLOCK replication_update_place(BlockDriverState *bs);
@@ -290,46 +290,5 @@ extern ReplicationOps replication_ops;
  * the block layer does there: FUA becomes a flush, zeroes become data.
  */
 void replication_pass_flags(BlockDriverState *bs);
-
-/*
- * Insert a filter above the copy-before-write filter @cbw that remembers failed
- * writes, for the replication node @owner, which has to outlive it.  It also
- * keeps @cbw from copying what @active hides.
- */
-BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
-                                           BlockDriverState *active,
-                                           BlockDriverState *owner,
-                                           Error **errp);
-
-/* The first failure of a write that came through: a negative errno, or 0 */
-int replication_guard_error(BlockDriverState *bs);
-
-/* Whether the last user above @bs that could write has gone */
-bool replication_guard_is_cut_off(BlockDriverState *bs);
-
-/* Take the filter out of the graph and delete it.  A fence stays in place. */
-void replication_guard_drop(BlockDriverState *bs);
-
-/*
- * Leave the filter to those above it, as a fence that refuses all that would
- * change the disk, and does not hold the permission to.  The caller has drained
- * it, and drops its reference when it has no child that leads there any more.
- */
-void replication_guard_fence(BlockDriverState *bs);
-
-/* What stands above a node: all whose writes come to it, and their users */
-ReplicationAbove *replication_above_new(void);
-void replication_above_free(ReplicationAbove *above);
-
-/*
- * The name of a node in @above whose users' writes do not come to @bs any more,
- * to be freed by the caller, or NULL
- */
-char *GRAPH_RDLOCK replication_above_bypass(ReplicationAbove *above,
-                                            BlockDriverState *bs);
-
-/* What stands above @bs now.  Takes the place of @above, which is freed. */
-ReplicationAbove *GRAPH_RDLOCK
-replication_above_update(ReplicationAbove *above, BlockDriverState *bs);
 
 #endif /* BLOCK_REPLICATION_INT_H */

@@ -190,7 +190,7 @@ void replication_report_error(BlockDriverState *bs,
     }
 }
 
-void replication_forget_error(BlockDriverState *bs)
+void replication_forget_first_error(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -325,7 +325,7 @@ static void replication_start(ReplicationState *rs, ReplicationMode mode,
     if (replication_may(bs, REPLICATION_OP_START, errp) &&
         replication_check_mode(bs, mode, errp) && s->role->start(bs, errp)) {
         replication_set_error(bs, NULL);
-        replication_forget_error(bs);
+        replication_forget_first_error(bs);
         s->undo_stage = s->stage;
         replication_set_stage(bs, REPLICATION_STAGE_RUNNING);
     }

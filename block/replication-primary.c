@@ -15,6 +15,7 @@
 #include "qemu/option.h"
 #include "qemu/timer.h"
 #include "qemu/units.h"
+#include "replication-above.h"
 #include "replication-int.h"
 #include "trace.h"
 

@@ -166,4 +166,32 @@ int coroutine_fn GRAPH_RDLOCK secondary_merge_co_flush(BlockDriverState *bs);
 void secondary_merge_get_stats(BlockDriverState *bs,
                                BlockStatsReplicationSecondary *stats);
 
+/* replication-guard.c */
+
+/*
+ * Insert a filter above the copy-before-write filter @cbw that remembers failed
+ * writes, for the replication node @owner, which has to outlive it.  It also
+ * keeps @cbw from copying what @active covers.
+ */
+BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
+                                           BlockDriverState *active,
+                                           BlockDriverState *owner,
+                                           Error **errp);
+
+/* The first failure of a write that came through: a negative errno, or 0 */
+int replication_guard_error(BlockDriverState *bs);
+
+/* Whether the last user above @bs that could write has gone */
+bool replication_guard_is_cut_off(BlockDriverState *bs);
+
+/* Take the filter out of the graph and delete it.  A fence stays in place. */
+void replication_guard_drop(BlockDriverState *bs);
+
+/*
+ * Leave the filter to those above it, as a fence that refuses all that would
+ * change the disk, and does not hold the permission to.  The caller has drained
+ * it, and drops its reference when it has no child that leads there any more.
+ */
+void replication_guard_fence(BlockDriverState *bs);
+
 #endif /* BLOCK_REPLICATION_SECONDARY_H */

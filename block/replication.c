@@ -399,7 +399,7 @@ static void replication_cleanup(BlockDriverState *bs)
 
     s->role->cleanup(bs);
     replication_set_error(bs, NULL);
-    replication_forget_error(bs);
+    replication_forget_first_error(bs);
     g_free(s->top_node);
     g_free(s->device);
     qemu_mutex_destroy(&s->error_lock);
