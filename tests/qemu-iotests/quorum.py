@@ -10,6 +10,11 @@ import replication
 from replication import Json, Side
 
 
+def main() -> None:
+    """Most need no replication driver"""
+    replication.main(['quorum', 'blkdebug'])
+
+
 def stats_of(vm: replication.VM, quorum: str) -> Json:
     """What query-blockstats tells of a quorum"""
     for node in vm.query('query-blockstats', query_nodes=True):

@@ -31,12 +31,13 @@ Client = subprocess.Popen[str]
 _PATTERN_ROW = bytes(1 + k % 251 for k in range(1024))
 
 
-def main() -> None:
+def main(required: Sequence[str] = ('replication', 'quorum',
+                                    'blkdebug')) -> None:
     iotests.main(supported_fmts=['qcow2'],
                  supported_protocols=['file'],
                  supported_platforms=['linux'],
                  unsupported_imgopts=['data_file', 'compat'],
-                 required_fmts=['replication', 'quorum', 'blkdebug'])
+                 required_fmts=required)
 
 
 def nbd_server(socket: str, *args: str) -> 'subprocess.Popen[bytes]':

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # shellcheck shell=bash
 #
-# Build one flavour of QEMU (see overlay.py) in the cache: $WORK/tree is its
-# source, $WORK/build is where it is built. Needs common.sh, $ROOT, $BASE (this
+# Build one flavour of QEMU (see tools/series/tree.py) in the cache: $WORK/tree
+# is its source, $WORK/build is where it is built. Needs common.sh, $ROOT, $BASE (this
 # folder), $CACHE, and the base: $BASE_NAME and $BASE_DIR.
 
 # The python3 on PATH may be another one, without Debian's modules. configure
@@ -91,9 +91,9 @@ choose_source() {
     FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
 }
 
-overlay() {
-    "$PYTHON" "$BASE/overlay.py" --flavour "$FLAVOUR" "${FROM[@]}" \
-        --tree "$WORK/tree" "$@"
+tree() {
+    "$PYTHON" "$ROOT/tools/series/tree.py" --flavour "$FLAVOUR" \
+        --cache "$CACHE" "${FROM[@]}" --tree "$WORK/tree" "$@"
 }
 
 # Whatever makes a configured build useless when it changes.
@@ -124,14 +124,14 @@ configure() {
 # ninja itself cannot say: QEMU's build always has something to run.
 is_built() {
     [ "${TARGETS[*]}" = "$(cat "$WORK/built" 2>/dev/null)" ] &&
-        is_configured && overlay --check 2>/dev/null
+        is_configured && tree --check 2>/dev/null
 }
 
 # A warning in a file of ours or one that we patch is an error. Its file is
 # made to look new, so that the next build says it again.
 refuse_warnings() {
     local ours warned
-    ours=$(overlay --list)
+    ours=$(tree --list)
     warned=$(sed -n 's#^\(\.\./\)*tree/\(.*\):[0-9]*:[0-9]*: warning: .*#\2#p' \
                  "$WORK/build.log" | sort -u | grep -Fx "$ours") || return 0
     grep -A 6 'warning:' "$WORK/build.log" >&2
@@ -142,7 +142,7 @@ refuse_warnings() {
 # Build with nobody else in $WORK.
 build_exclusively() {
     rm -f "$WORK/built"
-    overlay || die "the tree in $WORK/tree could not be made"
+    tree || die "the tree in $WORK/tree could not be made"
     is_configured || configure
     NINJA_STATUS='[%f/%t] ' logged "$WORK/build.log" compiling \
         ninja -C "$WORK/build" "${TARGETS[@]}"

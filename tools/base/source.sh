@@ -10,7 +10,7 @@
 # Sources come from Debian's archive, from the mirror that this machine uses,
 # through apt lists in CACHE: the machine's apt configuration stays as it is.
 # bases/BASE/source holds the beginning of the version and the Debian suites
-# to look in.
+# to look in; a BASE that has none is the beginning of a version in sid.
 
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
@@ -27,7 +27,8 @@ base=${3:-$REFERENCE}
 # lists of suites that are newer than this machine are kept apart
 lists=$cache/apt
 [ "$base" = "$REFERENCE" ] || lists+=-$base
-read -r PREFIX SUITES < <(grep -v '^#' "$here/../../bases/$base/source")
+where=$here/../../bases/$base/source
+read -r PREFIX SUITES < <(grep -v '^#' "$where" 2>/dev/null || echo "$base sid")
 read -ra SUITES <<<"$SUITES"
 
 private() {

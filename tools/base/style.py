@@ -11,7 +11,7 @@ import subprocess
 import sys
 from typing import Callable, Dict, List, Optional
 
-from overlay import overlay_files
+from bases import our_files
 
 ROOT = Path(__file__).resolve().parents[2]
 IOTESTS = 'tests/qemu-iotests'
@@ -42,7 +42,7 @@ def scripts(top: str, language: str, suffix: str) -> List[str]:
 
 def c_files(suffixes: str) -> List[str]:
     """The C files that we add to QEMU, by their path in its tree."""
-    return sorted(name for name in overlay_files()
+    return sorted(name for name in our_files()
                   if name.endswith(tuple(suffixes.split())))
 
 
@@ -89,8 +89,9 @@ def checkpatch(args: argparse.Namespace) -> bool:
     good = run(command + ['-f'] + c_files('.c .h'))
     # Nobody has signed the patches off: that is for who submits them.
     return run(command + ['--no-signoff', '--patch']
-               + [str(path) for pattern in ('patches', 'bases/*/*')
-                  for path in ROOT.glob(f'{pattern}/*.patch')]
+               + [str(path) for top in ('patches', 'bases')
+                  for path in sorted((ROOT / top).rglob('*.patch'))
+                  if '\ndiff --git ' in path.read_text('utf-8')]
                ) and good
 
 

@@ -10,15 +10,15 @@ import sys
 import tempfile
 from typing import Dict, List, Optional
 
-import compose
-from gitrepo import Failure, NOBODY, clean_environment, configured, run
-from manifest import HERE
+from branch import Branches, Files, branches_of, version_of
+from repository import NOBODY, clean_environment, configured, run
+from series import Writer, add_arguments
+from bases import Base, Failure
 
-sys.path.insert(0, str(HERE.parent / 'base'))
-# pylint: disable=wrong-import-position
-import bases  # noqa: E402
-from bases import Base  # noqa: E402
-import overlay  # noqa: E402
+
+def series_of(version: str) -> str:
+    """10.0 of 10.0.13."""
+    return '.'.join(version.split('.')[:2])
 
 
 class Tree:
@@ -39,9 +39,9 @@ class Tree:
 
     def refuse_version(self, base: Base) -> None:
         """Refuse another QEMU than the series is for."""
-        have = compose.version_of(self.folder)
-        want = compose.series_of(compose.version_of(base.pristine))
-        other = compose.series_of(have)
+        have = version_of(self.folder)
+        want = series_of(version_of(base.pristine))
+        other = series_of(have)
         if other != want:
             hint = ''
             if base._replace(name=other).folder.exists():
@@ -49,22 +49,17 @@ class Tree:
             raise Failure(f'{self.folder} is QEMU {have}, and the series is '
                           f'for {want}{hint}')
 
-    def refuse_applied(self, base: Base, names: List[str]) -> None:
+    def refuse_applied(self, added: Files) -> None:
         """Refuse a tree that the series, or another one, was applied to."""
-        added = [name for name in names
-                 if not (base.pristine / name).exists()]
         there = [name for name in added if (self.folder / name).exists()]
         if not there:
             return
-        if there != added:
+        if len(there) < len(added):
             raise Failure(f'{self.folder} has a part of this series or '
                           f'another version of it: {there[0]}')
-        with tempfile.TemporaryDirectory() as staging:
-            wanted = overlay.contents(overlay.FLAVOURS['ours'], base,
-                                      Path(staging)).wanted
-            if all((self.folder / name).read_bytes()
-                   == wanted[name].read_bytes() for name in names):
-                raise Failure(f'{self.folder} has this series already')
+        blobs = self.git('hash-object', '--no-filters', *there).split()
+        if blobs == [added[name].split()[-1] for name in there]:
+            raise Failure(f'{self.folder} has this series already')
         raise Failure(f'{self.folder} has another version of this series')
 
     def refuse_dirty(self) -> None:
@@ -88,7 +83,7 @@ class Tree:
         return Failure('\n'.join([*lines, f'{self.folder} was not changed: '
                                   f'it differs where the series changes it']))
 
-    def apply_commits(self, patches: List[Path]) -> str:
+    def apply_commits(self, mails: List[Path]) -> str:
         """Add the series to the current branch; say what was done."""
         extra = {}
         if configured(self.folder) is None:
@@ -96,7 +91,7 @@ class Tree:
             del extra['GIT_AUTHOR_NAME'], extra['GIT_AUTHOR_EMAIL']
         before = self.git('rev-parse', 'HEAD')
         try:
-            self.git('am', '--quiet', '--no-3way', *map(str, patches),
+            self.git('am', '--quiet', '--no-3way', *map(str, mails),
                      extra=extra)
         except Failure as failure:
             self.git('am', '--abort')
@@ -104,53 +99,59 @@ class Tree:
         branch = self.git('rev-parse', '--abbrev-ref', 'HEAD')
         after = self.git('rev-parse', 'HEAD')
         where = 'a detached HEAD' if branch == 'HEAD' else f'branch {branch}'
-        return (f'{len(patches)} commits on {where} of {self.folder}:\n'
+        return (f'{len(mails)} commits on {where} of {self.folder}:\n'
                 f'    git log {before[:12]}..{after[:12]}\n'
                 f'To take them back:\n'
                 f'    git reset --keep {before[:12]}')
 
-    def apply_changes(self, patches: List[Path]) -> str:
+    def apply_changes(self, mails: List[Path]) -> str:
         """Change the files of a tree without git; say what was done."""
         # all or nothing, but only within one input
-        data = b''.join(patch.read_bytes() for patch in patches)
+        data = b''.join(mail.read_bytes() for mail in mails)
         try:
             self.git('apply', '-', data=data)
         except Failure as failure:
             raise self.changed_nothing(failure) from None
-        names = {name for patch in patches
-                 for name in overlay.touched_by(patch)}
-        return (f'{len(patches)} patches, which change {len(names)} files of '
-                f'{self.folder}')
+        return f'{len(mails)} patches to the files of {self.folder}'
 
 
-def apply_series(series: compose.Series, base: Base, folder: Path) -> str:
-    """Apply the series to a tree, or refuse; say what was done."""
+def added_files(branches: Branches) -> Files:
+    """The files that the series adds."""
+    plain = branches.repository.blobs(branches.plain())
+    return {name: what for name, what in
+            branches.repository.blobs(branches.all_of_it()).items()
+            if name not in plain}
+
+
+def apply_series(branches: Branches, folder: Path) -> str:
+    """Apply all series to a tree, or refuse; say what was done."""
     tree = Tree(folder)
-    tree.refuse_version(base)
-    tree.refuse_applied(base, sorted({
-        name for patch in series.patches
-        for name in overlay.touched_by(patch)}))
+    tree.refuse_version(branches.base)
+    tree.refuse_applied(added_files(branches))
     tree.refuse_dirty()
-    if tree.is_git:
-        return tree.apply_commits(series.patches)
-    return tree.apply_changes(series.patches)
+    with tempfile.TemporaryDirectory() as staging:
+        written = Writer(branches).write_all(branches.base.series(),
+                                             Path(staging))
+        mails = [mail for part in written for mail in part.mails]
+        if tree.is_git:
+            return tree.apply_commits(mails)
+        return tree.apply_changes(mails)
 
 
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(prog='./run apply', description=__doc__)
-    compose.add_arguments(parser)
+    add_arguments(parser)
     parser.add_argument('dir', type=Path, metavar='DIR',
                         help='a QEMU source tree, with or without git')
     args = parser.parse_args()
     try:
         target = Path(os.path.realpath(args.dir))
-        compose.version_of(target)
-        with tempfile.TemporaryDirectory() as folder:
-            base = compose.base_of(args)
-            series = compose.make(args.cache, base, Path(folder))
-            done = apply_series(series, base, target)
-    except (Failure, bases.Failure) as failure:
+        version_of(target)
+        with branches_of(args.cache,
+                         Base(args.base, args.pristine)) as branches:
+            done = apply_series(branches, target)
+    except Failure as failure:
         print(f'error: {failure}', file=sys.stderr)
         return 1
     print(f'[series] {done}')

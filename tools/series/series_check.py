@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Apply the series to a copy of QEMU, patch by patch, and build each time.
+"""Do with each series what a maintainer would do with it.
 
-Every patch has to apply as it is, to please checkpatch and to leave a tree
-that builds and whose unit tests pass. In the end the tree must be what
-./run build makes by other means; there, everything else is built and tested.
+Each is applied alone, or with what its cover letter says that it is based on,
+to QEMU's plain source, without a merge.  Each patch has to please checkpatch;
+the objects that it touches are built after it.  Where the series ends, all
+that its tests need is built, and they are run.
+
+Then all are applied in their order.  The block layer is built and its unit
+tests are run where each of them ends.  What comes out at the last one is what
+./run build builds; there, everything else is tested.
 """
 
 import argparse
 import fcntl
-import filecmp
 import json
 import os
 from pathlib import Path
@@ -19,30 +23,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, List, NamedTuple, Set
+from typing import List, NamedTuple, Optional, Set
 
 from apply import apply_series
-import compose
-from gitrepo import Failure, NOBODY, reproducible_environment, run
-from manifest import HERE
+from branch import Branches, Work, branches_of
+from series import Writer, add_arguments, differing
+from tree import Tree
+from bases import Base, Failure, REFERENCE, Series
 
-sys.path.insert(0, str(HERE.parent / 'base'))
-# pylint: disable=wrong-import-position
-import bases  # noqa: E402
-from bases import Base  # noqa: E402
-import overlay  # noqa: E402
-
-EXPECTED = HERE / 'checkpatch-expected'
+EXPECTED = Path(__file__).with_name('checkpatch-expected')
 
 # All of the block layer is in these, and in the unit tests
 PROGRAMS = ('qemu-img', 'qemu-io', 'qemu-nbd',
             'storage-daemon/qemu-storage-daemon')
+SYSTEM = 'qemu-system-x86_64'
 UNIT_TESTS = ('test-replication', 'test-write-behind', 'test-bdrv-drain',
               'test-bdrv-graph-mod', 'test-block-iothread', 'test-blockjob')
 TEST_SECONDS = 120
+IOTEST = re.compile(r'tests/qemu-iotests/tests/([^/.]+)')
+IOTESTS_SECONDS = 1800
 
-# No build looks at these
-NOT_BUILT = ('docs/', 'tests/qemu-iotests/', 'MAINTAINERS')
+# What more objects than this depend on is built where the series ends
+OBJECTS_MAX = 100
+
 PROGRESS_SECONDS = 10
 
 WARNING = re.compile(r'^(?:\.\./)*tree/(\S+?):\d+:\d+: warning: ',
@@ -66,12 +69,15 @@ class Tally:
         return not complaint
 
 
-class Tools(NamedTuple):
-    """What is the same for all patches."""
-    tree: Path
+class Place(NamedTuple):
+    """Where one tree after the other is built."""
+    tree: Tree
     build: Path
-    expected: List[str]
-    ours: Set[str]
+
+    @property
+    def source(self) -> Path:
+        """The folder of the tree."""
+        return self.tree.folder
 
 
 def read_expected() -> List[str]:
@@ -81,94 +87,101 @@ def read_expected() -> List[str]:
             if line.strip() and not line.startswith('#')]
 
 
-def git(tree: Path, *words: str) -> str:
-    """Run git in the copy of QEMU."""
-    env = dict(reproducible_environment(), **NOBODY.environment())
-    return run(list(words), tree, env)
-
-
-def take(tree: Path, patch: Path) -> str:
-    """Apply a patch as who got it by mail would."""
-    try:
-        git(tree, 'am', '--quiet', str(patch))
-    except Failure as failure:
-        return str(failure)
-    return ''
-
-
-def checkpatch(tools: Tools, patch: Path) -> str:
+def checkpatch(place: Place, patch: Path) -> str:
     """What checkpatch has to say, apart from what is known to be wrong."""
     result = subprocess.run(
-        [tools.tree / 'scripts/checkpatch.pl', '--quiet', '--no-summary',
-         '--terse', '--strict', '--no-signoff', f'--root={tools.tree}',
+        [place.source / 'scripts/checkpatch.pl', '--quiet', '--no-summary',
+         '--terse', '--strict', '--no-signoff', f'--root={place.source}',
          patch], check=False, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT)
+    expected = read_expected()
     lines = [line for line in result.stdout.splitlines()
-             if not any(re.search(known, line) for known in tools.expected)]
+             if not any(re.search(known, line) for known in expected)]
     return '\n'.join(lines)
 
 
-def run_quietly(command: List[str], cwd: Path, title: str) -> str:
+def run_quietly(command: List[str], cwd: Path, title: str,
+                seconds: Optional[int] = None) -> str:
     """Run a command; say now and then that it runs; return its output.
 
     If it fails, the output is what Failure says.
     """
-    begin = told = time.monotonic()
+    begin = time.monotonic()
     with tempfile.TemporaryFile('w+', encoding='utf-8',
                                 errors='replace') as log:
         with subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL,
                               stdout=log, stderr=log) as process:
-            while True:
+            while process.poll() is None:
+                passed = time.monotonic() - begin
+                if seconds and passed > seconds:
+                    process.kill()
                 try:
-                    status = process.wait(PROGRESS_SECONDS)
-                    break
+                    process.wait(PROGRESS_SECONDS)
                 except subprocess.TimeoutExpired:
-                    told = time.monotonic()
-                    print(f'[series] {title} {told - begin:.0f} s',
-                          flush=True)
+                    print(f'[series] {title} {passed:.0f} s', flush=True)
         log.seek(0)
         output = log.read()
-    if status:
+    if process.returncode:
         raise Failure('\n'.join(output.splitlines()[-40:]))
     return output
 
 
-def objects_of(tools: Tools, names: List[str]) -> List[str]:
-    """The objects that are made of these sources."""
-    database = json.loads((tools.build / 'compile_commands.json').read_text())
-    sources = {os.path.normpath(tools.tree / name) for name in names}
-    return sorted(entry['output'] for entry in database
-                  if os.path.normpath(tools.build / entry['file']) in sources)
+def objects_of(place: Place, names: Set[str]) -> Set[str]:
+    """The objects that are made of these sources, and that include them."""
+    database = json.loads((place.build / 'compile_commands.json').read_text())
+    paths = {os.path.normpath(place.source / name) for name in names}
+    found = {entry['output'] for entry in database
+             if os.path.normpath(place.build / entry['file']) in paths}
+    wanted = {os.path.relpath(path, place.build) for path in paths}
+    listed = subprocess.run(['ninja', '-t', 'deps'], cwd=place.build,
+                            check=True, text=True, stdout=subprocess.PIPE)
+    for part in listed.stdout.split('\n\n'):
+        name, *lines = part.strip().splitlines() or ['']
+        if wanted.intersection(line.strip() for line in lines):
+            found.add(name.partition(':')[0])
+    return found
 
 
-def unit_tests(tree: Path) -> List[str]:
-    """The unit tests that this tree has."""
+def unit_tests(place: Place) -> List[str]:
+    """The unit tests that the tree has."""
     return [f'tests/unit/{name}' for name in UNIT_TESTS
-            if (tree / f'tests/unit/{name}.c').exists()]
+            if (place.source / f'tests/unit/{name}.c').exists()]
 
 
-def compile_tree(tools: Tools, names: List[str], title: str) -> str:
-    """Build what these files matter for; return a complaint."""
+def compile_targets(place: Place, names: Set[str], targets: List[str],
+                    title: str) -> str:
+    """Build targets; return a complaint, also of warnings in some files."""
     try:
-        # meson first: it tells which objects there are
-        run_quietly(['ninja', 'build.ninja'], tools.build, title)
-        output = run_quietly(
-            ['ninja', *PROGRAMS, *unit_tests(tools.tree),
-             *objects_of(tools, names)], tools.build, title)
+        output = run_quietly(['ninja', *targets], place.build, title)
     except Failure as failure:
         return str(failure)
-    warned = sorted(set(WARNING.findall(output)) & tools.ours)
+    warned = sorted(set(WARNING.findall(output)) & names)
     return f'the compiler warns about {warned}' if warned else ''
 
 
-def run_unit_tests(tools: Tools) -> str:
+def compile_patch(place: Place, names: Set[str], title: str) -> str:
+    """Build what a patch has changed, as far as that is not nearly all."""
+    try:
+        # meson first: it tells which objects there are
+        run_quietly(['ninja', 'build.ninja'], place.build, title)
+    except Failure as failure:
+        return str(failure)
+    objects = objects_of(place, names)
+    if len(objects) > OBJECTS_MAX:
+        objects = objects_of(place, {name for name in names
+                                     if name.endswith('.c')})
+        return compile_targets(place, names, sorted(objects), title)
+    return compile_targets(place, names, [*sorted(objects), *PROGRAMS], title)
+
+
+def run_unit_tests(place: Place) -> str:
     """Run the unit tests; return a complaint."""
     complaints = []
-    for name in unit_tests(tools.tree):
+    for name in unit_tests(place):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 result = subprocess.run(
-                    [tools.build / name, '--tap', '-k'], cwd=folder,
+                    [place.build / name, '--tap', '-k'], cwd=folder,
                     timeout=TEST_SECONDS, check=False, text=True,
                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                     env=dict(os.environ, TMPDIR=folder))
@@ -180,91 +193,194 @@ def run_unit_tests(tools: Tools) -> str:
     return '\n'.join(complaints)
 
 
-def copy_base(repository: Path, tree: Path) -> None:
-    """A fresh work tree of the base, with a history that begins there."""
-    shutil.rmtree(tree, ignore_errors=True)
-    run(['clone', '--quiet', '--shared', '--branch', 'base', repository,
-         tree])
+def run_iotests(place: Place, names: List[str], title: str) -> str:
+    """Run iotests by QEMU's runner; return a complaint."""
+    try:
+        run_quietly([sys.executable, 'check', '-qcow2', *names],
+                    place.build / 'tests/qemu-iotests', title,
+                    IOTESTS_SECONDS)
+    except Failure as failure:
+        return str(failure)
+    return ''
 
 
-def configure(tools: Tools, options: List[str]) -> None:
-    """Configure a build of the base."""
-    shutil.rmtree(tools.build, ignore_errors=True)
-    tools.build.mkdir()
-    command = [str(tools.tree / 'configure'), *options]
+def configure(place: Place, options: List[str]) -> None:
+    """Configure a build of the tree."""
+    shutil.rmtree(place.build, ignore_errors=True)
+    place.build.mkdir()
+    command = [str(place.source / 'configure'), *options]
     if shutil.which('ccache'):
         command.append('--cc=ccache cc')
-    run_quietly(command, tools.build, 'configuring')
+    run_quietly(command, place.build, 'configuring')
 
 
-def wanted_files(base: Base, keep: Path) -> Dict[str, Path]:
-    """What ./run build builds: each file, and where its content is.
-
-    What does not come from QEMU is copied: the checkout may change before
-    the end.
-    """
-    shutil.rmtree(keep, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as staging:
-        wanted = overlay.contents(overlay.FLAVOURS['ours'], base,
-                                  Path(staging)).wanted
-        for name, source in wanted.items():
-            if base.pristine not in source.parents:
-                overlay.copy(source, keep / name, False)
-                wanted[name] = keep / name
-    return wanted
+class Plan(NamedTuple):
+    """A series, between which commits it is, and its mails."""
+    series: Series
+    begin: str
+    end: str
+    mails: List[Path]
 
 
-def is_same(here: Path, there: Path) -> bool:
-    """Are these the same file for git?"""
-    if here.is_symlink() or there.is_symlink():
-        return (here.is_symlink() and there.is_symlink()
-                and os.readlink(here) == os.readlink(there))
-    return (os.access(here, os.X_OK) == os.access(there, os.X_OK)
-            and filecmp.cmp(here, there, shallow=False))
+def taken(branches: Branches, plan: Plan) -> str:
+    """Take the mails as who gets them would; is it the same?"""
+    work = Work(branches.repository, plan.begin)
+    try:
+        work.take(plan.mails, '--no-3way')
+    except Failure as failure:
+        return str(failure)
+    differ = branches.repository.run('diff-tree', '-r', '--name-only',
+                                     work.git('rev-parse', 'HEAD'), plan.end)
+    work.remove()
+    return f'these files differ: {differ.split()}' if differ else ''
 
 
-def tree_complaint(tree: Path, wanted: Dict[str, Path]) -> str:
-    """How a tree differs from what is wanted."""
-    have = set(overlay.walk(tree, {'.git'}))
-    different = sorted(have ^ wanted.keys()) + sorted(
-        name for name in have & wanted.keys()
-        if not is_same(tree / name, wanted[name]))
-    return f'these files differ: {different}' if different else ''
+def plan_alone(branches: Branches, series: Series, folder: Path,
+               tally: Tally) -> Plan:
+    """Write a series against QEMU's plain source, and take it."""
+    below = branches.below(series)
+    ours = branches.ours()
+    ends = branches.ends([*below, series], ours)
+    mails = Writer(branches).write_all([*below, series], folder / series.name,
+                                       ours)[-1].mails
+    plan = Plan(series, ends[-2], ends[-1], mails)
+    tally.count(f'{series.title}: git am, without a merge',
+                taken(branches, plan))
+    return plan
 
 
-def refusal(series: compose.Series, base: Base, tree: Path) -> str:
+def plan_in_order(branches: Branches, tally: Tally) -> List[Plan]:
+    """All series on top of each other."""
+    chosen = branches.base.series()
+    ends = branches.ends(chosen, branches.ours())
+    tally.count('the end is what ./run build builds', '' if
+                ends[-1] == branches.all_of_it() else 'it is another commit')
+    return [Plan(series, ends[0], end, [])
+            for series, end in zip(chosen, ends[1:])]
+
+
+def check_kept(branches: Branches, tally: Tally) -> None:
+    """Are patches/ as git writes them, so that it can merge them?"""
+    chosen = branches.base.series()
+    ends = branches.ends(chosen)
+    for series, begin, end in zip(chosen, ends, ends[1:]):
+        wrong = sorted(path.name for path in
+                       differing(branches, series, begin, end))
+        tally.count(f'patches/{series.name}: as git has them',
+                    f'./run series --edit and --keep would change: {wrong}'
+                    if wrong else '')
+
+
+class Check:
+    """The checks of what is built."""
+
+    def __init__(self, place: Place, tally: Tally) -> None:
+        self.place = place
+        self.tally = tally
+        self.repository = place.tree.repository
+
+    def changed(self, begin: str, end: str) -> Set[str]:
+        """The files that differ between commits."""
+        return set(self.repository.run('diff-tree', '-r', '--name-only',
+                                       begin, end).splitlines())
+
+    def go_to(self, commit: str) -> None:
+        """Have the tree at a commit."""
+        self.place.tree.read()
+        self.place.tree.update(commit)
+
+    def plain(self, commit: str, options: List[str]) -> bool:
+        """Build QEMU without any patch."""
+        self.go_to(commit)
+        configure(self.place, options)
+        return self.tally.count('the base builds', compile_targets(
+            self.place, set(), [*PROGRAMS, *unit_tests(self.place)],
+            'the base, without patches,'))
+
+    def alone(self, plan: Plan) -> None:
+        """Check a series on QEMU's plain source."""
+        start = time.monotonic()
+        commits = self.repository.run(
+            'rev-list', '--reverse', f'{plan.begin}..{plan.end}').splitlines()
+        parent = plan.begin
+        for commit, mail in zip(commits, plan.mails):
+            title = f'{plan.series.title}/{mail.stem}'
+            self.go_to(commit)
+            self.tally.count(f'{title}: checkpatch',
+                             checkpatch(self.place, mail))
+            self.tally.count(f'{title}: build', compile_patch(
+                self.place, self.changed(parent, commit), title))
+            parent = commit
+        if self.end(plan, f'{plan.series.title}, its end,', [SYSTEM]):
+            self.iotests(plan)
+        print(f'[series] {plan.series.title}: {time.monotonic() - start:.0f} '
+              f's', flush=True)
+
+    def end(self, plan: Plan, title: str, targets: List[str]) -> bool:
+        """Build and test the block layer where a series ends."""
+        self.go_to(plan.end)
+        targets = [*targets, *PROGRAMS, *unit_tests(self.place)]
+        if not self.tally.count(f'{title} build', compile_targets(
+                self.place, self.changed(plan.begin, plan.end), targets,
+                title)):
+            return False
+        self.tally.count(f'{title} unit tests', run_unit_tests(self.place))
+        return True
+
+    def iotests(self, plan: Plan) -> None:
+        """Run the iotests that a series brings."""
+        changed = self.changed(plan.begin, plan.end)
+        tests = sorted({match[1] for match in map(IOTEST.fullmatch, changed)
+                        if match})
+        if tests:
+            title = f'{plan.series.title}: iotests {" ".join(tests)}'
+            self.tally.count(title, run_iotests(self.place, tests, title))
+
+
+def refusal(branches: Branches, tree: Path) -> str:
     """Why ./run apply refuses a tree; it must."""
     try:
-        apply_series(series, base, tree)
+        apply_series(branches, tree)
     except Failure as failure:
         return str(failure)
     return 'it was applied'
 
 
-def check_apply(series: compose.Series, args: argparse.Namespace,
-                wanted: Dict[str, Path], tally: Tally) -> None:
+def check_apply(branches: Branches, folder: Path, tally: Tally) -> None:
     """What ./run apply does to trees with and without git."""
-    base = compose.base_of(args)
-    tree = args.cache / 'series-check/applied'
-    changed = 'block.c'
+    repository = branches.repository
+    tree = folder / 'applied'
+    plain, wanted = branches.plain(), branches.all_of_it()
 
     def expect(what: str, words: str) -> None:
-        said = refusal(series, base, tree)
-        tally.count(f'apply: {what} is refused',
-                    '' if words in said else said)
+        said = refusal(branches, tree)
+        tally.count(f'apply: {what} is refused', '' if words in said else said)
+
+    def git(*words: str) -> str:
+        return repository.run(*words, top=tree,
+                              extra={'GIT_DIR': str(tree / '.git')})
 
     for kind in ('git', 'plain'):
-        copy_base(series.repository, tree)
+        shutil.rmtree(tree, ignore_errors=True)
+        repository.run('clone', '--quiet', '--shared', '--no-checkout',
+                       repository.folder, tree)
+        git('checkout', '--quiet', '--detach', plain)
         if kind == 'git':
-            with open(tree / changed, 'a', encoding='utf-8') as file:
+            with open(tree / 'block.c', 'a', encoding='utf-8') as file:
                 file.write('\n')
             expect('a dirty tree', 'not committed')
-            git(tree, 'checkout', '--quiet', changed)
+            git('checkout', '--quiet', 'block.c')
         else:
             shutil.rmtree(tree / '.git')
+        complaint = ''
         try:
-            apply_series(series, base, tree)
-            complaint = tree_complaint(tree, wanted)
+            apply_series(branches, tree)
+            applied = Tree(repository, tree)
+            applied.index.unlink(missing_ok=True)
+            applied.read()
+            differ = applied.differences(wanted)
+            if differ:
+                complaint = f'these files differ: {differ}'
         except Failure as failure:
             complaint = str(failure)
         tally.count(f'apply: to a {kind} tree', complaint)
@@ -274,53 +390,38 @@ def check_apply(series: compose.Series, args: argparse.Namespace,
     shutil.rmtree(tree)
 
 
-def check_patches(tools: Tools, patches: List[Path], tally: Tally) -> bool:
-    """Check each patch in turn; were all applied?"""
-    for number, patch in enumerate(patches, 1):
-        begin = time.monotonic()
-        title = f'{number}/{len(patches)} {patch.stem[5:]}'
-        if not tally.count(f'{title}: git am', take(tools.tree, patch)):
-            return False
-        tally.count(f'{title}: checkpatch', checkpatch(tools, patch))
-        names = overlay.touched_by(patch)
-        if not all(name.startswith(NOT_BUILT) for name in names):
-            built = compile_tree(tools, names, title)
-            if tally.count(f'{title}: build', built):
-                tally.count(f'{title}: unit tests', run_unit_tests(tools))
-        print(f'[series] {title}: {time.monotonic() - begin:.0f} s',
-              flush=True)
-    return True
-
-
 def check(args: argparse.Namespace, tally: Tally) -> None:
-    """Write the series and check it."""
-    work = args.cache / 'series-check'
-    base = compose.base_of(args)
-    patches = work / 'patches'
-    shutil.rmtree(patches, ignore_errors=True)
-    wanted = wanted_files(base, work / 'wanted')
-    series = compose.make(args.cache, base, patches)
-    tally.count('the series can be made of the checkout', '')
-    tools = Tools(work / 'tree', work / 'build', read_expected(),
-                  {name for patch in series.patches
-                   for name in overlay.touched_by(patch)})
-    copy_base(series.repository, tools.tree)
-    configure(tools, args.options)
-    built = compile_tree(tools, [], 'the base, without patches,')
-    if not tally.count('the base builds', built):
-        return
-    if check_patches(tools, series.patches, tally):
-        tally.count('the tree is what ./run build builds',
-                    tree_complaint(tools.tree, wanted))
-    check_apply(series, args, wanted, tally)
+    """Check some series, or all and what they are together."""
+    folder = args.cache / 'series-check'
+    shutil.rmtree(folder / 'patches', ignore_errors=True)
+    with branches_of(args.cache, Base(args.base, args.pristine)) as branches:
+        chosen = ([branches.find(name) for name in args.series] or
+                  branches.base.series())
+        plain = branches.plain()
+        plans = [plan_alone(branches, series, folder / 'patches', tally)
+                 for series in chosen]
+        order = [] if args.series else plan_in_order(branches, tally)
+        if not args.series:
+            check_apply(branches, folder, tally)
+        if args.base == REFERENCE:
+            check_kept(branches, tally)
+    # others may build meanwhile
+    this = Check(Place(Tree(branches.repository, folder / 'tree'),
+                       folder / 'build'), tally)
+    if this.plain(plain, args.options):
+        for plan in plans:
+            this.alone(plan)
+        for plan in order:
+            this.end(plan, f'in order, up to {plan.series.title},', [])
 
 
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__)
-    compose.add_arguments(parser)
-    parser.add_argument('options', nargs='*',
-                        help='for configure, after --')
+    add_arguments(parser)
+    parser.add_argument('series', nargs='*', help='by default all')
+    parser.add_argument('--options', nargs=argparse.REMAINDER, default=[],
+                        help='for configure')
     args = parser.parse_args()
     tally = Tally()
     begin = time.monotonic()
@@ -335,7 +436,7 @@ def main() -> int:
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             check(args, tally)
-        except (Failure, bases.Failure) as failure:
+        except Failure as failure:
             tally.count('check', str(failure))
     print(f'[series] {time.monotonic() - begin:.0f} s')
     print(f'{tally.passed} passed, {tally.failed} failed')
