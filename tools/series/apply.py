@@ -130,8 +130,7 @@ def apply_series(branches: Branches, folder: Path) -> str:
     tree.refuse_applied(added_files(branches))
     tree.refuse_dirty()
     with tempfile.TemporaryDirectory() as staging:
-        written = Writer(branches).write_all(branches.base.series(),
-                                             Path(staging))
+        written = Writer(branches).write_all(Path(staging))
         mails = [mail for part in written for mail in part.mails]
         if tree.is_git:
             return tree.apply_commits(mails)

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import Callable, Dict, Iterator, List, Optional
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from repository import Repository
 
@@ -278,11 +278,13 @@ class Branches:
         names = ', '.join(series.title for series in self.base.series())
         raise Failure(f'no series is called {name}; there are: {names}')
 
-    def below(self, series: Series) -> List[Series]:
-        """What a series is based on besides QEMU, by its cover letter."""
+    def alone(self, series: Series) -> Tuple[str, str]:
+        """A series on QEMU and what its cover letter says it is based on."""
         names = BASED_ON.findall(series.cover.read_text('utf-8'))
-        wanted = [self.find(name).name for name in names]
-        return [other for other in self.base.series() if other.name in wanted]
+        below = {self.find(name).name for name in names}
+        chosen = [other for other in self.base.series() if other.name in below]
+        begin, end = self.ends([*chosen, series], self.ours())[-2:]
+        return begin, end
 
     def all_of_it(self) -> str:
         """The commit with all series, which is what ./run build builds."""

@@ -9,7 +9,7 @@ import tempfile
 import textwrap
 from typing import Dict, List, NamedTuple, Optional
 
-from branch import Branches, Files, branches_of, version_of
+from branch import Branches, branches_of, version_of
 from repository import NOBODY, configured
 from bases import Base, Failure, REFERENCE, Series
 
@@ -62,13 +62,17 @@ class Writer:
         write_cover(paths[0], series, self.branches.base)
         return Written(series, paths[1:])
 
-    def write_all(self, chosen: List[Series], top: Path,
-                  ours: Optional[Files] = None) -> List[Written]:
-        """Write series that follow each other."""
-        ends = self.branches.ends(chosen, ours or self.branches.ours())
+    def write_all(self, top: Path) -> List[Written]:
+        """Write all series, on top of each other."""
+        chosen = self.branches.base.series()
+        ends = self.branches.ends(chosen, self.branches.ours())
         return [self.write(series, begin, end, top)
-                for series, begin, end in zip(chosen, ends, ends[1:])
-                if begin != end]
+                for series, begin, end in zip(chosen, ends, ends[1:])]
+
+    def write_alone(self, series: Series, top: Path) -> Written:
+        """Write one series, on top of what it is based on."""
+        begin, end = self.branches.alone(series)
+        return self.write(series, begin, end, top)
 
 
 def about_base(series: Series, base: Base) -> str:
@@ -199,15 +203,14 @@ def main() -> int:
 
 
 def write_chosen(branches: Branches, args: argparse.Namespace) -> None:
-    """Write all, or what the user wants; what is below it is not written."""
+    """Write all, or what the user wants."""
     writer = Writer(branches, args.signoff)
     if args.series:
-        written = [writer.write_all([*branches.below(series), series],
-                                    args.output)[-1]
+        written = [writer.write_alone(series, args.output)
                    for series in map(branches.find, args.series)]
     else:
         branches.all_of_it()
-        written = writer.write_all(branches.base.series(), args.output)
+        written = writer.write_all(args.output)
     for series, mails in written:
         print(f'[series] {series.title}: {len(mails)} patches and a cover '
               f'letter for QEMU {version_of(args.pristine)}', file=sys.stderr)

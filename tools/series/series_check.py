@@ -238,12 +238,10 @@ def taken(branches: Branches, plan: Plan) -> str:
 def plan_alone(branches: Branches, series: Series, folder: Path,
                tally: Tally) -> Plan:
     """Write a series against QEMU's plain source, and take it."""
-    below = branches.below(series)
-    ours = branches.ours()
-    ends = branches.ends([*below, series], ours)
-    mails = Writer(branches).write_all([*below, series], folder / series.name,
-                                       ours)[-1].mails
-    plan = Plan(series, ends[-2], ends[-1], mails)
+    begin, end = branches.alone(series)
+    print(f'[series] writing {series.title}', flush=True)
+    mails = Writer(branches).write_alone(series, folder).mails
+    plan = Plan(series, begin, end, mails)
     tally.count(f'{series.title}: git am, without a merge',
                 taken(branches, plan))
     return plan
