@@ -40,7 +40,7 @@
  *
  * The words, each for one thing in all of the files:
  *
- *   stage       where a node stands: ReplicationStage
+ *   stage       where a node stands: ReplicationNodeStage
  *   checkpoint  the state that a failover goes back to, and making it so
  *   in sync     all that the primary's guest wrote has arrived
  *   missed      what the guest wrote and was not forwarded
@@ -98,13 +98,13 @@ typedef struct BDRVReplicationState {
      * Changed under the BQL while the node is drained; read by requests with
      * replication_stage().
      */
-    ReplicationStage stage;
+    ReplicationNodeStage stage;
 
     /*
      * Where undo_start goes back to: the stage before start, or NONE once the
      * first checkpoint may have thrown away what the guest saw there.
      */
-    ReplicationStage undo_stage;
+    ReplicationNodeStage undo_stage;
 
     /* Why the stage is BROKEN or FAILOVER_FAILED.  BQL. */
     Error *error;
@@ -242,7 +242,7 @@ struct ReplicationRole {
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;
 
-static inline ReplicationStage replication_stage(BlockDriverState *bs)
+static inline ReplicationNodeStage replication_stage(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -256,7 +256,7 @@ bool replication_allows(BlockDriverState *bs, ReplicationOp op);
  * Enter @stage.  The caller holds the BQL and has drained @bs, so that no
  * request meets two stages.
  */
-void replication_set_stage(BlockDriverState *bs, ReplicationStage stage);
+void replication_set_stage(BlockDriverState *bs, ReplicationNodeStage stage);
 
 /*
  * Tell QMP clients that @bs cannot protect its disk, and remember it for the
@@ -289,6 +289,13 @@ extern ReplicationOps replication_ops;
  * For a filter: pass on the flags of all requests.  What the child cannot do,
  * the block layer does there: FUA becomes a flush, zeroes become data.
  */
-void replication_pass_flags(BlockDriverState *bs);
+static inline void replication_pass_flags(BlockDriverState *bs)
+{
+    bs->supported_read_flags = BDRV_REQ_REGISTERED_BUF;
+    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
+                                BDRV_REQ_REGISTERED_BUF;
+    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
+                               BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
+}
 
 #endif /* BLOCK_REPLICATION_INT_H */

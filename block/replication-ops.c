@@ -139,7 +139,7 @@ void replication_update_place(BlockDriverState *bs)
     s->device = replication_device(root);
 }
 
-void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
+void replication_set_stage(BlockDriverState *bs, ReplicationNodeStage stage)
 {
     BDRVReplicationState *s = bs->opaque;
 
@@ -155,7 +155,7 @@ void replication_set_stage(BlockDriverState *bs, ReplicationStage stage)
     bdrv_graph_rdunlock_main_loop();
     qatomic_set(&s->stage, stage);
     trace_replication_stage(bs, bdrv_get_node_name(bs),
-                            ReplicationStage_str(stage));
+                            ReplicationNodeStage_str(stage));
 
     QEMU_LOCK_GUARD(&s->error_lock);
     qapi_event_send_replication_stage_change(bdrv_get_node_name(bs),
@@ -251,7 +251,7 @@ bool replication_allows(BlockDriverState *bs, ReplicationOp op)
 static bool replication_may(BlockDriverState *bs, ReplicationOp op,
                             Error **errp)
 {
-    ReplicationStage stage = replication_stage(bs);
+    ReplicationNodeStage stage = replication_stage(bs);
 
     if (replication_stages[stage].verdict[op] == REFUSE) {
         error_setg(errp, "Cannot %s replication node '%s': %s",

@@ -18,6 +18,23 @@
 #include "replication-secondary.h"
 #include "trace.h"
 
+int secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
+                    BlockDriverState *disk)
+{
+    int ret;
+
+    ret = bdrv_flush(bs->file->bs);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = bdrv_flush(hidden);
+    if (ret < 0) {
+        return ret;
+    }
+
+    return bdrv_flush(disk);
+}
+
 /* The same while we have our children: a merge may change the chain */
 static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
 {

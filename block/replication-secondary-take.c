@@ -446,6 +446,23 @@ uint64_t secondary_copied_bytes(BlockDriverState *bs)
     return s->copied;
 }
 
+void secondary_count_write(BlockDriverState *bs, const WriteRequest *w)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    if (w->type != WRITE_BEHIND_DISCARD) {
+        stat64_add(&s->active_bytes, w->bytes);
+    }
+}
+
+void secondary_count_anew(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    s->copied_before = secondary_copied_bytes(bs);
+    stat64_set(&s->active_bytes, 0);
+}
+
 /*
  * Completion of the backup job.  It runs until it is cancelled, and only we and
  * the end of QEMU do that.

@@ -27,27 +27,10 @@
  */
 #define MERGE_AT_QUIT_MS 5000
 
-void secondary_count_write(BlockDriverState *bs, const WriteRequest *w)
-{
-    ReplicationSecondary *s = secondary_state(bs);
-
-    if (w->type != WRITE_BEHIND_DISCARD) {
-        stat64_add(&s->active_bytes, w->bytes);
-    }
-}
-
-void secondary_count_anew(BlockDriverState *bs)
-{
-    ReplicationSecondary *s = secondary_state(bs);
-
-    s->copied_before = secondary_copied_bytes(bs);
-    stat64_set(&s->active_bytes, 0);
-}
-
 /* A failover has begun, and its merge has not succeeded */
 static bool secondary_is_merging(BlockDriverState *bs)
 {
-    ReplicationStage stage = replication_stage(bs);
+    ReplicationNodeStage stage = replication_stage(bs);
 
     return stage == REPLICATION_STAGE_FAILOVER ||
            stage == REPLICATION_STAGE_FAILOVER_FAILED;
@@ -217,23 +200,6 @@ static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
     backup_do_checkpoint(s->backup_job, errp);
 
     return !*errp && secondary_empty_overlays(bs, errp);
-}
-
-int secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
-                    BlockDriverState *disk)
-{
-    int ret;
-
-    ret = bdrv_flush(bs->file->bs);
-    if (ret < 0) {
-        return ret;
-    }
-    ret = bdrv_flush(hidden);
-    if (ret < 0) {
-        return ret;
-    }
-
-    return bdrv_flush(disk);
 }
 
 /* Empty the overlays for good: from now on, a crash leaves them to the guest */

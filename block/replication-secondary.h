@@ -104,18 +104,6 @@ secondary_disk(BlockDriverState *bs)
     return child_bs(secondary_hidden(bs)->backing);
 }
 
-/* replication-secondary.c */
-
-/* Count what the guest wrote to the active overlay */
-void secondary_count_write(BlockDriverState *bs, const WriteRequest *w);
-
-/* The overlays have nothing */
-void secondary_count_anew(BlockDriverState *bs);
-
-/* Put everything on the disk that the guest sees */
-int GRAPH_RDLOCK secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
-                                 BlockDriverState *disk);
-
 /* replication-secondary-take.c */
 
 void secondary_child_perm(BlockDriverState *bs, BdrvChild *c,
@@ -141,6 +129,12 @@ bool secondary_freeze(BlockDriverState *bs, Error **errp);
 /* What the backup job has copied since start, also after its end */
 uint64_t secondary_copied_bytes(BlockDriverState *bs);
 
+/* Count what the guest wrote to the active overlay */
+void secondary_count_write(BlockDriverState *bs, const WriteRequest *w);
+
+/* The overlays have nothing */
+void secondary_count_anew(BlockDriverState *bs);
+
 /* The primary goes on writing to the disk, and nothing is saved */
 void secondary_end_backup(BlockDriverState *bs);
 
@@ -154,6 +148,10 @@ bool secondary_part_from_primary(BlockDriverState *bs, Error **errp);
 void secondary_release(BlockDriverState *bs);
 
 /* replication-secondary-merge.c */
+
+/* Put everything on the disk that the guest sees */
+int GRAPH_RDLOCK secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
+                                 BlockDriverState *disk);
 
 void secondary_failover(BlockDriverState *bs, Error **errp);
 void secondary_finish(BlockDriverState *bs, int64_t quit_ns);

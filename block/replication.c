@@ -73,15 +73,6 @@ static const struct {
     { REPLICATION_OPT_MERGE_AT_QUIT, REPLICATION_MODE_SECONDARY },
 };
 
-void replication_pass_flags(BlockDriverState *bs)
-{
-    bs->supported_read_flags = BDRV_REQ_REGISTERED_BUF;
-    bs->supported_write_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
-                                BDRV_REQ_REGISTERED_BUF;
-    bs->supported_zero_flags = BDRV_REQ_WRITE_UNCHANGED | BDRV_REQ_FUA |
-                               BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
-}
-
 /* Whether a read gives the guest's data */
 static bool replication_can_read(BlockDriverState *bs)
 {

@@ -287,13 +287,10 @@ class Check:
         self.place.tree.read()
         self.place.tree.update(commit)
 
-    def plain(self, commit: str, options: List[str]) -> bool:
-        """Build QEMU without any patch."""
+    def configure(self, commit: str, options: List[str]) -> None:
+        """Begin with a fresh build of a commit."""
         self.go_to(commit)
         configure(self.place, options)
-        return self.tally.count('the base builds', compile_targets(
-            self.place, set(), [*PROGRAMS, *unit_tests(self.place)],
-            'the base, without patches,'))
 
     def alone(self, plan: Plan) -> None:
         """Check a series on QEMU's plain source."""
@@ -301,6 +298,10 @@ class Check:
         commits = self.repository.run(
             'rev-list', '--reverse', f'{plan.begin}..{plan.end}').splitlines()
         parent = plan.begin
+        title = f'what {plan.series.title} is based on'
+        self.go_to(parent)
+        self.tally.count(f'{title} builds', compile_targets(
+            self.place, set(), [*PROGRAMS, *unit_tests(self.place)], title))
         for commit, mail in zip(commits, plan.mails):
             title = f'{plan.series.title}/{mail.stem}'
             self.go_to(commit)
@@ -395,7 +396,6 @@ def check(args: argparse.Namespace, tally: Tally) -> None:
     with branches_of(args.cache, Base(args.base, args.pristine)) as branches:
         chosen = ([branches.find(name) for name in args.series] or
                   branches.base.series())
-        plain = branches.plain()
         plans = [plan_alone(branches, series, folder / 'patches', tally)
                  for series in chosen]
         order = [] if args.series else plan_in_order(branches, tally)
@@ -406,11 +406,11 @@ def check(args: argparse.Namespace, tally: Tally) -> None:
     # others may build meanwhile
     this = Check(Place(Tree(branches.repository, folder / 'tree'),
                        folder / 'build'), tally)
-    if this.plain(plain, args.options):
-        for plan in plans:
-            this.alone(plan)
-        for plan in order:
-            this.end(plan, f'in order, up to {plan.series.title},', [])
+    this.configure(plans[0].begin, args.options)
+    for plan in plans:
+        this.alone(plan)
+    for plan in order:
+        this.end(plan, f'in order, up to {plan.series.title},', [])
 
 
 def main() -> int:
