@@ -56,10 +56,10 @@ def mypy(args: argparse.Namespace) -> bool:
     """All of our Python: each folder is a program of its own."""
     python = str(args.tree / 'python')
     good = True
-    folders = sorted((ROOT / 'tools').iterdir())
-    # they use modules of each other
-    path = ':'.join(str(folder) for folder in [python, *folders])
-    for folder in folders:
+    for folder in sorted((ROOT / 'tools').iterdir()):
+        # the series uses modules of base
+        path = ':'.join(map(str, [python, folder, ROOT / 'tools/lib',
+                                  ROOT / 'tools/base']))
         files = scripts(f'tools/{folder.name}', 'python', '.py')
         if files:
             good &= run(['mypy', '--strict', '--follow-imports=silent']

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Dict, List
 
+import command
 from chart import draw
 from figures import Pace, Setting
 from groups import GROUPS
@@ -22,7 +23,6 @@ from server import launch_qemu
 from session import Progress, Session
 from subject import NAMES, OURS, STOCK, UNPROTECTED, Subject, driver_options
 
-HERE = Path(__file__).resolve().parent
 PACE = Pace(runs=3, minutes=14.5, steady=0.8, ramp=0.25, blocks=8192,
             checkpoints=3, quick=False)
 QUICK = Pace(runs=1, minutes=14.5, steady=0.3, ramp=0.1, blocks=1024,
@@ -128,11 +128,7 @@ def run(options: argparse.Namespace, place: Place) -> int:
 def main() -> int:
     """Make room for a run, do it, and clean up."""
     options = parse()
-    sys.path.append(str(HERE.parent / 'demo'))
-    # pylint: disable=import-outside-toplevel
-    from signals import install
-
-    install()
+    command.begin()
     disk = options.disk_dir or options.cache
     try:
         with make_place(options.memory_dir, disk, options.free) as place:

@@ -14,13 +14,12 @@ import time
 import unittest
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
+
+from qemu.machine import QEMUMachine
 
 from figures import Node, Rate, Side
 from view import COLUMNS, View, duration, size, sparkline
-
-if TYPE_CHECKING:
-    from qemu.machine import QEMUMachine
 
 TOP = Path(__file__).resolve().parent / 'top.py'
 WAIT_SECONDS = 60.0
@@ -36,7 +35,6 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--build-dir', type=Path, required=True)
-    parser.add_argument('--qemu-src', type=Path, required=True)
     return parser.parse_args()
 
 
@@ -105,11 +103,8 @@ class Host:
         self._args = args
         self.vm = self.launch()
 
-    def launch(self) -> 'QEMUMachine':
+    def launch(self) -> QEMUMachine:
         """Start it, also once more."""
-        # pylint: disable=import-outside-toplevel
-        from qemu.machine import QEMUMachine
-
         self.vm = QEMUMachine(str(OPTIONS.build_dir / 'qemu-system-x86_64'),
                               wrapper=['setpriv', '--pdeathsig', 'KILL'],
                               name=self._name, qmp_timer=WAIT_SECONDS,
@@ -182,8 +177,7 @@ class TopTest(unittest.TestCase):
     @staticmethod
     def command(*arguments: Any) -> List[str]:
         """Return the command for a watcher."""
-        return [sys.executable, str(TOP), '--qemu-src',
-                str(OPTIONS.qemu_src), *map(str, arguments)]
+        return [sys.executable, str(TOP), *map(str, arguments)]
 
     def once(self, *sockets: Path, width: int = 80) -> List[str]:
         """Return the lines of a snapshot."""
@@ -332,5 +326,4 @@ class ViewTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(OPTIONS.qemu_src / 'python'))
     unittest.main(argv=sys.argv[:1], verbosity=2)

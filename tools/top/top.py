@@ -19,11 +19,10 @@ import time
 import tty
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterator, List
+from typing import Iterator, List
 
-if TYPE_CHECKING:
-    from view import View
-    from watch import Watch
+from view import PLAIN_SPARKS, SPARKS, View
+from watch import TROUBLES, Watch, reason
 
 # As the demo has them: a folder for each run, in it one for each host.
 DEMO_SOCKETS = 'colo-demo-*/*/top.sock'
@@ -38,8 +37,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='./run top', description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--qemu-src', type=Path, required=True,
-                        metavar='DIR', help='folder of the QEMU source')
     parser.add_argument('sockets', type=Path, nargs='*', metavar='SOCKET',
                         help='QMP socket of one side, and of the other')
     parser.add_argument('--demo', action='store_true',
@@ -81,21 +78,15 @@ def sockets(options: argparse.Namespace) -> List[Path]:
     return options.sockets or demo_sockets()
 
 
-def new_view(options: argparse.Namespace) -> 'View':
+def new_view(options: argparse.Namespace) -> View:
     """Return a view for the terminal as it is now."""
-    # pylint: disable=import-outside-toplevel
-    from view import PLAIN_SPARKS, SPARKS, View
-
     width = options.width or shutil.get_terminal_size().columns
     unicode = 'utf' in (sys.stdout.encoding or '').lower()
     return View(width, SPARKS if unicode else PLAIN_SPARKS)
 
 
-async def once(options: argparse.Namespace, watch: 'Watch') -> int:
+async def once(options: argparse.Namespace, watch: Watch) -> int:
     """Print a snapshot; return the exit status."""
-    # pylint: disable=import-outside-toplevel
-    from watch import TROUBLES, reason
-
     paths = sockets(options)
     if not paths:
         print('error: no demo runs, and no socket was named',
@@ -135,7 +126,7 @@ def screen() -> Iterator[None]:
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
-def draw(options: argparse.Namespace, watch: 'Watch') -> None:
+def draw(options: argparse.Namespace, watch: Watch) -> None:
     """Show how it is now."""
     columns, rows = shutil.get_terminal_size()
     view = new_view(options)
@@ -151,7 +142,7 @@ def draw(options: argparse.Namespace, watch: 'Watch') -> None:
     sys.stdout.flush()
 
 
-async def live(options: argparse.Namespace, watch: 'Watch') -> int:
+async def live(options: argparse.Namespace, watch: Watch) -> int:
     """Show it until the user has seen enough."""
     loop = asyncio.get_running_loop()
     enough = asyncio.Event()
@@ -185,9 +176,6 @@ async def live(options: argparse.Namespace, watch: 'Watch') -> int:
 
 async def run(options: argparse.Namespace) -> int:
     """Watch, once or until told to end; return the exit status."""
-    # pylint: disable=import-outside-toplevel
-    from watch import Watch
-
     watch = Watch(options.interval)
     try:
         if options.once:
@@ -198,9 +186,8 @@ async def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Find QEMU's modules for QMP, and watch."""
+    """Watch."""
     options = parse()
-    sys.path.insert(0, str(options.qemu_src / 'python'))
     # They log a connection that has ended, in the middle of the screen.
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
     return asyncio.run(run(options))

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Dict, List, NamedTuple, Optional
 
-from host import Json, Setup
+from host import Json
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -125,14 +125,14 @@ class Image:
 class Images:
     """Creates images, and keeps empty ones to copy."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        self._folder = setup.work_dir / 'templates'
+    def __init__(self, build: Path, folder: Path) -> None:
+        self._build = build
+        self._folder = folder / 'templates'
         self._folder.mkdir()
         self._templates: Dict[str, Path] = {}
 
     def _run(self, tool: str, *args: str) -> None:
-        subprocess.run([self._setup.tool(tool), *args], check=True,
+        subprocess.run([str(self._build / tool), *args], check=True,
                        stdout=subprocess.DEVNULL)
 
     def overlay(self, path: Path, size: int, options: str) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from random import Random
 from typing import Dict, Iterator, List, Optional, Tuple
 
-from host import Difference, Host, Json
+import nodes
+from host import Json
 from layout import Image, Images, Layout, pattern
 from model import (Content, Maybe, Node, PrimaryNode, SecondaryNode, Stage,
                    Target, Write)
+from modelhost import Difference, ModelHost
 from nbdio import Client
 
 # From where a disk can be read and written, by the name of the exported node:
@@ -35,7 +37,7 @@ def check(what: str, content: Content, offset: int, found: bytes) -> None:
         f'found {found[wrong - offset:end - offset].hex()}')
 
 
-class Secondary:
+class SecondaryChain:
     """The chain of the secondary: top, replication, active, hidden, disk."""
 
     def __init__(self, disk: 'Disk') -> None:
@@ -46,35 +48,33 @@ class Secondary:
         # The target of the primary node that a promoted secondary gets
         self.next: Optional[PrimaryNode] = None
 
-    def chain(self, kind: str, backing: Json) -> Json:
+    def overlay(self, kind: str, backing: nodes.Node) -> Json:
         """An overlay."""
-        return {'driver': 'qcow2', 'node-name': self.disk.node(kind),
-                'discard': self.disk.layout.discard,
-                # QEMU 10.0 forgets to delete this timer of an overlay that
-                # could not be emptied; an iothread then fails to end
-                'cache-clean-interval': 0,
-                'file': self.images[kind].options(), **backing}
+        return nodes.image(
+            'qcow2', self.disk.node(kind), self.images[kind].options(),
+            backing=backing, discard=self.disk.layout.discard,
+            # QEMU 10.0 forgets to delete this timer of an overlay that
+            # could not be emptied; an iothread then fails to end
+            **{'cache-clean-interval': 0})
 
     def overlays(self) -> Json:
         """Active and hidden, over the disk."""
-        hidden = self.chain('hidden', {'backing': self.disk.node('disk')})
-        return self.chain('active', {'backing': hidden})
+        return self.overlay('active', self.overlay('hidden',
+                                                   self.disk.node(DISK)))
 
     def replication(self) -> Json:
         """The replication node."""
-        return {'driver': 'replication', 'mode': 'secondary',
-                'node-name': self.model.name, 'top-id': self.disk.node(VIEW),
-                'discard': self.disk.layout.discard, 'file': self.overlays()}
+        return nodes.secondary(self.model.name, self.disk.node(VIEW),
+                               self.overlays(),
+                               discard=self.disk.layout.discard)
 
     def top(self) -> Json:
         """The guest's node."""
-        layout = self.disk.layout
-        options = {'driver': layout.top, 'node-name': self.disk.node(VIEW),
-                   'discard': layout.discard}
+        layout, name = self.disk.layout, self.disk.node(VIEW)
         if layout.top == 'raw':
-            return {**options, 'file': self.replication()}
-        return {**options, 'vote-threshold': 1, 'read-pattern': 'fifo',
-                'children': [self.replication()]}
+            return nodes.image('raw', name, self.replication(),
+                               discard=layout.discard)
+        return nodes.quorum(name, self.replication(), discard=layout.discard)
 
     def create_images(self) -> None:
         """New overlays."""
@@ -100,11 +100,10 @@ class Secondary:
         target = Target(bytes(self.model.view.data))
         self.next = PrimaryNode(disk.node('next'), self.model.view, target,
                                 disk.layout.write_behind != 0)
-        host.add({'driver': 'raw', 'node-name': disk.node('spare'),
-                  'file': image.options()})
-        host.add({'driver': 'replication', 'mode': 'primary',
-                  'node-name': self.next.name, 'file': disk.node('spare'),
-                  **disk.layout.behind()})
+        host.add(
+            nodes.image('raw', disk.node('spare'), image.options()),
+            nodes.primary(self.next.name, disk.node('spare'),
+                          **disk.layout.behind()))
         host.cmd('x-blockdev-change', parent=disk.node(VIEW),
                  node=self.next.name)
         host.nodes.append(self.next)
@@ -126,8 +125,7 @@ class Secondary:
         disk, host = self.disk, self.disk.disk_host
         host.cmd('x-blockdev-change', parent=disk.node(VIEW),
                  child='children.1')
-        for node in (self.next.name, disk.node('spare')):
-            host.delete(node)
+        host.delete(self.next.name, disk.node('spare'))
         host.nodes.remove(self.next)
         self.next = None
 
@@ -142,10 +140,10 @@ class Secondary:
         host.nodes.remove(self.model)
 
 
-class Primary:
+class PrimaryChain:
     """The primary's quorum over its local disk and the way to the target."""
 
-    def __init__(self, disk: 'Disk', host: Host, data: bytes) -> None:
+    def __init__(self, disk: 'Disk', host: ModelHost, data: bytes) -> None:
         self.disk = disk
         self.host = host
         self.local = Content(data)
@@ -170,26 +168,22 @@ class Primary:
         """Add the local disk and the quorum."""
         name = self.disk.node('local-file')
         self.disk.images.disk(self.image.path, bytes(self.local.data))
-        self.host.add({'driver': 'raw', 'node-name': name,
-                       'discard': 'unmap', 'file': self.image.options()})
-        self.host.add({'driver': 'quorum', 'node-name': self.disk.node(LOCAL),
-                       'vote-threshold': 1, 'read-pattern': 'fifo',
-                       'discard': self.disk.layout.discard,
-                       'children': [name]})
+        self.host.add(
+            nodes.image('raw', name, self.image.options(), discard='unmap'),
+            nodes.quorum(self.disk.node(LOCAL), name,
+                         discard=self.disk.layout.discard))
 
     def attach(self) -> None:
         """Forward from now on."""
         disk = self.disk
         if self.is_remote():
-            self.host.add({
-                'driver': 'nbd', 'node-name': disk.node('link'),
-                'export': disk.node(DISK),
-                'discard': disk.layout.link_discard,
-                'server': {'type': 'unix', 'path': disk.disk_host.socket}})
+            self.host.add(nodes.link(
+                disk.node('link'), disk.disk_host.socket, disk.node(DISK),
+                discard=disk.layout.link_discard))
         self.model = self.new_model()
-        self.host.add({'driver': 'replication', 'mode': 'primary',
-                       'node-name': self.model.name, 'discard': 'unmap',
-                       'file': self.child(), **disk.layout.behind()})
+        self.host.add(nodes.primary(
+            self.model.name, self.child(), discard='unmap',
+            **disk.layout.behind()))
         self.host.cmd('x-blockdev-change', parent=disk.node(LOCAL),
                       node=self.model.name)
         self.host.nodes.append(self.model)
@@ -213,8 +207,7 @@ class Primary:
         """Delete all nodes."""
         if self.attached:
             self.detach()
-        self.host.delete(self.disk.node(LOCAL))
-        self.host.delete(self.disk.node('local-file'))
+        self.host.delete(self.disk.node(LOCAL), self.disk.node('local-file'))
         self.check_file()
 
     def check_file(self) -> None:
@@ -226,8 +219,8 @@ class Disk:
     """One disk of the VM: a primary, a secondary, or both."""
 
     def __init__(self, number: int, layout: Layout, images: Images,
-                 folder: Path, rng: Random, disk_host: Host,
-                 primary_host: Optional[Host], protected: bool) -> None:
+                 folder: Path, rng: Random, disk_host: ModelHost,
+                 primary_host: Optional[ModelHost], protected: bool) -> None:
         self.number = number
         self.layout = layout
         self.images = images
@@ -239,12 +232,12 @@ class Disk:
         self.data = pattern(layout.size - 512, rng) + bytes(512)
         self.disk_image = self.image('disk', layout.align)
         self.target = Target(self.data)
-        self.secondary: Optional[Secondary] = None
+        self.secondary: Optional[SecondaryChain] = None
         if protected:
-            self.secondary = Secondary(self)
-        self.primary: Optional[Primary] = None
+            self.secondary = SecondaryChain(self)
+        self.primary: Optional[PrimaryChain] = None
         if primary_host:
-            self.primary = Primary(self, primary_host, self.data)
+            self.primary = PrimaryChain(self, primary_host, self.data)
 
     def node(self, kind: str) -> str:
         """A node's name."""
@@ -282,12 +275,11 @@ class Disk:
 
     def open_disk(self) -> None:
         """Add the node of the disk."""
-        self.disk_host.add({
-            'driver': self.layout.disk_format, 'node-name': self.node(DISK),
-            'discard': self.layout.discard,
-            'file': self.disk_image.options()})
+        self.disk_host.add(nodes.image(
+            self.layout.disk_format, self.node(DISK),
+            self.disk_image.options(), discard=self.layout.discard))
 
-    def export_node(self, kind: str, host: Host) -> None:
+    def export_node(self, kind: str, host: ModelHost) -> None:
         """Export a node for writing and connect to it."""
         thread = 'iothread0' if self.layout.iothread == 'export' else None
         host.export(self.node(kind), iothread=thread)
@@ -319,7 +311,7 @@ class Disk:
         if self.primary and not exported:
             self.primary.model.link = False
 
-    def unexport(self, kind: str, host: Host) -> None:
+    def unexport(self, kind: str, host: ModelHost) -> None:
         """End an export and its client."""
         if kind in self.clients:
             self.clients.pop(kind).close()
@@ -328,7 +320,7 @@ class Disk:
     def replace_secondary(self) -> None:
         """Close the chain, and open one with new overlays."""
         self.close_secondary()
-        self.secondary = Secondary(self)
+        self.secondary = SecondaryChain(self)
         self.secondary.create_images()
         self.secondary.open()
         self.export_node(VIEW, self.disk_host)
@@ -437,16 +429,16 @@ class Disk:
             nodes.append(self.primary.model)
         return nodes
 
-    def primaries(self) -> List[Tuple[Host, PrimaryNode]]:
+    def primaries(self) -> List[Tuple[ModelHost, PrimaryNode]]:
         """Those that forward what is written to this disk."""
-        nodes: List[Tuple[Host, PrimaryNode]] = []
+        nodes: List[Tuple[ModelHost, PrimaryNode]] = []
         if self.secondary and self.secondary.next:
             nodes.append((self.disk_host, self.secondary.next))
         if self.primary and self.primary.attached:
             nodes.append((self.primary.host, self.primary.model))
         return nodes
 
-    def forwarder(self) -> Optional[Tuple[Host, PrimaryNode, str]]:
+    def forwarder(self) -> Optional[Tuple[ModelHost, PrimaryNode, str]]:
         """The node that forwards the guest's writes, and the one above it."""
         if self.secondary and self.secondary.next:
             return self.disk_host, self.secondary.next, VIEW
@@ -480,16 +472,13 @@ class Disk:
     @contextmanager
     def visit(self, node: str, writable: bool = False) -> Iterator[Client]:
         """A client of a node that is not exported for good."""
-        host = self.disk_host
-        host.cmd('block-export-add', {
-            'type': 'nbd', 'id': 'export-visit', 'name': 'visit',
-            'node-name': node, 'writable': writable})
-        client = host.connect('visit')
+        self.disk_host.export(node, 'visit', writable)
+        client = self.disk_host.connect('visit')
         try:
             yield client
         finally:
             client.close()
-        host.unexport('visit')
+        self.disk_host.unexport('visit')
 
     def look(self, node: str) -> bytes:
         """Read all of a node that must be readable."""

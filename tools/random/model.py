@@ -36,7 +36,7 @@ class Op(enum.Enum):
     FAILOVER = 'failover'
 
 
-class Verdict(enum.Enum):
+class Answer(enum.Enum):
     """What a node does with a call."""
     REFUSE = 'refuse'
     ACCEPT = 'accept'
@@ -205,26 +205,26 @@ class Node:
         self.name = name
         self.stage = Stage.NONE
 
-    def verdict(self, op: Op) -> Verdict:
+    def answer(self, op: Op) -> Answer:
         """What this stage does with a call."""
         if self.stage in ACCEPTED[op]:
-            return Verdict.ACCEPT
+            return Answer.ACCEPT
         if self.stage in IGNORED[op]:
-            return Verdict.IGNORE
-        return Verdict.REFUSE
+            return Answer.IGNORE
+        return Answer.REFUSE
 
     def allows(self, op: Op, mode: str) -> Maybe:
         """Whether a call succeeds."""
-        verdict = self.verdict(op)
-        if verdict is not Verdict.ACCEPT:
-            return verdict is Verdict.IGNORE
+        answer = self.answer(op)
+        if answer is not Answer.ACCEPT:
+            return answer is Answer.IGNORE
         if op is Op.START and mode != self.mode:
             return False
         return self.allows_here(op)
 
     def called(self, op: Op, done: bool) -> None:
         """A call has been made and ended so."""
-        if self.verdict(op) is Verdict.ACCEPT:
+        if self.answer(op) is Answer.ACCEPT:
             self.called_here(op, done)
 
     def allows_here(self, op: Op) -> Maybe:

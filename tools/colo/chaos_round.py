@@ -5,19 +5,21 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from chaos_plan import Cut, Kind, Moment, RoundPlan
-from console import Beat, fields
-from machine import Json, MIB, PairError, Setup, Side, STEP_TIMEOUT
+from guesthost import (CHECK_SECONDS, MIB, STEP_SECONDS, Beat, GuestHost,
+                       Setup, fields)
+from host import HostError, Json
 from pair import ColoPair, Failover
 
-EVENT_TIMEOUT = 60
-# A silent side that COLO still waits for is killed after this time.
+EVENT_SECONDS = 60
+# A silent host that COLO still waits for is killed after this time.
 RESCUE = 20.0
 # The primary is held up for so long at most.
 HOLD_UP = 2.0
-# How long a side that woke too late stays.
+# How long a host that woke too late stays.
 AWAKE = 1.0
 # Speed of a slow merge in bytes a second, and for how many seconds: the guest
 # dirties the overlays faster than that, so that it would never end.
@@ -31,17 +33,18 @@ class ChaosPair(ColoPair):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.merge_slowly = False
+        for disk in self.disks:
+            self.host_args += ['-object', f'throttle-group,id=speed{disk}']
 
-    def _own_disk(self, side: Side, disk: int) -> Json:
-        node = super()._own_disk(side, disk)
-        side.vm.add_args('-object', f'throttle-group,id=speed{disk}')
+    def _own_disk(self, folder: Path, disk: int) -> Json:
+        node = super()._own_disk(folder, disk)
         node['file'] = {'driver': 'throttle', 'throttle-group': f'speed{disk}',
                         'file': node['file']}
         return node
 
-    def _limit_writes(self, side: Side, bytes_a_second: int) -> None:
+    def _limit_writes(self, host: GuestHost, bytes_a_second: int) -> None:
         for disk in self.disks:
-            side.cmd('qom-set', {'path': f'/objects/speed{disk}',
+            host.cmd('qom-set', {'path': f'/objects/speed{disk}',
                                  'property': 'limits',
                                  'value': {'bps-write': bytes_a_second}})
 
@@ -52,12 +55,12 @@ class ChaosPair(ColoPair):
             self._limit_writes(self.secondary, SLOW)
         return super().fail_over_to_secondary(since)
 
-    def _wait_for_merge(self, side: Side) -> float:
+    def _wait_for_merge(self, host: GuestHost) -> float:
         if self.merge_slowly:
-            let_pass(SLOW_FOR, side)
-            self._limit_writes(side, 0)
+            let_pass(SLOW_FOR, host)
+            self._limit_writes(host, 0)
             self.merge_slowly = False
-        return super()._wait_for_merge(side)
+        return super()._wait_for_merge(host)
 
 
 @dataclass
@@ -68,14 +71,18 @@ class Result:
     running_ms: Optional[float] = None
     wrong: int = 0
     blocks: int = 0
-    gave_up: str = ''
     notes: List[str] = field(default_factory=list)
     problems: List[str] = field(default_factory=list)
 
-    @property
-    def took_over(self) -> bool:
-        """Whether the guest ran again."""
-        return self.running_ms is not None
+    def __str__(self) -> str:
+        plan = self.plan
+        head = (f'round {plan.index:3}  {plan.kind.value}, '
+                f'{plan.moment.value} ({"; ".join(self.notes)}): ')
+        if self.running_ms is None:
+            return head + f'FAILED, {self.wrong} wrong'
+        return head + (f'guest runs after {self.running_ms:.0f} ms, '
+                       f'{self.checkpoints} checkpoints, {self.blocks} '
+                       f'blocks checked, {self.wrong} wrong')
 
 
 class Round:
@@ -85,8 +92,6 @@ class Round:
         self.pair = pair
         self.plan = plan
         self.result = Result(plan)
-        # Which side must go on, once the blow has fallen.
-        self.survivor: Optional[Side] = None
 
     def run(self) -> None:
         """Protect the guest, break something, and look at the survivor."""
@@ -114,25 +119,25 @@ class Round:
 
     # Up to the blow
 
-    def _step(self, side: Side, wait: float) -> None:
-        """Wait for an event of a side, or less; both sides must be well."""
-        side.pump(wait)
+    def _step(self, host: GuestHost, wait: float) -> None:
+        """Wait for an event of a host, or less; both hosts must be well."""
+        host.pump(wait)
         for each in (self.pair.primary, self.pair.secondary):
             each.pump()
             each.check_alive('the blow')
             if each.seen('COLO_EXIT', self.pair.protected_at):
-                raise PairError(f'{each.name}: COLO ended by itself')
+                raise HostError(f'{each.name}: COLO ended by itself')
 
     def _await_checkpoints(self) -> None:
-        deadline = time.monotonic() + STEP_TIMEOUT
+        deadline = time.monotonic() + STEP_SECONDS
         while len(self.pair.checkpoints()) < self.plan.checkpoints:
             if time.monotonic() > deadline:
-                raise PairError('there were no checkpoints')
+                raise HostError('there were no checkpoints')
             self._step(self.pair.primary, 0.5)
 
     def _reach_moment(self) -> None:
         primary, secondary = self.pair.primary, self.pair.secondary
-        side, name = {
+        host, name = {
             Moment.BETWEEN: (primary, 'RESUME'),
             Moment.SECONDARY_STOPS: (secondary, 'STOP'),
             Moment.PRIMARY_STOPS: (primary, 'STOP'),
@@ -141,20 +146,20 @@ class Round:
             Moment.SLOW_MERGE: (primary, 'RESUME'),
         }[self.plan.moment]
         since = time.time()
-        deadline = time.monotonic() + EVENT_TIMEOUT
-        while not side.seen(name, since):
+        deadline = time.monotonic() + EVENT_SECONDS
+        while not host.seen(name, since):
             if time.monotonic() > deadline:
-                raise PairError(f'{side.name}: no {name} event')
-            self._step(side, 0.5)
-        let_pass(self.plan.delay, side)
+                raise HostError(f'{host.name}: no {name} event')
+            self._step(host, 0.5)
+        let_pass(self.plan.delay, host)
 
     def _note_state(self) -> None:
         """Note in which state the blow met the two guests."""
         states = []
-        for name, side in (('primary', self.pair.primary),
+        for name, host in (('primary', self.pair.primary),
                            ('secondary', self.pair.secondary)):
-            side.pump()
-            last = [event['event'] for event in side.events
+            host.pump()
+            last = [event['event'] for event in host.events
                     if event['event'] in ('STOP', 'RESUME')][-1]
             states.append(f'{name} {"stopped" if last == "STOP" else "runs"}')
         self.result.notes.append(', '.join(states))
@@ -164,7 +169,6 @@ class Round:
 
     def _to_secondary(self, since: Optional[float] = None) -> Failover:
         pair = self.pair
-        self.survivor = pair.secondary
         pair.primary.pump()
         done = pair.checkpoints()
         self.result.checkpoints = len(done)
@@ -175,7 +179,6 @@ class Round:
 
     def _to_primary(self, since: Optional[float] = None) -> Failover:
         pair = self.pair
-        self.survivor = pair.primary
         safe = pair.primary.console.beat
         failover = pair.fail_over_to_primary(since)
         self._demand_kept(failover, safe)
@@ -191,7 +194,6 @@ class Round:
 
     def _kill_primary(self) -> Failover:
         pair, slow = self.pair, self.plan.moment is Moment.SLOW_MERGE
-        self.survivor = pair.secondary
         pair.primary.sigkill()
         self._note_state()
         pair.merge_slowly = slow
@@ -204,14 +206,12 @@ class Round:
         return failover
 
     def _kill_secondary(self) -> Failover:
-        self.survivor = self.pair.primary
         self.pair.secondary.sigkill()
         self._note_state()
         return self._to_primary()
 
     def _mute_primary(self) -> Failover:
         pair, victim = self.pair, self.pair.primary
-        self.survivor = pair.secondary
         victim.send_signal(signal.SIGSTOP)
         since = time.time()
         self._note_state()
@@ -226,7 +226,6 @@ class Round:
 
     def _mute_secondary(self) -> Failover:
         pair, victim = self.pair, self.pair.secondary
-        self.survivor = pair.primary
         victim.send_signal(signal.SIGSTOP)
         since = time.time()
         self._note_state()
@@ -240,8 +239,9 @@ class Round:
             victim, lambda: self._to_primary(since))
 
     def _take_over_from_silent(
-            self, victim: Side, take_over: Callable[[], Failover]) -> Failover:
-        """Go on beside a silent side, which may wake up, then dies."""
+            self, victim: GuestHost, take_over: Callable[[], Failover]
+    ) -> Failover:
+        """Go on beside a silent host, which may wake up, then dies."""
         rescue = threading.Timer(RESCUE, victim.sigkill)
         rescue.start()
         try:
@@ -249,25 +249,25 @@ class Round:
         finally:
             rescue.cancel()
             rescue.join()
-        if not victim.vm.is_running():
+        if not victim.is_running():
             self.result.notes.append(f'only after {RESCUE:.0f} s and the '
-                                     'death of the silent side')
+                                     'death of the silent host')
             return failover
         if self.plan.wakes:
             victim.send_signal(signal.SIGCONT)
             let_pass(AWAKE, victim, self.pair.primary)
             victim.cmd('query-status')
             self._put_down(victim)
-            self.result.notes.append('the silent side woke up')
+            self.result.notes.append('the silent host woke up')
         else:
             victim.sigkill()
         return failover
 
     @staticmethod
-    def _put_down(side: Side) -> None:
-        """Kill a side that must have been alive until now."""
-        side.check_alive('its death')
-        side.sigkill()
+    def _put_down(host: GuestHost) -> None:
+        """Kill a host that must have been alive until now."""
+        host.check_alive('its death')
+        host.sigkill()
 
     def _cut(self) -> float:
         """Cut the link that carries the disk writes; return when."""
@@ -289,7 +289,7 @@ class Round:
             self.pair.stop_exports()
         else:
             self.pair.secondary.cmd('block-export-del', mode='hard',
-                                    id=f'export{self.plan.disk}')
+                                    id=f'export-disk{self.plan.disk}')
 
     def _hold_up_primary(self, action: Callable[[], None]) -> None:
         """Do something while the primary stands still.
@@ -311,87 +311,81 @@ class Round:
         self.result.notes.append('the primary held up')
 
     def _await_exit(self, since: float) -> float:
-        """Wait until COLO ends on a side; return when."""
+        """Wait until COLO ends on a host; return when."""
         pair = self.pair
-        deadline = time.monotonic() + EVENT_TIMEOUT
+        deadline = time.monotonic() + EVENT_SECONDS
         while time.monotonic() < deadline:
-            for name, side in (('primary', pair.primary),
+            for name, host in (('primary', pair.primary),
                                ('secondary', pair.secondary)):
-                side.check_alive('the end of COLO')
-                ended = side.seen('COLO_EXIT', since)
+                host.check_alive('the end of COLO')
+                ended = host.seen('COLO_EXIT', since)
                 if ended:
                     self.result.notes.append(f'COLO_EXIT on the {name}')
                     when: float = ended[0]['when']
                     return when
             let_pass(0.1, pair.primary, pair.secondary)
-        raise PairError(f'COLO went on for {EVENT_TIMEOUT} s without the link')
+        raise HostError(f'COLO went on for {EVENT_SECONDS} s without the link')
 
     def _cut_link(self) -> Failover:
-        pair, victim = self.pair, self.pair.secondary
-        self.survivor = pair.primary
+        victim = self.pair.secondary
         failover = self._to_primary(self._await_exit(self._cut()))
         self._put_down(victim)
         return failover
 
     def _cut_link_then_kill_primary(self) -> Failover:
-        pair, victim = self.pair, self.pair.primary
-        self.survivor = pair.secondary
+        victim = self.pair.primary
         self._cut()
-        let_pass(self.plan.gap, pair.primary, pair.secondary)
+        let_pass(self.plan.gap, victim, self.pair.secondary)
         self._put_down(victim)
         return self._to_secondary()
 
     def _kill_primary_at_exit(self) -> Failover:
-        pair, victim = self.pair, self.pair.primary
-        self.survivor = pair.secondary
+        victim = self.pair.primary
         self._await_exit(self._cut())
         self._put_down(victim)
         return self._to_secondary()
 
     # Afterwards
 
-    def _look_at(self, side: Side, first: Beat) -> None:
+    def _look_at(self, host: GuestHost, first: Beat) -> None:
         """Have the survivor's guest check all that it ever wrote."""
-        console = side.console
+        console = host.console
         before = len(console.lines('CHECKED'))
         console.send('check')
-        side.wait_until(lambda: len(console.lines('CHECKED')) > before,
-                        "the guest's check")
+        host.wait_until(lambda: len(console.lines('CHECKED')) > before,
+                        "the guest's check", CHECK_SECONDS)
         report = fields(console.lines('CHECKED')[-1])
         self.result.blocks = int(report['blocks'])
         # It must be able to write, too.
-        side.wait_until(lambda: bool(
+        host.wait_until(lambda: bool(
             console.beat and console.beat.writes > first.writes
             and console.beat.tx > first.tx + 1), "the survivor's work")
-        self.result.wrong = wrong_blocks(self.pair)
         self.result.problems += [
-            f'{each.name}: the guest says: {line}' for each in self.pair.sides
+            f'{each.name}: the guest says: {line}' for each in self.pair.hosts
             for line in complaints(each)]
 
+    def note_wrong(self) -> None:
+        """Count the wrong blocks that any guest of the pair has seen.
 
-def complaints(side: Side) -> List[str]:
+        A guest tells of the first few and counts the rest.
+        """
+        consoles = [host.console for host in self.pair.hosts]
+        told = sum(len(console.lines('WRONG')) for console in consoles)
+        self.result.wrong = max([told, *(
+            beat.wrong for console in consoles for beat in console.beats())])
+
+
+def complaints(host: GuestHost) -> List[str]:
     """Return the lines in which a guest says that something is wrong."""
-    bad_sql = [line for line in side.console.lines('SQL')
+    bad_sql = [line for line in host.console.lines('SQL')
                if fields(line).get('integrity') != 'ok']
-    return (side.console.lines('FAIL') + side.console.lines('WRONG')
-            + bad_sql)
+    return host.console.lines('FAIL', 'WRONG') + bad_sql
 
 
-def let_pass(seconds: float, *sides: Side) -> None:
-    """Take the events of some sides for some time."""
+def let_pass(seconds: float, *hosts: GuestHost) -> None:
+    """Take the events of some hosts for some time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        sides[0].pump(end - time.monotonic())
-        for side in sides[1:]:
-            side.pump()
-
-
-def wrong_blocks(pair: ColoPair) -> int:
-    """Return how many wrong blocks any guest of a pair has seen.
-
-    A guest tells of the first few and counts the rest.
-    """
-    counts = [max((beat.wrong for beat in side.console.beats()), default=0)
-              for side in pair.sides]
-    told = sum(len(side.console.lines('WRONG')) for side in pair.sides)
-    return max([told, *counts])
+        hosts[0].pump(end - time.monotonic())
+        for host in hosts[1:]:
+            host.pump()

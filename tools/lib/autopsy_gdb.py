@@ -131,7 +131,7 @@ def attempt(look: Callable[[], Any]) -> None:
         print(f'  not to be seen: {exc}')
 
 
-# autopsy.py tells by this line where the threads' stacks end
+# after the stacks of threads
 print('Block layer:')
 for each in (lock, exports, nodes, groups, jobs, coroutines):
     attempt(each)

@@ -6,9 +6,9 @@ from typing import Callable, List, NamedTuple, Optional, Tuple
 
 from disk import DISK, FORWARD, LOCAL, VIEW, Disk, check
 from disturb import disturb
-from host import Host
+from modelhost import ModelHost
 from layout import KIB, MIB
-from model import (Maybe, Op, PrimaryNode, SecondaryNode, Stage, Verdict,
+from model import (Maybe, Op, PrimaryNode, SecondaryNode, Stage, Answer,
                    Write)
 from nbdio import Request, pumped
 from sequence import Sequence
@@ -59,17 +59,17 @@ def stage(disk: Disk) -> Optional[Stage]:
     return secondary.stage if secondary else None
 
 
-def accepts(host: Host, op: Op) -> bool:
+def accepts(host: ModelHost, op: Op) -> bool:
     """Whether a node of the host would do something."""
-    return any(node.verdict(op) is Verdict.ACCEPT for node in host.nodes)
+    return any(node.answer(op) is Answer.ACCEPT for node in host.nodes)
 
 
-def hosts(seq: Sequence) -> List[Host]:
+def hosts(seq: Sequence) -> List[ModelHost]:
     """The hosts that have replication nodes, the primary first."""
     return [host for _, host in sorted(seq.hosts.items()) if host.nodes]
 
 
-def mode_of(host: Host) -> str:
+def mode_of(host: ModelHost) -> str:
     """How this host is started."""
     return host.nodes[-1].mode
 
@@ -210,7 +210,7 @@ def overlap(seq: Sequence, disk: Disk) -> None:
 # The registry
 
 
-def some_hosts(seq: Sequence) -> List[Host]:
+def some_hosts(seq: Sequence) -> List[ModelHost]:
     """All, or one."""
     some = hosts(seq)
     return some if seq.rng.random() < 0.7 else [seq.rng.choice(some)]
@@ -334,13 +334,13 @@ def finish(seq: Sequence, disk: Disk, racer: Racer, error: Optional[str],
         racer.write.apply(disk.secondary.model.view, None)
 
 
-def race_calls(seq: Sequence, disk: Disk) -> List[Tuple[Host, Op]]:
+def race_calls(seq: Sequence, disk: Disk) -> List[Tuple[ModelHost, Op]]:
     """Calls that may meet writes under way.
 
     Not those by which a write could be forwarded or not, as it happens.
     """
-    calls: List[Tuple[Host, Op]] = []
-    primaries: List[Tuple[Host, PrimaryNode]] = []
+    calls: List[Tuple[ModelHost, Op]] = []
+    primaries: List[Tuple[ModelHost, PrimaryNode]] = []
     if disk.primary:
         primaries.append((disk.primary.host, disk.primary.model))
     if disk.secondary and disk.secondary.next:

@@ -7,9 +7,9 @@ from random import Random
 from typing import Dict, List, Optional, TextIO
 
 from disk import DISK, LOCAL, VIEW, Disk, check
-from host import Difference, Host, named_node
+from modelhost import Difference, ModelHost, named_node
 from layout import Image, Images, Layout
-from model import Maybe, Node, Op, Stage, Verdict, Write
+from model import Maybe, Node, Op, Stage, Answer, Write
 
 # Bytes in a second
 SLOW = 4000000
@@ -37,6 +37,11 @@ class Stats:
             name = field.name
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def short(self) -> str:
+        """What a line has room for."""
+        return (f'{self.sequences} sequences, {self.steps} steps, '
+                f'{self.hits} faults hit, {self.checks} checks')
+
     def __str__(self) -> str:
         names = {'refused': 'refused operations', 'faults': 'injected faults',
                  'hits': 'requests that failed for one',
@@ -48,8 +53,8 @@ class Stats:
 class Sequence:
     """The disks and hosts of a sequence, and what can be done with them."""
 
-    def __init__(self, hosts: Dict[str, Host], images: Images, folder: Path,
-                 seed: str, trace: TextIO) -> None:
+    def __init__(self, hosts: Dict[str, ModelHost], images: Images,
+                 folder: Path, seed: str, trace: TextIO) -> None:
         self.hosts = hosts
         self.images = images
         self.seed = seed
@@ -96,7 +101,7 @@ class Sequence:
 
     # The registry
 
-    def call(self, host: Host, op: Op, mode: str) -> bool:
+    def call(self, host: ModelHost, op: Op, mode: str) -> bool:
         """Call the registry of a host; return whether that succeeded."""
         allowed = {node: node.allows(op, mode) for node in host.nodes}
         certain = False not in allowed.values()
@@ -117,7 +122,7 @@ class Sequence:
             self.check_graph(host, before)
         return error is None
 
-    def _called(self, host: Host, op: Op, error: Optional[str],
+    def _called(self, host: ModelHost, op: Op, error: Optional[str],
                 allowed: Dict[Node, Maybe]) -> None:
         """Tell the models how a call has ended."""
         self._count(op, error, host)
@@ -138,7 +143,7 @@ class Sequence:
             for node in host.nodes:
                 node.disowned()
 
-    def _visited(self, host: Host, op: Op, culprit: Node,
+    def _visited(self, host: ModelHost, op: Op, culprit: Node,
                  allowed: Dict[Node, Maybe]) -> None:
         """All nodes were called, and the culprit is the first that failed."""
         failed = False
@@ -159,14 +164,14 @@ class Sequence:
             elif not failed:
                 raise Difference(f'{node.name}: {op.value} must not succeed')
 
-    def _count(self, op: Op, error: Optional[str], host: Host) -> None:
-        accepted = any(node.verdict(op) is Verdict.ACCEPT
+    def _count(self, op: Op, error: Optional[str], host: ModelHost) -> None:
+        accepted = any(node.answer(op) is Answer.ACCEPT
                        for node in host.nodes)
         if accepted and error is None:
             self.stats.checkpoints += op is Op.CHECKPOINT
             self.stats.failovers += op is Op.FAILOVER
 
-    def _start_failed(self, host: Host, culprit: Node, allowed: Maybe,
+    def _start_failed(self, host: ModelHost, culprit: Node, allowed: Maybe,
                       error: str) -> None:
         """Nothing has changed, unless a first checkpoint failed.
 
@@ -175,7 +180,7 @@ class Sequence:
         if (allowed is None and culprit.mode == 'secondary'
                 and 'Cannot start' not in error):
             for node in host.nodes[:host.nodes.index(culprit) + 1]:
-                if node.verdict(Op.START) is Verdict.ACCEPT:
+                if node.answer(Op.START) is Answer.ACCEPT:
                     node.start_lost()
         elif allowed is None:
             culprit.called(Op.START, False)
@@ -191,7 +196,7 @@ class Sequence:
         node.status_was(True)
         return True
 
-    def _find(self, host: Host, error: str) -> Node:
+    def _find(self, host: ModelHost, error: str) -> Node:
         """The node that an error is about."""
         name = named_node(error)
         for node in host.nodes:
@@ -206,7 +211,7 @@ class Sequence:
             if host.is_running() and host.nodes:
                 self._check_status(host)
 
-    def _check_status(self, host: Host) -> None:
+    def _check_status(self, host: ModelHost) -> None:
         error = host.status()
         culprit = self._find(host, error) if error else None
         self.stats.checks += 1
@@ -376,7 +381,7 @@ class Sequence:
             for _, node in disk.primaries():
                 node.observe()
 
-    def host_of(self, disk: Disk, image: Image) -> Host:
+    def host_of(self, disk: Disk, image: Image) -> ModelHost:
         """Where an image is open."""
         if disk.primary and image is disk.primary.image:
             return disk.primary.host
@@ -447,7 +452,7 @@ class Sequence:
         """Whether the primary may still write to the disk."""
         return not disk.secondary or not disk.secondary.model.is_taken()
 
-    def check_graph(self, host: Host, before: List[str]) -> None:
+    def check_graph(self, host: ModelHost, before: List[str]) -> None:
         """What was refused must not leave a trace."""
         after = host.graph()
         lines = [f'-{line}' for line in before if line not in after]

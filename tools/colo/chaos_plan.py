@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import List, Tuple
 
-from machine import Layout, MIB
+from guesthost import Disks, MIB
 
 # Rounds that one guest lives through: a survivor gets a new secondary.
 GENERATIONS = 6
@@ -74,7 +74,7 @@ DECK: List[Tuple[Kind, Moment]] = [
 @dataclass(frozen=True)
 class GuestPlan:
     """The guest that a group of rounds shares."""
-    layout: Layout
+    disks: Disks
     checkpoint_ms: int
 
 
@@ -88,7 +88,7 @@ class RoundPlan:
     checkpoints: int
     # From the event of the moment to the blow.
     delay: float
-    # How long a side is silent before it is given up.
+    # How long a host is silent before it is given up.
     silence: float
     # Whether it speaks again, too late, before it is killed.
     wakes: bool
@@ -106,10 +106,9 @@ class RoundPlan:
 def plan_guest(seed: int, group: int) -> GuestPlan:
     """Return what the guest of a group of rounds is like."""
     rng = random.Random(f'{seed}/guest/{group}')
-    layout = Layout(disks=rng.choice((1, 2, 2, 3)),
-                    disk_size=rng.choice((40, 48, 64)) * MIB,
-                    fs_size=32 * MIB)
-    return GuestPlan(layout, rng.choice((400, 800, 1200)))
+    disks = Disks(count=rng.choice((1, 2, 2, 3)),
+                  size=rng.choice((40, 48, 64)) * MIB, fs_size=32 * MIB)
+    return GuestPlan(disks, rng.choice((400, 800, 1200)))
 
 
 def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
@@ -128,6 +127,6 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
                      checkpoints=rng.randint(1, 3), delay=delay,
                      silence=rng.uniform(0.1, 2), wakes=rng.random() < 0.5,
                      cut=rng.choice(list(Cut)), held_up=rng.random() < 0.5,
-                     disk=rng.randrange(guest.layout.disks),
+                     disk=rng.randrange(guest.disks.count),
                      gap=rng.uniform(0.1, 1) * period,
                      behind=rng.random() < 0.5)

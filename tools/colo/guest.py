@@ -7,9 +7,7 @@ that the guest needs, busybox, Debian's sqlite3 and mkfs.ext4 from this host,
 and the worker (guest/worker.c).
 """
 
-import gzip
 import hashlib
-import lzma
 import os
 import re
 import shutil
@@ -17,18 +15,19 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Set
+from typing import Callable, List
 
 HERE = Path(__file__).resolve().parent
 FETCH_DEBS = HERE.parent / 'base' / 'fetch-debs.sh'
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
-# Those that are built into the kernel, or that it does not know, are left out.
 MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4')
 PROGRAMS = ('/usr/bin/sqlite3', '/sbin/mke2fs')
 USER_PACKAGES = ('busybox-static', 'sqlite3', 'e2fsprogs', 'libc6',
                  'libsqlite3-0')
-FETCH_TIMEOUT = 300
-TOOL_TIMEOUT = 120
+# By the end of a module's name
+UNPACK = {'.xz': 'xz', '.gz': 'gzip', '.zst': 'zstd'}
+FETCH_SECONDS = 300
+TOOL_SECONDS = 120
 
 # Administrators' tools, which a user's PATH may lack.
 os.environ['PATH'] += ':/usr/sbin:/sbin'
@@ -46,7 +45,7 @@ class Guest:
     version: str
 
 
-def run_tool(args: List[str], timeout: int = TOOL_TIMEOUT) -> str:
+def run_tool(args: List[str], timeout: int = TOOL_SECONDS) -> str:
     """Run a tool of the host and return what it prints."""
     try:
         done = subprocess.run(args, timeout=timeout, check=True, text=True,
@@ -85,7 +84,7 @@ def unpack_kernel(cache: Path) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         debs = [Path(line) for line in
                 run_tool(['bash', str(FETCH_DEBS), '--depends', str(cache),
-                          KERNEL_PACKAGE], FETCH_TIMEOUT).splitlines()]
+                          KERNEL_PACKAGE], FETCH_SECONDS).splitlines()]
         images = [deb for deb in debs if deb.name.startswith('linux-image-')]
         if len(images) != 1:
             raise GuestError(f'{KERNEL_PACKAGE} should lead to one kernel '
@@ -106,50 +105,28 @@ def kernel_version(folder: Path) -> str:
     return found[0]
 
 
-class Modules:
-    """The modules of a kernel, by name, and what each depends on."""
+def modules(kernel: Path) -> List[Path]:
+    """Return the files of MODULES, each after those it depends on.
 
-    def __init__(self, kernel: Path) -> None:
-        self.folder = kernel / 'lib/modules' / kernel_version(kernel)
-        self.depends: Dict[str, List[str]] = {}
-        self.paths: Dict[str, str] = {}
-        lines = (self.folder / 'modules.dep').read_text().splitlines()
-        for line in lines:
-            path, _, depends = line.partition(':')
-            self.paths[self.name(path)] = path
-            self.depends[path] = depends.split()
+    Those that are built into the kernel, or that it does not know, are left
+    out.
+    """
+    shown = subprocess.run(
+        ['modprobe', '-d', str(kernel), '-S', kernel_version(kernel), '-a',
+         '-q', '--ignore-install', '--show-depends', *MODULES], check=False,
+        stdout=subprocess.PIPE, text=True, timeout=TOOL_SECONDS).stdout
+    paths = re.findall(r'^insmod (\S+)', shown, re.MULTILINE)
+    return [Path(path) for path in dict.fromkeys(paths)]
 
-    @staticmethod
-    def name(path: str) -> str:
-        """Return the module's name, as modprobe knows it."""
-        return re.sub(r'\.ko(\.\w+)?$', '', Path(path).name).replace('-', '_')
 
-    def in_order(self) -> List[str]:
-        """Return the paths of MODULES, each after those it depends on."""
-        done: Set[str] = set()
-
-        def visit(path: str) -> Iterator[str]:
-            if path not in done:
-                done.add(path)
-                for needed in self.depends[path]:
-                    yield from visit(needed)
-                yield path
-
-        return [path for name in MODULES if name in self.paths
-                for path in visit(self.paths[name])]
-
-    def contents(self, path: str) -> bytes:
-        """Return a module as insmod takes it: not compressed."""
-        raw = (self.folder / path).read_bytes()
-        if path.endswith('.xz'):
-            return lzma.decompress(raw)
-        if path.endswith('.gz'):
-            return gzip.decompress(raw)
-        if path.endswith('.zst'):
-            return subprocess.run(['zstd', '-dcq'], input=raw, check=True,
-                                  stdout=subprocess.PIPE,
-                                  timeout=TOOL_TIMEOUT).stdout
-        return raw
+def unpacked(module: Path) -> bytes:
+    """Return a module as insmod takes it: not compressed."""
+    tool = UNPACK.get(module.suffix)
+    if tool is None:
+        return module.read_bytes()
+    return subprocess.run([tool, '-dcq', str(module)], check=True,
+                          stdout=subprocess.PIPE,
+                          timeout=TOOL_SECONDS).stdout
 
 
 def libraries(program: str) -> List[str]:
@@ -180,13 +157,11 @@ def fill_root(root: Path, kernel: Path) -> None:
               str(HERE / 'guest/worker.c')])
 
     (root / 'modules').mkdir()
-    modules = Modules(kernel)
-    order = modules.in_order()
-    for path in order:
-        (root / 'modules' / f'{modules.name(path)}.ko').write_bytes(
-            modules.contents(path))
-    (root / 'modules/order').write_text(
-        ''.join(f'{modules.name(path)}.ko\n' for path in order))
+    order = []
+    for module in modules(kernel):
+        order.append(f"{module.name.split('.')[0]}.ko")
+        (root / 'modules' / order[-1]).write_bytes(unpacked(module))
+    (root / 'modules/order').write_text('\n'.join([*order, '']))
 
 
 def pack(root: Path, archive: Path) -> None:
@@ -198,7 +173,7 @@ def pack(root: Path, archive: Path) -> None:
     with archive.open('wb') as out:
         subprocess.run(['cpio', '-o', '-H', 'newc', '-R', '0:0', '--quiet'],
                        input='\n'.join(names).encode(), stdout=out, cwd=root,
-                       check=True, timeout=TOOL_TIMEOUT)
+                       check=True, timeout=TOOL_SECONDS)
 
 
 def initramfs_key(kernel: Path) -> str:

@@ -8,16 +8,13 @@ from typing import Callable, Iterable, Iterator, NamedTuple, Optional
 
 import nbd  # type: ignore
 
+from host import Hang
 from model import Write
 
 SECONDS = 30.0
 POLL = 0.1
 FLAGS = {'fua': nbd.CMD_FLAG_FUA, 'no-hole': nbd.CMD_FLAG_NO_HOLE,
          'fast': nbd.CMD_FLAG_FAST_ZERO}
-
-
-class Hang(Exception):
-    """An answer did not come in time."""
 
 
 class Request(NamedTuple):

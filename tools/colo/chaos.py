@@ -1,0 +1,229 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Break protected VMs at random instants, and look for damage.
+
+Each round protects a guest with COLO and breaks something: a host is killed
+or goes silent, or the link that carries the disk writes is cut, at a random
+instant before, in or after a checkpoint.  The guest, which knows all that it
+wrote, must go on with not a block wrong.
+"""
+
+import argparse
+import asyncio
+import shutil
+import sys
+import time
+from pathlib import Path
+from subprocess import SubprocessError
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+
+from qemu.machine.machine import QEMUMachineError
+from qemu.qmp import QMPError
+
+import command
+from autopsy import stacks
+from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
+from chaos_round import ChaosPair, Result, Round
+from guest import GuestError, get_guest
+from guesthost import MIB, Setup, accelerator
+from host import HostError
+from verify import judge
+
+KILLS = 50
+# What a step raises when QEMU does not do what it should.
+FAILURES = (HostError, QMPError, QEMUMachineError, asyncio.TimeoutError,
+            OSError, SubprocessError)
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = command.parser(__doc__)
+    command.add_seed(parser)
+    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
+                        help='folder that keeps the guest between runs')
+    parser.add_argument('--kills', type=int, metavar='K',
+                        help='end after so many rounds (default: '
+                        f'{KILLS}, or no limit with --minutes)')
+    parser.add_argument('--round', type=int, metavar='I',
+                        help='only this round of the seed, on a new guest')
+    options = parser.parse_args()
+    if options.kills is None and options.minutes is None:
+        options.kills = KILLS
+    return options
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    print(f'{time.strftime("%H:%M:%S")}  {text}', flush=True)
+
+
+class Campaign:
+    """Runs the rounds; stops at the first that went wrong."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self.folder = folder
+        self.results: List[Result] = []
+        self.guests = 0
+        self.blocks = 0
+        self.good = True
+        self._guest = get_guest(options.cache, say)
+        self._pair: Optional[ChaosPair] = None
+
+    def run(self) -> bool:
+        """Run them all; return whether nothing was lost."""
+        group = -1
+        for index in self._indices():
+            try:
+                if index // GENERATIONS != group:
+                    self._finish_guest()
+                    group = index // GENERATIONS
+                    self._start_guest(group)
+                self._round(index, group)
+            except FAILURES as exc:
+                self._fail(f'{type(exc).__name__}: {exc}')
+            if not self.good:
+                break
+        try:
+            self._finish_guest()
+        except FAILURES as exc:
+            self._fail(f'the check of the guest: {exc}')
+        self._show_table()
+        return self.good
+
+    def close(self) -> None:
+        """End what runs."""
+        if self._pair:
+            self._pair.close()
+            self._pair = None
+
+    def _indices(self) -> Iterator[int]:
+        """Return the rounds to run, for as long as there is time."""
+        options = self.options
+        if options.round is not None:
+            yield options.round
+            return
+        end = time.monotonic() + 60 * (options.minutes or float('inf'))
+        index = 0
+        while time.monotonic() < end and index < (options.kills
+                                                  or float('inf')):
+            yield index
+            index += 1
+
+    def _start_guest(self, group: int) -> None:
+        plan = plan_guest(self.options.seed, group)
+        self.guests += 1
+        folder = self.folder / f'g{self.guests}'
+        folder.mkdir()
+        self._pair = ChaosPair(Setup(
+            self.options.build_dir, self._guest, folder, plan.disks,
+            accelerator(), plan.checkpoint_ms))
+        self._pair.start_primary()
+        say(f'guest {self.guests}: {plan.disks.count} x '
+            f'{plan.disks.size // MIB} MiB, a checkpoint every '
+            f'{plan.checkpoint_ms} ms')
+
+    def _finish_guest(self) -> None:
+        """Have the guest checked in full; it has survived all its rounds."""
+        pair = self._pair
+        if not pair or not self.good:
+            return
+        report = pair.finish()
+        found = judge(report, pair.images(), pair.setup.disks,
+                      pair.setup.folder)
+        self.blocks += found.blocks
+        last = self.results[-1]
+        last.wrong = max(last.wrong, found.all_wrong)
+        say(f'guest {self.guests}: {found.blocks} blocks checked by the '
+            f'guest, {found.host_blocks} in the images, {found.all_wrong} '
+            f'wrong; {found.rows} of {found.committed} transactions, '
+            f'integrity_check {found.integrity}, e2fsck {found.e2fsck}')
+        if found.problems:
+            self._fail('\n'.join(found.problems))
+            return
+        self.close()
+        shutil.rmtree(pair.setup.folder)
+
+    def _round(self, index: int, group: int) -> None:
+        assert self._pair
+        this = Round(self._pair, plan_round(
+            self.options.seed, index, plan_guest(self.options.seed, group)))
+        self.results.append(this.result)
+        try:
+            this.run()
+        finally:
+            this.note_wrong()
+            say(str(this.result))
+        if this.result.problems or this.result.wrong:
+            self._fail('\n'.join(this.result.problems)
+                       or 'the guest read wrong blocks')
+
+    def _fail(self, problem: str) -> None:
+        """Note a problem, with all that may explain it."""
+        self.good = False
+        say(f'FAIL: {problem}')
+        for host in self._pair.hosts if self._pair else []:
+            found = stacks(host)
+            if found:
+                host.path('stacks').write_text(found)
+                say(f'{host.name}: its stacks are in {host.path("stacks")}')
+        for host in self._pair.hosts[-2:] if self._pair else []:
+            say(host.last_words())
+
+    def _show_table(self) -> None:
+        rows: Dict[Tuple[str, str], List[Result]] = {}
+        for kind in Kind:
+            for moment in Moment:
+                rows[kind.value, moment.value] = [
+                    result for result in self.results
+                    if (result.plan.kind, result.plan.moment)
+                    == (kind, moment)]
+        rows['all', ''] = self.results
+        print(f'\n{"what":<44}{"when":<40}{"kills":>6}{"took over":>10}'
+              f'{"wrong":>6}')
+        for (what, when), results in rows.items():
+            if results:
+                print(f'{what:<44}{when:<40}{counts(results)}')
+        times = sorted(result.running_ms for result in self.results
+                       if result.running_ms is not None)
+        if times:
+            print(f'guest running again: median {times[len(times) // 2]:.0f} '
+                  f'ms, longest {times[-1]:.0f} ms (with the time that a '
+                  'silent host was waited for)')
+        blocks = self.blocks + sum(r.blocks for r in self.results)
+        print(f'{self.guests} guests; {blocks} blocks checked; '
+              f'seed {self.options.seed}')
+        print('PASS' if self.good else 'FAIL', flush=True)
+
+
+def counts(results: Iterable[Result]) -> str:
+    """Return the numbers of a row of the table."""
+    many = list(results)
+    return (f'{len(many):>6}'
+            f'{sum(r.running_ms is not None for r in many):>10}'
+            f'{sum(r.wrong for r in many):>6}')
+
+
+def main() -> int:
+    """Make room for a run, do it, and clean up."""
+    options = parse()
+    command.begin()
+    print(f'seed {options.seed}', flush=True)
+    try:
+        with command.work_folder('chaos-', options.work_dir) as folder:
+            # until all went well
+            (folder / 'KEEP').touch()
+            campaign = Campaign(options, folder)
+            try:
+                if campaign.run():
+                    (folder / 'KEEP').unlink()
+            finally:
+                with command.held():
+                    campaign.close()
+            return 0 if campaign.good else 1
+    except GuestError as exc:
+        sys.exit(f'error: {exc}')
+
+
+if __name__ == '__main__':
+    sys.exit(main())

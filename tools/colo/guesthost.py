@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A host that runs the guest, and what the guest says on its serial port."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+from guest import Guest
+from host import Host, HostError, Json
+
+MIB = 1024 * 1024
+BLOCK = 4096
+# No step takes this long, even with a busy machine and no KVM.
+STEP_SECONDS = 120.0
+# But for the guest's check of all that it has, which wants much of the CPU.
+CHECK_SECONDS = 400.0
+POLL = 0.02
+LOG_TAIL = 15
+
+_BEAT = re.compile(r'BEAT n=(\d+) ready=([01]) tx=(\d+) writes=(\d+) '
+                   r'reads=(\d+) wrong=(\d+)')
+
+
+def accelerator() -> str:
+    """KVM, if it runs guests: its device alone does not say so."""
+    flags = Path('/proc/cpuinfo').read_text().split()
+    works = (('vmx' in flags or 'svm' in flags)
+             and os.access('/dev/kvm', os.R_OK | os.W_OK))
+    return 'kvm' if works else 'tcg'
+
+
+@dataclass(frozen=True)
+class Disks:
+    """How the guest divides its disks.
+
+    Disk 0 begins with the file system; all the rest are numbered blocks.
+    """
+    count: int = 2
+    size: int = 96 * MIB
+    fs_size: int = 48 * MIB
+
+    @property
+    def regions(self) -> List[str]:
+        """The worker's DEVICE:FIRST:BLOCKS for each disk."""
+        end = self.size // BLOCK
+        first = [self.fs_size // BLOCK] + [0] * (self.count - 1)
+        return [f'/dev/vd{chr(ord("a") + disk)}:{first[disk]}:'
+                f'{end - first[disk]}' for disk in range(self.count)]
+
+    @property
+    def kernel_arguments(self) -> str:
+        """What the guest's init reads."""
+        return (f'demo.fs={self.fs_size // BLOCK} '
+                f'demo.regions={",".join(self.regions)}')
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What both hosts have in common."""
+    build: Path
+    guest: Guest
+    folder: Path
+    disks: Disks = Disks()
+    accel: str = 'tcg'
+    checkpoint_ms: int = 1500
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One of the worker's regular lines, with the time it arrived.
+
+    A secondary's first line after a checkpoint may be cut: it is no beat.
+    """
+    when: float
+    number: int
+    ready: bool
+    tx: int
+    writes: int
+    reads: int
+    wrong: int
+
+    def __str__(self) -> str:
+        return (f'{self.tx} transactions, {self.writes} blocks, '
+                f'{self.wrong} wrong')
+
+
+class Console:
+    """Reads all that a guest says, so that it never blocks on its port."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(str(path))
+        self._news = threading.Condition()
+        self._closed = False
+        self._lines: List[str] = []
+        self._beats: List[Beat] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with self._socket.makefile('rb') as stream:
+            try:
+                for raw in stream:
+                    self._take(raw.decode(errors='replace').strip('\r\n'))
+            except OSError:
+                # QEMU is gone: there is nothing more to read.
+                pass
+        with self._news:
+            self._closed = True
+            self._news.notify_all()
+
+    def _take(self, line: str) -> None:
+        found = _BEAT.fullmatch(line)
+        with self._news:
+            if found:
+                number, ready, *counts = map(int, found.groups())
+                self._beats.append(Beat(time.time(), number, bool(ready),
+                                        *counts))
+            else:
+                self._lines.append(line)
+            self._news.notify_all()
+
+    @property
+    def beat(self) -> Optional[Beat]:
+        """The last beat, if there was one."""
+        with self._news:
+            return self._beats[-1] if self._beats else None
+
+    def beats(self) -> List[Beat]:
+        """All beats so far."""
+        with self._news:
+            return list(self._beats)
+
+    def last_before(self, when: float) -> Optional[Beat]:
+        """The last beat that had arrived at the given time."""
+        return next((beat for beat in reversed(self.beats())
+                     if beat.when <= when), None)
+
+    def lines(self, *kinds: str) -> List[str]:
+        """All other lines that begin with one of some words, word by word."""
+        with self._news:
+            return [line for word in kinds for line in self._lines
+                    if line.split(' ', 1)[0] == word]
+
+    def wait(self, timeout: float) -> None:
+        """Return at the next line, or after timeout seconds."""
+        with self._news:
+            self._news.wait(timeout)
+
+    def wait_for(self, ready: Callable[[], bool]) -> bool:
+        """Wait until ready, which is asked after every line.
+
+        False when it is not ready in time, or never can be.
+        """
+        with self._news:
+            return self._news.wait_for(lambda: self._closed or ready(),
+                                       CHECK_SECONDS) and ready()
+
+    def send(self, line: str) -> None:
+        """Type a line."""
+        self._socket.sendall(line.encode() + b'\n')
+
+    def close(self) -> None:
+        """Stop reading."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # The other end is gone already.
+            pass
+        self._thread.join(timeout=10)
+        self._socket.close()
+
+
+def fields(line: str) -> Dict[str, str]:
+    """Return the name=value words of a line."""
+    return dict(word.split('=', 1) for word in line.split() if '=' in word)
+
+
+class GuestHost(Host):
+    """A QEMU with the guest."""
+
+    def __init__(self, setup: Setup, name: str, nodes: List[Json],
+                 incoming: bool, args: List[str]) -> None:
+        """Start it with these block nodes and a device on each quorum."""
+        folder = setup.folder / name
+        super().__init__(setup.build, folder, name, *args,
+                         seconds=STEP_SECONDS)
+        self._killed_at: Optional[float] = None
+        self.add_args(
+            '-no-user-config', '-nodefaults', '-name', name,
+            '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
+            '-machine', f'pc,accel={setup.accel}', '-m', '160',
+            '-cpu', 'host' if setup.accel == 'kvm' else 'qemu64',
+            '-kernel', str(setup.guest.kernel),
+            '-initrd', str(setup.guest.initramfs),
+            '-append', 'console=ttyS0 quiet panic=-1 '
+            + setup.disks.kernel_arguments,
+            '-chardev', f'file,id=log,path={self.path("guest.log")}',
+            '-serial', 'chardev:log', *self._socket('work'),
+            '-serial', 'chardev:work',
+            # for ./run top
+            *self._socket('top'), '-mon', 'chardev=top,mode=control')
+        for node in nodes:
+            self.add_args('-blockdev', json.dumps(node))
+        for disk in range(setup.disks.count):
+            self.add_args('-device',
+                          f'virtio-blk-pci,id=vd{disk},drive={top(disk)}')
+        if incoming:
+            self.add_args('-incoming', 'defer')
+        self.launch()
+        self.console = Console(self.path('work.sock'))
+
+    def path(self, name: str) -> Path:
+        """The path of one of this host's files."""
+        return self.folder / name
+
+    def _socket(self, name: str) -> List[str]:
+        return ['-chardev', f'socket,id={name},server=on,wait=off,'
+                f'path={self.path(name)}.sock']
+
+    @property
+    def beat(self) -> Beat:
+        """The guest's last beat; it must have had one."""
+        beat = self.console.beat
+        if beat is None:
+            raise HostError(f'{self.name}: the guest has said nothing')
+        return beat
+
+    def pause(self) -> None:
+        self.console.wait(POLL)
+        self.pump()
+
+    def check_alive(self, what: str) -> None:
+        super().check_alive(what)
+        failed = self.console.lines('FAIL')
+        if failed:
+            raise HostError(f'{self.name}: the guest says: {failed[0]}')
+
+    def sigkill(self) -> None:
+        """Kill QEMU the hard way, and know when.  Any thread may do it."""
+        self._killed_at = time.time()
+        self.send_signal(signal.SIGKILL)
+
+    @property
+    def died(self) -> float:
+        """When QEMU was killed."""
+        assert self._killed_at is not None
+        return self._killed_at
+
+    def close(self) -> None:
+        """End QEMU, if it runs, and what reads from it."""
+        self.console.close()
+        self.kill()
+
+    def last_words(self) -> str:
+        """The ends of its logs."""
+        shown = []
+        for name in (f'{self.name}.log', 'guest.log'):
+            lines = self.path(name).read_text(errors='replace').splitlines() \
+                if self.path(name).exists() else []
+            if lines:
+                shown += [f'{self.path(name)}, its end:', *lines[-LOG_TAIL:]]
+        return '\n'.join(shown)
+
+
+def top(disk: int) -> str:
+    """The name of the root node, which the guest's device uses."""
+    return f'colo-disk{disk}'
