@@ -7,53 +7,71 @@ stands for each host, an NBD client for its guest.
 """
 
 import argparse
+import os
+import platform
+import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List, Set, Tuple
 
 import command
-from chart import draw
-from figures import Pace, Setting
-from groups import GROUPS
-from monitor import BenchError
-from place import Place, make_place
-from report import Outcome, as_json, as_markdown, as_text, facts
-from server import launch_qemu
-from session import Progress, Session
-from subject import NAMES, OURS, STOCK, UNPROTECTED, Subject, driver_options
+import primary
+import secondary
+from figures import Cell, Samples, Setting
+from host import HostError
+from hosts import OURS, STOCK, Place, file_system, make_place
+from report import Outcome, as_chart, as_json, as_text
 
-PACE = Pace(runs=3, minutes=14.5, steady=0.8, ramp=0.25, blocks=8192,
-            checkpoints=3, quick=False)
-QUICK = Pace(runs=1, minutes=14.5, steady=0.3, ramp=0.1, blocks=1024,
-             checkpoints=2, quick=True)
+RUNS = 3
+MINUTES = 14.5
+
+
+def direct_cells(setting: Setting) -> List[Cell]:
+    """Some of it on a disk with cache.direct=on."""
+    result: List[Cell] = []
+    for aio in primary.KINDS:
+        found = primary.direct_cells(setting, aio)
+        why = primary.refusal(setting.place, setting.place.disk / 'image',
+                              aio)
+        if why:
+            setting.note(f'direct: no rows with aio={aio}: {why}')
+        else:
+            result += found + secondary.direct_cells(setting, aio)
+    return result
+
+
+GROUPS: Dict[str, Callable[[Setting], List[Cell]]] = {
+    'primary': primary.cells, 'drain': primary.drain_cells,
+    'zeroes': primary.zeroes_cells, 'secondary': secondary.cells,
+    'checkpoint': secondary.checkpoint_cells,
+    'failover': secondary.failover_cells, 'direct': direct_cells}
 
 
 class ListGroups(argparse.Action):
     """An option that prints the groups and ends."""
 
     def __call__(self, *_args: object) -> None:
-        for name, group in GROUPS.items():
-            print(f'{name:<12}{group.about}')
+        for name, cells in GROUPS.items():
+            print(f'{name:<12}{cells.__doc__}')
         sys.exit()
 
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog='./run bench')
-    parser.add_argument('--ours', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--stock', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--cache', type=Path, required=True,
-                        help=argparse.SUPPRESS)
+    for name in ('--ours', '--stock', '--cache'):
+        parser.add_argument(name, type=Path, required=True,
+                            help=argparse.SUPPRESS)
     parser.add_argument('--runs', type=int, metavar='N',
-                        help=f'how often to measure (default: {PACE.runs})')
+                        help=f'how often to measure (default: {RUNS})')
     parser.add_argument('--minutes', type=float, metavar='M',
-                        help='begin no run that would not end in this time '
-                        f'(default: {PACE.minutes:g})')
+                        default=MINUTES, help='begin no run that would not '
+                        'end in this time (default: %(default)s)')
     parser.add_argument('--only', nargs='+', metavar='GROUP',
-                        choices=list(GROUPS), help='only these groups')
+                        choices=list(GROUPS), default=list(GROUPS),
+                        help='only these groups')
     parser.add_argument('--match', nargs='+', metavar='TEXT', default=[],
                         help='only what has all these texts in its name, as '
                         'the progress shows it, and what it is compared with')
@@ -72,56 +90,126 @@ def parse() -> argparse.Namespace:
                         help='a tmpfs (default: %(default)s)')
     parser.add_argument('--disk-dir', type=Path, metavar='DIR',
                         help='a folder on a disk (default: the cache)')
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.runs = options.runs or (1 if options.quick else RUNS)
+    return options
 
 
-def find_subjects(options: argparse.Namespace, place: Place
-                  ) -> Dict[str, Subject]:
-    """Ask both builds what they can."""
-    # what is faster in QEMU itself is no merit of the driver
-    builds = {UNPROTECTED: options.ours, STOCK: options.stock,
-              OURS: options.ours}
-    subjects = {}
-    for name in NAMES:
-        subject = Subject(name, builds[name])
-        with launch_qemu(place, subject) as server:
-            schema = server.monitor.cmd('query-qmp-schema')
-        subjects[name] = subject._replace(
-            options=driver_options(schema, 'replication'))
-    return subjects
+def chosen(cells: List[Cell], match: List[str]) -> List[Cell]:
+    """Those with all texts in their names, and what is the limit of those."""
+    found = [cell for cell in cells
+             if all(text in cell.name for text in match)]
+    limits = [row.limit.split(': ', 1)[-1]
+              for cell in found for row in cell.rows if row.limit]
+    return [cell for cell in cells if cell in found or not cell.rows and any(
+        limit.startswith(cell.name) for limit in limits)]
 
 
-def write_files(folder: Path, outcome: Outcome) -> None:
-    """Keep the results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'result.md').write_text(as_markdown(outcome))
-    (folder / 'result.json').write_text(as_json(outcome))
-    draw(folder / 'chart.svg', outcome)
+class Session:
+    """A whole run of the benchmark."""
+
+    def __init__(self, options: argparse.Namespace, place: Place) -> None:
+        quick = options.quick
+        self.notes: List[str] = []
+        self.samples = Samples()
+        self.failed: List[str] = []
+        self.progress = command.Progress(sys.stderr)
+        self._options = options
+        self._dead: Set[Tuple[str, str]] = set()
+        setting = Setting(place, 0.3 if quick else 0.8, 0.1 if quick else 0.25,
+                          1024 if quick else 8192, 2 if quick else 3, quick,
+                          self.notes.append)
+        self._cells: Dict[str, Cell] = {}
+        for name in options.only:
+            self.progress.show(f'{name}: preparing')
+            for cell in chosen(GROUPS[name](setting), options.match):
+                self._cells[f'{name}: {cell.name}'] = cell
+        if not self._cells:
+            raise HostError(f"no name has all of: {', '.join(options.match)}")
+        self.rows = [row for cell in self._cells.values()
+                     for row in cell.rows]
+        # those of a title stand together
+        titles = list(dict.fromkeys((row.group, row.title)
+                                    for row in self.rows))
+        self.rows.sort(key=lambda row: titles.index((row.group, row.title)))
+
+    def run(self) -> int:
+        """Measure everything; return in how many runs."""
+        begin, done = time.monotonic(), 0
+        while done < self._options.runs:
+            spent = time.monotonic() - begin
+            if done and spent * (done + 1) / done > 60 * self._options.minutes:
+                self.notes.append(
+                    f'{done} of {self._options.runs} runs: another one would '
+                    f'not end in {self._options.minutes:g} minutes')
+                break
+            for count, (name, cell) in enumerate(self._cells.items()):
+                self.progress.show(f'run {done + 1}, '
+                                   f'{100 * count // len(self._cells):2d} %  '
+                                   f'{name}')
+                self._measure(done, name, cell)
+            done += 1
+        return done
+
+    def _measure(self, run: int, name: str, cell: Cell) -> None:
+        """Measure all subjects, one after the other."""
+        subjects = list(cell.subjects)
+        if run % 2 and subjects[-2:] == [STOCK, OURS]:
+            # none of the two is always the second
+            subjects[-2:] = [OURS, STOCK]
+        for subject in subjects:
+            if (name, subject) in self._dead:
+                continue
+            try:
+                self.samples.record(run, subject, cell.measure(subject))
+            except (HostError, OSError, subprocess.SubprocessError) as exc:
+                # do not wait for it in each run
+                self._dead.add((name, subject))
+                self.failed.append(f'{name}: {subject}: {exc}')
+                self.progress.say(f'failed: {self.failed[-1]}')
+
+
+def first_line(*words: str) -> str:
+    """The first line that a command prints."""
+    return subprocess.run(words, check=True, capture_output=True, text=True,
+                          timeout=60).stdout.splitlines()[0]
+
+
+def facts(place: Place) -> Dict[str, str]:
+    """Where and with what this was measured."""
+    cpu = [line.split(':', 1)[1].strip() for line in Path(
+        '/proc/cpuinfo').read_text().splitlines() if 'model name' in line]
+    pinned = ('not pinned' if place.near is None else
+              f'guest side on {place.near}, other side on {place.far}')
+    return {
+        'date': datetime.now().strftime('%Y-%m-%d %H:%M'),
+        'QEMU': first_line(str(place.build(OURS) / 'qemu-img'), '--version'),
+        'fio': first_line('fio', '--version'),
+        'kernel': f'{platform.system()} {platform.release()}',
+        'CPU': f'{os.cpu_count()} x {[*cpu, platform.machine()][0]}, '
+        f'{pinned}',
+        'disk': f'{file_system(place.disk)}, folder {place.disk.parent}',
+        'load at the start': ' '.join(f'{each:.2f}'
+                                      for each in os.getloadavg())}
 
 
 def run(options: argparse.Namespace, place: Place) -> int:
     """Measure; print and keep the results."""
-    pace = QUICK if options.quick else PACE
-    pace = pace._replace(runs=options.runs or pace.runs,
-                         minutes=options.minutes or pace.minutes)
-    notes: List[str] = []
-    subjects = find_subjects(options, place)
-    setting = Setting(place, pace, subjects, notes.append)
-    known = facts(place, subjects)
-    progress = Progress()
-    session = Session(setting, options.only or list(GROUPS), options.match,
-                      progress)
+    known = facts(place)
+    session = Session(options, place)
     known['runs'] = str(session.run())
-    outcome = Outcome(session.samples, session.rows, known, notes,
+    outcome = Outcome(session.samples, session.rows, known, session.notes,
                       session.failed)
-    print(as_text(outcome))
+    session.progress.wipe()
+    table = as_text(outcome)
+    print(table)
     folder = options.output or options.cache / 'bench' / (
         datetime.now().strftime('%Y%m%d-%H%M%S'))
-    write_files(folder, outcome)
-    spent = ', '.join(f'{name} {seconds:.0f} s'
-                      for name, seconds in session.seconds.items())
-    progress.say(f'took {progress.seconds:.0f} s: {spent}')
-    progress.say(f'table and chart: {folder}')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'result.txt').write_text(table)
+    (folder / 'result.json').write_text(as_json(outcome))
+    (folder / 'chart.svg').write_text(as_chart(outcome))
+    session.progress.say(f'table and chart: {folder}')
     return 1 if session.failed else 0
 
 
@@ -129,11 +217,11 @@ def main() -> int:
     """Make room for a run, do it, and clean up."""
     options = parse()
     command.begin()
-    disk = options.disk_dir or options.cache
     try:
-        with make_place(options.memory_dir, disk, options.free) as place:
+        with make_place(options.memory_dir, options.disk_dir or options.cache,
+                        options.free, options.ours, options.stock) as place:
             return run(options, place)
-    except BenchError as exc:
+    except HostError as exc:
         print(f'error: {exc}', file=sys.stderr)
         return 1
 

@@ -4,10 +4,7 @@
 import statistics
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from place import Place
-from subject import NAMES, OURS, STOCK, UNPROTECTED, Subject
-
-MIB = 1 << 20
+from hosts import SUBJECTS, UNPROTECTED, Place
 
 # By the name of a figure
 Values = Dict[str, float]
@@ -16,62 +13,53 @@ Values = Dict[str, float]
 class Unit(NamedTuple):
     """Of a figure, and whether more of it is better."""
     name: str
-    more_is_better: bool
+    more_is_better: bool = False
 
 
 IOPS = Unit('IOPS', True)
-MS = Unit('ms', False)
-MIB_UNIT = Unit('MiB', False)
-MB_PER_S = Unit('MB/s', True)
-PER_BYTE = Unit('bytes/byte', False)
-LINK_BYTES = Unit('bytes', False)
+MS, BYTES, PER_BYTE = Unit('ms'), Unit('bytes'), Unit('bytes/byte')
 
 
 class Row(NamedTuple):
-    """
-    A line of the table.
-
-    The figure of each subject is found by a name of its own: the same disk
-    unprotected is the limit of many rows.
-    """
+    """A line of the table."""
     group: str
     title: str
     line: str
     unit: Unit
-    figures: Dict[str, str]
     # of a line with more rows than one
     mark: str = ''
+    # the figure of the same disk unprotected, which may be that of many rows
+    limit: str = ''
     # whether a fraction of the unprotected speed says something
     charted: bool = True
 
     @property
+    def label(self) -> str:
+        """What differs between the rows of a title."""
+        return f'{self.line}, {self.mark}' if self.mark else self.line
+
+    @property
     def name(self) -> str:
-        """The whole of it, but for the group."""
-        return ', '.join(filter(None, (self.title, self.line, self.mark)))
+        """The name of its figures."""
+        return f'{self.group}: {self.title}, {self.label}'
 
-
-def row(group: str, title: str, line: str, unit: Unit, mark: str = '',
-        charted: bool = True, others: Optional[Dict[str, str]] = None
-        ) -> Row:
-    """A row whose figures have its own name, but for the others."""
-    own = f'{group}: {title}, {line}, {mark}'
-    return Row(group, title, line, unit,
-               {**{name: own for name in NAMES}, **(others or {})}, mark,
-               charted)
+    def figure(self, subject: str) -> str:
+        """The name of a subject's figure."""
+        return self.limit if subject == UNPROTECTED and self.limit \
+            else self.name
 
 
 class Cell(NamedTuple):
     """What is measured at one go for a subject."""
     name: str
-    measure: Callable[[Subject], Values]
+    measure: Callable[[str], Values]
     rows: Tuple[Row, ...] = ()
-    subjects: Tuple[str, ...] = NAMES
+    subjects: Tuple[str, ...] = SUBJECTS
 
 
-class Pace(NamedTuple):
-    """How long to measure."""
-    runs: int
-    minutes: float
+class Setting(NamedTuple):
+    """What a group needs to know: where, and how long to measure."""
+    place: Place
     # Seconds at full speed, and before that
     steady: float
     ramp: float
@@ -79,24 +67,17 @@ class Pace(NamedTuple):
     blocks: int
     checkpoints: int
     quick: bool
-
-
-class Setting(NamedTuple):
-    """What a group needs to know."""
-    place: Place
-    pace: Pace
-    subjects: Dict[str, Subject]
     note: Callable[[str], None]
 
 
 class Median(NamedTuple):
-    """Of a figure, with the spread of the runs."""
+    """Of some samples, with a mark for how far they are apart."""
     value: float
     mark: str
 
 
 def median(samples: List[float]) -> Optional[Median]:
-    """The median; its mark says how far the samples are apart."""
+    """The median, if there are samples."""
     if not samples:
         return None
     value = statistics.median(samples)
@@ -119,37 +100,28 @@ class Samples:
             samples += [None] * (run + 1 - len(samples))
             samples[run] = value
 
-    def of_row(self, of: Row, subject: str) -> List[Optional[float]]:
+    def of_row(self, row: Row, subject: str) -> List[Optional[float]]:
         """A row's samples."""
-        return self.all.get(of.figures[subject], {}).get(subject, [])
+        return self.all.get(row.figure(subject), {}).get(subject, [])
 
-    def median(self, of: Row, subject: str) -> Optional[Median]:
+    def median(self, row: Row, subject: str) -> Optional[Median]:
         """The median of a row."""
-        return median([sample for sample in self.of_row(of, subject)
-                       if sample is not None])
+        return median([each for each in self.of_row(row, subject)
+                       if each is not None])
 
-    def ratio(self, of: Row, subject: str, other: str) -> Optional[Median]:
-        """The median of the ratios in each run."""
-        return median([
-            first / second for first, second in zip(
-                self.of_row(of, subject), self.of_row(of, other))
-            if first is not None and second])
+    def ratios(self, row: Row, subject: str, other: str) -> List[float]:
+        """The ratio of two subjects in each run."""
+        return [first / second for first, second in zip(
+            self.of_row(row, subject), self.of_row(row, other))
+            if first is not None and second]
 
-    def gains(self, of: Row, subject: str, other: str) -> List[float]:
+    def gains(self, row: Row, subject: str, other: str) -> List[float]:
         """How many times better one is than another, in each run."""
-        ratios = [first / second for first, second in zip(
-            self.of_row(of, subject), self.of_row(of, other))
-            if first and second]
-        if of.unit.more_is_better:
-            return ratios
-        return [1 / ratio for ratio in ratios]
+        ratios = self.ratios(row, subject, other)
+        return ratios if row.unit.more_is_better else [
+            1 / ratio for ratio in ratios if ratio]
 
-    def gain(self, of: Row) -> Optional[float]:
-        """How many times better than the stock driver this one is."""
-        gains = self.gains(of, OURS, STOCK)
+    def gain(self, row: Row, subject: str, other: str) -> Optional[float]:
+        """The median of those."""
+        gains = self.gains(row, subject, other)
         return statistics.median(gains) if gains else None
-
-    def part(self, of: Row, subject: str) -> Optional[float]:
-        """What part of the unprotected speed is left."""
-        parts = self.gains(of, subject, UNPROTECTED)
-        return statistics.median(parts) if parts else None

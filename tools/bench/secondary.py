@@ -1,204 +1,223 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A secondary: the writes that arrive, and what its guest does."""
+"""Writes that arrive at a secondary, its checkpoints, and a failover."""
 
+import os
+import statistics
+import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Dict, List
 
-from figures import IOPS, MIB, PER_BYTE, Cell, Row, Setting, Values, row
-from fio import Blocks, Job, load
-from nodes import GIB, RECOMMENDED, Layout, Secondary, open_secondary
-from primary import speeds
-from server import Server
-from subject import OURS, STOCK, UNPROTECTED, Subject
+from figures import IOPS, MS, PER_BYTE, Cell, Row, Setting, Values
+from hosts import (GIB, MIB, OURS, STOCK, SUBJECTS, UNPROTECTED, Replicas,
+                   TimedHost, fill, open_secondary)
+from host import replicate
+from load import Arrival, in_a_row, load, scattered
+from nodes import RECOMMENDED_ACTIVE
 
-GROUP = 'secondary'
-GUEST = 'guest'
 CLUSTER = 65536
-SEQUENTIAL_DATA = 256 * MIB
 FRESH, AGAIN, IN_STEP = 'fresh', 'again', 'fresh, in step'
 MOVED = 'moved per byte'
-OVERLAYS = {'': 'default overlays', RECOMMENDED: 'recommended overlays'}
+OVERLAYS = {'': 'default overlays', RECOMMENDED_ACTIVE: 'recommended overlays'}
 
+SIZES = {GIB: '1 GiB', 1024 * GIB: '1 TiB'}
+IDLE, DIRTY, MORE_DIRTY = 'idle', 'dirty', '64 MiB dirty'
+NO_DISK = 'checkpoint: no disk'
+# Where the guest of the secondary writes
+GUEST = 512 * MIB
 
-class Arrival(NamedTuple):
-    """What arrives from the primary."""
-    title: str
-    depth: int
-    # None: 64 KiB blocks in a row; else one small block in each cluster
-    blocks: Optional[Blocks]
-
-    def job(self, name: str) -> Job:
-        """The same for fio."""
-        if self.blocks:
-            return self.blocks.write(name, self.depth)
-        options: Dict[str, Any] = {
-            'rw': 'write', 'bs': CLUSTER, 'iodepth': self.depth,
-            'size': SEQUENTIAL_DATA}
-        return Job(name, options)
-
-    @property
-    def data(self) -> int:
-        """How many bytes it is."""
-        return self.blocks.data if self.blocks else SEQUENTIAL_DATA
-
-
-def moved(server: Server) -> int:
-    """How many bytes the server's files were read and written."""
-    counts = {}
-    for line in Path(f'/proc/{server.pid}/io').read_text().splitlines():
-        name, count = line.split(':')
-        counts[name] = int(count)
-    return counts['rchar'] + counts['wchar']
-
-
-def make_blocks(setting: Setting) -> Blocks:
-    """A small block in half of all clusters, at most."""
-    return Blocks(setting.place.memory, GIB, CLUSTER, 4096,
-                  setting.pace.blocks)
+MERGED = 256 * MIB
 
 
 # Writes that arrive
 
-def unprotected_name(arrival: Arrival) -> str:
-    """Of the figure that is the limit."""
-    return f'{GROUP}: {arrival.title}, unprotected'
-
-
 def arrival_rows(arrival: Arrival, overlays: str) -> Dict[str, Row]:
-    """The rows of what arrives."""
-    limit = unprotected_name(arrival)
-    names = OVERLAYS[overlays]
-    rows = {name: row(GROUP, arrival.title, names, IOPS, name,
-                      others={UNPROTECTED: limit})
-            for name in (FRESH, AGAIN, IN_STEP)}
-    for name in FRESH, IN_STEP:
-        mark = f'{name}: {MOVED}'
-        rows[mark] = row(GROUP, arrival.title, names, PER_BYTE, mark,
-                         charted=False,
-                         others={UNPROTECTED: f'{limit}: {MOVED}'})
-    return rows
+    """The rows of what arrives, by their marks."""
+    def new(mark: str, moved: bool = False) -> Row:
+        limit = f'secondary: {arrival.title}, unprotected'
+        return Row('secondary', arrival.title, OVERLAYS[overlays],
+                   PER_BYTE if moved else IOPS,
+                   f'{mark}: {MOVED}' if moved else mark,
+                   f'{limit}: {MOVED}' if moved else limit, not moved)
+
+    return {row.mark: row for row in (
+        new(FRESH), new(AGAIN), new(IN_STEP), new(FRESH, True),
+        new(IN_STEP, True))}
 
 
-def measure_arrival(setting: Setting, arrival: Arrival, layout: Layout,
-                    subject: Subject) -> Values:
+def measure_arrival(setting: Setting, arrival: Arrival, replicas: Replicas,
+                    subject: str) -> Values:
     """Let writes arrive: where the guest was before, fresh, and again."""
-    place, rows = setting.place, arrival_rows(arrival, layout.active)
-    own = {name: each.figures[OURS] for name, each in rows.items()}
-    with open_secondary(place, subject, layout) as host:
-        if not subject.protected:
-            return measure_limit(setting, arrival, host)
+    rows = arrival_rows(arrival, replicas.active)
+    with open_secondary(setting.place, subject, replicas) as (host, guest):
+        def arrive(*names: str) -> Values:
+            before = host.moved
+            speeds = load(setting.place, host, 'disk0', *map(arrival.job,
+                                                             names))
+            # what comes again is written, and nothing else
+            moved = (host.moved - before) / arrival.data - len(names) + 1
+            return {**{rows[name].figure(subject): speeds[name]
+                       for name in names},
+                    rows[f'{names[0]}: {MOVED}'].figure(subject): moved}
+
+        def in_step() -> Values:
+            load(setting.place, host, guest, arrival.job('guest'))
+            return arrive(IN_STEP)
+
         # The first touch of memory is slow: throw the passes away that grow
         # the overlays to what they need.
-        arrive_in_step(setting, arrival, host, own)
-        host.server.checkpoint()
-        load(place, host.disks[0], [arrival.job('warm')])
-        host.server.checkpoint()
-        values = arrive_in_step(setting, arrival, host, own)
-        host.server.checkpoint()
-        before = moved(host.server)
-        # all of them were copied when they come again
-        result = load(place, host.disks[0],
-                      [arrival.job(FRESH), arrival.job(AGAIN)])
-        values.update(speeds({name: own[name] for name in (FRESH, AGAIN)},
-                             result))
-        # what comes again is written, and nothing else
-        values[own[f'{FRESH}: {MOVED}']] = (
-            moved(host.server) - before) / arrival.data - 1
-    return values
+        if subject == UNPROTECTED:
+            arrive(FRESH)
+            return arrive(FRESH)
+        in_step()
+        host.checkpoint()
+        arrive(FRESH)
+        host.checkpoint()
+        values = in_step()
+        host.checkpoint()
+        return {**values, **arrive(FRESH, AGAIN)}
 
 
-def measure_limit(setting: Setting, arrival: Arrival, host: Secondary
-                  ) -> Values:
-    """The same writes on a plain disk."""
-    load(setting.place, host.disks[0], [arrival.job('warm')])
-    before = moved(host.server)
-    result = load(setting.place, host.disks[0], [arrival.job(FRESH)])
-    limit = unprotected_name(arrival)
-    return {**speeds({FRESH: limit}, result), f'{limit}: {MOVED}':
-            (moved(host.server) - before) / arrival.data}
-
-
-def arrive_in_step(setting: Setting, arrival: Arrival, host: Secondary,
-                   own: Dict[str, str]) -> Values:
-    """The secondary guest writes first what then arrives."""
-    load(setting.place, host.guests[0], [arrival.job('guest')])
-    before = moved(host.server)
-    result = load(setting.place, host.disks[0], [arrival.job(IN_STEP)])
-    return {**speeds({IN_STEP: own[IN_STEP]}, result),
-            own[f'{IN_STEP}: {MOVED}']:
-            (moved(host.server) - before) / arrival.data}
-
-
-def cells(setting: Setting, image: Path, blocks: Blocks) -> List[Cell]:
-    """All cells of what arrives."""
-    small = [Arrival(f'4 KiB random, depth {depth}', depth, blocks)
-             for depth in (1, 16)]
-    large = [Arrival(f'64 KiB sequential, depth {depth}', depth, None)
-             for depth in (1, 4)]
-    arrivals = small[:1] if setting.pace.quick else small + large
+def cells(setting: Setting) -> List[Cell]:
+    """Writes that arrive at the secondary disk."""
+    memory = setting.place.memory
+    image = fill(memory / 'image', GIB)
+    arrivals = [scattered(memory, GIB, CLUSTER, setting.blocks, 1)]
+    if not setting.quick:
+        arrivals += [scattered(memory, GIB, CLUSTER, setting.blocks, 16),
+                     in_a_row(CLUSTER, 1, 256 * MIB),
+                     in_a_row(CLUSTER, 4, 256 * MIB)]
     result = []
     for arrival in arrivals:
         # the overlays matter most to small blocks one at a time
-        for overlays in OVERLAYS if arrival is small[0] else ['']:
-            layout = Layout(setting.place.memory, GIB, active=overlays,
-                            disk=image)
+        for overlays in OVERLAYS if arrival is arrivals[0] else ['']:
             result.append(Cell(
                 f'{arrival.title}, {OVERLAYS[overlays]}',
-                partial(measure_arrival, setting, arrival, layout),
+                partial(measure_arrival, setting, arrival, Replicas(
+                    memory, GIB, active=overlays, disk=image)),
                 tuple(arrival_rows(arrival, overlays).values()),
-                (STOCK, OURS) if overlays else
-                (UNPROTECTED, STOCK, OURS)))
+                (STOCK, OURS) if overlays else SUBJECTS))
     return result
 
 
-# What the guest does
-
-WRITE_FRESH, WRITE_AGAIN = 'write fresh', 'write again'
-READ_OWN, READ_OTHER = 'read own', 'read unwritten'
-
-
-def guest_jobs(blocks: Blocks, depth: int) -> List[Job]:
-    """All that the guest does."""
-    return [blocks.write(WRITE_FRESH, depth),
-            blocks.write(WRITE_AGAIN, depth),
-            blocks.read(READ_OWN, depth),
-            blocks.read_others(READ_OTHER, depth)]
+def measure_direct(setting: Setting, replicas: Replicas, arrival: Arrival,
+                   row: Row, subject: str) -> Values:
+    """Writes that arrive just after a checkpoint."""
+    with open_secondary(setting.place, subject, replicas) as (host, _guest):
+        return {row.name: load(setting.place, host, 'disk0',
+                               arrival.job(FRESH))[FRESH]}
 
 
-def guest_rows(title: str, overlays: str) -> Dict[str, Row]:
-    """The rows of what the guest does."""
-    return {name: row(GUEST, title, OVERLAYS[overlays], IOPS, name, others={
-                UNPROTECTED: f'{GUEST}: {title}, {name}, unprotected'})
-            for name in (WRITE_FRESH, WRITE_AGAIN, READ_OWN, READ_OTHER)}
+def direct_cells(setting: Setting, aio: str) -> List[Cell]:
+    """On a disk without the page cache."""
+    place = setting.place
+    row = Row('direct', f'aio={aio}',
+              'secondary, 4 KiB random, depth 1, fresh', IOPS)
+    return [Cell(f'aio={aio}, secondary', partial(
+        measure_direct, setting,
+        Replicas(place.disk, GIB, aio=aio, disk=place.disk / 'image'),
+        scattered(place.memory, GIB, CLUSTER, setting.blocks // 8, 1), row),
+        (row,))]
 
 
-def measure_guest(setting: Setting, blocks: Blocks, depth: int, title: str,
-                  layout: Layout, subject: Subject) -> Values:
-    """Let the guest write and read, just after a checkpoint."""
-    rows = guest_rows(title, layout.active)
-    with open_secondary(setting.place, subject, layout) as host:
-        load(setting.place, host.guests[0], [blocks.write('warm', depth)])
-        if subject.protected:
-            host.server.checkpoint()
-        result = load(setting.place, host.guests[0],
-                      guest_jobs(blocks, depth))
-        return speeds({name: each.figures[subject.name]
-                       for name, each in rows.items()}, result)
+# Checkpoints
+
+def checkpoint_rows(where: str, replicas: Replicas) -> Dict[str, Row]:
+    """The rows of some disks."""
+    count = replicas.disks
+    line = f'{SIZES[replicas.size]}, {count} disk{"s" if count > 1 else ""}'
+    kinds = [IDLE, DIRTY] if count > 1 else [IDLE, DIRTY, MORE_DIRTY]
+    return {kind: Row('checkpoint', f'{where}, {kind}', line, MS,
+                      limit=NO_DISK) for kind in kinds}
 
 
-def guest_cells(setting: Setting, image: Path, blocks: Blocks) -> List[Cell]:
-    """All cells of the guest."""
+def measure_checkpoints(setting: Setting, replicas: Replicas,
+                        rows: Dict[str, Row], subject: str) -> Values:
+    """Checkpoints of disks that nobody used, and that were written to."""
+    sizes = {IDLE: 0, DIRTY: 50 * CLUSTER, MORE_DIRTY: 64 * MIB}
+    values = {}
+    with open_secondary(setting.place, subject, replicas) as (host, _guest):
+        host.checkpoint()
+        for kind, row in rows.items():
+            took = [after_writes(host, sizes[kind])
+                    for _ in range(1 + setting.checkpoints)]
+            # the first time touches new memory: throw it away
+            values[row.name] = statistics.median(took[1:])
+    return values
+
+
+def after_writes(host: TimedHost, size: int) -> float:
+    """Write on both sides of all disks, and do a checkpoint."""
+    # not the same blocks on both sides: each overlay is to have some
+    for name in host.exports() if size else []:
+        export = name.split('-')[1]
+        host.do(export, f'write {0 if "disk" in export else GUEST} {size}')
+    return host.checkpoint()
+
+
+def measure_no_disk(setting: Setting, subject: str) -> Values:
+    """A checkpoint of a VM that has no disk."""
+    with TimedHost(setting.place, subject) as host:
+        host.checkpoint()
+        return {NO_DISK: statistics.median(
+            host.checkpoint() for _ in range(2 * setting.checkpoints))}
+
+
+def checkpoint_cells(setting: Setting) -> List[Cell]:
+    """Checkpoints on the secondary."""
+    result = [Cell('no disk', partial(measure_no_disk, setting),
+                   subjects=(UNPROTECTED,))]
+    for where, folder in (('tmpfs', setting.place.memory),
+                          ('disk', setting.place.disk)):
+        for count in 1, 8:
+            for size in SIZES:
+                replicas = Replicas(folder, size, count)
+                rows = checkpoint_rows(where, replicas)
+                result.append(Cell(
+                    f'{where}, {rows[IDLE].line}',
+                    partial(measure_checkpoints, setting, replicas, rows),
+                    tuple(rows.values()), (STOCK, OURS)))
+    return result
+
+
+# A failover
+
+def measure_failover(setting: Setting, folder: Path, image: Path, row: Row,
+                     subject: str) -> Values:
+    """Lose the primary, and wait for the end of the merge."""
+    if subject == UNPROTECTED:
+        return {row.name: copy(fill(folder / 'copied', MERGED), image)}
+    with open_secondary(setting.place, subject, Replicas(
+            folder, GIB, disk=image)) as (host, guest):
+        host.do(guest, f'write 0 {MERGED}')
+        host.unexport('disk0')
+        begin = time.perf_counter()
+        replicate(host, False, 'secondary', failover=True)
+        host.wait_until(
+            lambda: host.children('replication0').get('file') == 'disk0',
+            'the merge')
+        return {row.name: 1000 * (time.perf_counter() - begin)}
+
+
+def copy(source: Path, target: Path) -> float:
+    """Copy as much as is merged; return how many ms that took."""
+    with open(source, 'rb', buffering=0) as reader, \
+            open(target, 'r+b', buffering=0) as writer:
+        begin = time.perf_counter()
+        for _ in range(MERGED // MIB):
+            writer.write(reader.read(MIB))
+        os.fdatasync(writer.fileno())
+        return 1000 * (time.perf_counter() - begin)
+
+
+def failover_cells(setting: Setting) -> List[Cell]:
+    """A failover on the secondary, until the merge is done."""
     result = []
-    for depth in (1,) if setting.pace.quick else (1, 16):
-        title = f'4 KiB random, depth {depth}'
-        for overlays, name in OVERLAYS.items():
-            layout = Layout(setting.place.memory, GIB, active=overlays,
-                            disk=image)
-            result.append(Cell(
-                f'{title}, {name}',
-                partial(measure_guest, setting, blocks, depth, title, layout),
-                tuple(guest_rows(title, overlays).values()),
-                (STOCK, OURS) if overlays else
-                (UNPROTECTED, STOCK, OURS)))
+    for where, folder in (('tmpfs', setting.place.memory),
+                          ('disk', setting.place.disk)):
+        row = Row('failover', f'{MERGED // MIB} MiB dirty, {where}',
+                  'merge done', MS)
+        image = fill(folder / 'image', GIB, sync=where == 'disk')
+        result.append(Cell(row.title, partial(
+            measure_failover, setting, folder, image, row), (row,)))
     return result
