@@ -148,7 +148,7 @@ def describe(event: Json) -> Event:
 
 
 @dataclass
-class Side:
+class Watched:
     """A QEMU: what it was when it was last heard of."""
     path: Path
     name: str = ''

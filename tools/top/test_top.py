@@ -14,11 +14,11 @@ import time
 import unittest
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, List, Tuple
 
-from qemu.machine import QEMUMachine
-
-from figures import Node, Rate, Side
+import nodes
+from figures import Node, Rate, Watched
+from host import Host, guestless
 from view import COLUMNS, View, duration, size, sparkline
 
 TOP = Path(__file__).resolve().parent / 'top.py'
@@ -27,8 +27,6 @@ MIB = 1024 * 1024
 DISK_MIB = 64
 # Writes to the last MiB of the link fail.
 FULL_SECTOR = (DISK_MIB - 1) * MIB // 512
-
-Json = Dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
@@ -74,7 +72,7 @@ class FiguresTest(unittest.TestCase):
 
     def test_pauses(self) -> None:
         """From each STOP to its RESUME."""
-        side = Side(Path('/x/host/qmp'))
+        side = Watched(Path('/x/host/qmp'))
         for micros, name in ((0, 'RESUME'), (1000, 'STOP'), (4000, 'RESUME'),
                              (6000, 'STOP'), (7000, 'RESUME')):
             self.assertIsNone(side.take_event({
@@ -93,41 +91,6 @@ class FiguresTest(unittest.TestCase):
         self.assertEqual(sparkline([1, 2, 4], 2, '0123'), '23')
 
 
-class Host:
-    """A QEMU that runs no guest, with two QMP sockets."""
-
-    def __init__(self, folder: Path, name: str, args: List[str]) -> None:
-        self.socket = folder / f'{name}.top'
-        self._folder = folder
-        self._name = name
-        self._args = args
-        self.vm = self.launch()
-
-    def launch(self) -> QEMUMachine:
-        """Start it, also once more."""
-        self.vm = QEMUMachine(str(OPTIONS.build_dir / 'qemu-system-x86_64'),
-                              wrapper=['setpriv', '--pdeathsig', 'KILL'],
-                              name=self._name, qmp_timer=WAIT_SECONDS,
-                              base_temp_dir=str(self._folder))
-        self.vm.set_machine('none')
-        self.vm.add_args('-accel', 'qtest', '-S', '-nodefaults',
-                         '-display', 'none', '-name', self._name,
-                         '-chardev', f'socket,id=top,path={self.socket},'
-                         'server=on,wait=off',
-                         '-mon', 'chardev=top,mode=control', *self._args)
-        self.vm.launch()
-        return self.vm
-
-    def io(self, blk: str, command: str) -> None:
-        """Have QEMU do one of qemu-io's commands."""
-        self.vm.cmd('human-monitor-command',
-                    {'command-line': f'qemu-io {blk} "{command}"'})
-
-    def close(self) -> None:
-        """End it, whatever it does."""
-        self.vm.kill()
-
-
 class TopTest(unittest.TestCase):
     """The watcher as it is called."""
 
@@ -137,23 +100,31 @@ class TopTest(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
-    def host(self, name: str, args: List[str]) -> Host:
-        """Start a QEMU that ends with the test."""
-        host = Host(self.folder, name, args)
-        self.addCleanup(host.close)
+    def host(self, name: str, *args: str) -> Host:
+        """Start a QEMU with a socket to watch; it ends with the test."""
+        host = guestless(
+            OPTIONS.build_dir, self.folder, name, '-name', name, '-chardev',
+            f'socket,id=top,path={self.folder}/{name}.top,server=on,wait=off',
+            '-mon', 'chardev=top,mode=control', *args)
+        self.addCleanup(host.kill)
+        host.launch()
         return host
+
+    def top(self, host: Host) -> Path:
+        """Where it is watched."""
+        return self.folder / f'{host.name}.top'
 
     def primary(self) -> Host:
         """A node that forwards to nowhere, and can be made to wait."""
-        return self.host('east', [
-            '-drive', 'if=none,id=guest,node-name=forward0,'
+        return self.host(
+            'east', '-drive', 'if=none,id=guest,node-name=forward0,'
             'driver=replication,mode=primary,file.driver=raw,'
             'file.file.driver=blkdebug,file.file.image.driver=null-co,'
             f'file.file.image.size={DISK_MIB}M,'
             'file.file.inject-error.0.event=none,'
             'file.file.inject-error.0.iotype=write,'
             'file.file.inject-error.0.errno=28,'
-            f'file.file.inject-error.0.sector={FULL_SECTOR}'])
+            f'file.file.inject-error.0.sector={FULL_SECTOR}')
 
     def secondary(self) -> Host:
         """A node over two overlays and a disk."""
@@ -161,31 +132,32 @@ class TopTest(unittest.TestCase):
         with disk.open('wb') as file:
             file.truncate(DISK_MIB * MIB)
         for name in ('hidden', 'active'):
-            subprocess.run([OPTIONS.build_dir / 'qemu-img', 'create', '-q',
-                            '-f', 'qcow2', self.folder / f'{name}.qcow2',
-                            f'{DISK_MIB}M'], check=True, timeout=WAIT_SECONDS)
-        return self.host('west', [
-            '-drive', 'if=none,id=disk0,node-name=disk,driver=raw,'
+            nodes.create(OPTIONS.build_dir, self.folder / f'{name}.qcow2',
+                         DISK_MIB * MIB)
+        return self.host(
+            'west', '-drive', 'if=none,id=disk0,node-name=disk,driver=raw,'
             f'file.driver=file,file.filename={disk}',
             '-drive', 'if=none,id=guest,node-name=replication0,'
             'driver=replication,mode=secondary,top-id=guest,'
             'file.driver=qcow2,file.backing.driver=qcow2,'
             f'file.file.filename={self.folder}/active.qcow2,'
             f'file.backing.file.filename={self.folder}/hidden.qcow2,'
-            'file.backing.backing=disk'])
+            'file.backing.backing=disk')
 
     @staticmethod
     def command(*arguments: Any) -> List[str]:
         """Return the command for a watcher."""
         return [sys.executable, str(TOP), *map(str, arguments)]
 
+    def snapshot(self, *arguments: Any) -> 'subprocess.CompletedProcess[str]':
+        """Run the watcher once."""
+        return subprocess.run(self.command('--once', *arguments), text=True,
+                              capture_output=True, timeout=WAIT_SECONDS,
+                              check=False)
+
     def once(self, *sockets: Path, width: int = 80) -> List[str]:
         """Return the lines of a snapshot."""
-        done = subprocess.run(
-            self.command('--once', '--interval', '0.1', '--width', width,
-                         *sockets),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            timeout=WAIT_SECONDS, check=False)
+        done = self.snapshot('--interval', '0.1', '--width', width, *sockets)
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertNotIn('\033', done.stdout)
         return done.stdout.splitlines()
@@ -201,33 +173,32 @@ class TopTest(unittest.TestCase):
     def test_primary(self) -> None:
         """Behind, caught up, checkpointed, failed."""
         host = self.primary()
-        lines = self.once(host.socket)
+        lines = self.once(self.top(host))
         self.assertRegex(lines[0], '^east  prelaunch .*east.top$')
         self.assertEqual(self.row(lines, 'forward0'),
                          ('forward0', 'none', 'nothing', '0 B/s 0/s', '0'))
 
-        host.io('guest', 'break write_aio A')
-        host.io('guest', 'write 0 1M')
-        _, _, behind, _, _ = self.row(self.once(host.socket), 'forward0')
+        host.qemu_io('guest', 'break write_aio A')
+        host.qemu_io('guest', 'write 0 1M')
+        _, _, behind, _, _ = self.row(self.once(self.top(host)), 'forward0')
         self.assertRegex(behind, r'^1 MiB, [\d.]+ m?s$')
-        host.io('guest', 'resume A')
+        host.qemu_io('guest', 'resume A')
 
-        host.vm.cmd('xen-set-replication', enable=True, primary=True)
+        host.cmd('xen-set-replication', enable=True, primary=True)
         for _ in range(2):
-            host.vm.cmd('xen-colo-do-checkpoint')
-        name, stage, behind, _, took = self.row(self.once(host.socket),
+            host.cmd('xen-colo-do-checkpoint')
+        name, stage, behind, _, took = self.row(self.once(self.top(host)),
                                                 'forward0')
         self.assertEqual([name, stage, behind],
                          ['forward0', 'running', 'nothing'])
         self.assertRegex(took, r'^2 [\d.]+/[\d.]+ ms$')
-        wide = self.once(host.socket, width=120)
+        wide = self.once(self.top(host), width=120)
         self.assertIn('    1 MiB in 1 requests forwarded, 0 B superseded, at '
                       'most 1 MiB behind', wide)
 
-        host.io('guest', f'write {DISK_MIB - 1}M 512')
-        reply = host.vm.qmp('xen-colo-do-checkpoint')
-        self.assertIn('error', reply)
-        lines = self.once(host.socket)
+        host.qemu_io('guest', f'write {DISK_MIB - 1}M 512')
+        self.assertTrue(host.attempt('xen-colo-do-checkpoint'))
+        lines = self.once(self.top(host))
         self.assertIn('    1 failed: the secondary is out of date', lines)
         self.assertTrue(any(re.fullmatch(
             r'    \d\d:\d\d:\d\d forward: No space left on device', line)
@@ -238,25 +209,22 @@ class TopTest(unittest.TestCase):
     def test_both(self) -> None:
         """A pair: each side with its node, and no line too long."""
         east, west = self.primary(), self.secondary()
-        west.vm.cmd('xen-set-replication', enable=True, primary=False)
-        west.io('guest', 'write 1M 192k')
-        west.io('disk0', 'write 8M 1')
+        west.cmd('xen-set-replication', enable=True, primary=False)
+        west.qemu_io('guest', 'write 1M 192k')
+        west.qemu_io('disk0', 'write 8M 1')
         for width in (80, 120):
-            lines = self.once(east.socket, west.socket, width=width)
+            lines = self.once(self.top(east), self.top(west), width=width)
             self.assertLessEqual(max(map(len, lines)), width, lines)
             self.assertEqual(
                 self.row(lines, 'replication0'),
                 ('replication0', 'running', '192 KiB, 64 KiB', '0 B/s', '0'))
             self.row(lines, 'forward0')
 
-        west.vm.cmd('xen-set-replication', enable=False, primary=False,
-                    failover=True)
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
-            lines = self.once(west.socket)
-            if self.row(lines, 'replication0')[1] == 'done':
-                break
-            self.assertLess(time.monotonic(), deadline)
+        west.cmd('xen-set-replication', enable=False, primary=False,
+                 failover=True)
+        west.wait_until(lambda: self.row(self.once(
+            self.top(west)), 'replication0')[1] == 'done', 'the merge')
+        lines = self.once(self.top(west))
         self.assertTrue(any(re.fullmatch(
             r'    failed over in [\d.]+ m?s, 256 KiB merged', line)
             for line in lines), lines)
@@ -264,10 +232,7 @@ class TopTest(unittest.TestCase):
     def test_nobody_there(self) -> None:
         """A snapshot needs every QEMU that it was told of."""
         host = self.primary()
-        done = subprocess.run(
-            self.command('--once', host.socket, self.folder / 'none'),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            timeout=WAIT_SECONDS, check=False)
+        done = self.snapshot(self.top(host), self.folder / 'none')
         self.assertEqual(done.returncode, 1)
         self.assertEqual(done.stdout, '')
         self.assertIn('none: no QEMU at this socket', done.stderr)
@@ -279,7 +244,7 @@ class TopTest(unittest.TestCase):
         self.addCleanup(os.close, terminal)
         # pylint: disable=consider-using-with
         top = subprocess.Popen(
-            self.command('--interval', '0.1', '--width', 80, host.socket),
+            self.command('--interval', '0.1', '--width', 80, self.top(host)),
             stdin=other, stdout=other, stderr=other,
             env={**os.environ, 'COLUMNS': '80', 'LINES': '24',
                  'PYTHONIOENCODING': 'utf-8'})
@@ -288,9 +253,9 @@ class TopTest(unittest.TestCase):
         self.addCleanup(top.kill)
 
         self.read_until(terminal, 'forward0')
-        host.vm.cmd('xen-set-replication', enable=True, primary=True)
+        host.cmd('xen-set-replication', enable=True, primary=True)
         self.read_until(terminal, 'REPLICATION_STAGE_CHANGE forward0 running')
-        host.vm.kill()
+        host.kill()
         self.read_until(terminal, 'gone since')
         self.read_until(terminal, 'no QEMU at this socket; trying again')
         host.launch()
@@ -315,7 +280,7 @@ class ViewTest(unittest.TestCase):
 
     def test_bar(self) -> None:
         """The sync, half done, at a known speed."""
-        side = Side(Path('/x/host/qmp'))
+        side = Watched(Path('/x/host/qmp'))
         side.connected('host')
         for when, done in ((0, 0), (1, 25 * MIB), (2, 50 * MIB)):
             side.take_jobs(when, [{'device': 'sync0', 'type': 'mirror',

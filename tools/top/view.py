@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Iterable, List, Optional, Sequence, Tuple
 
-from figures import Event, Node, Progress, Side
+from figures import Event, Node, Progress, Watched
 
 SPARKS = '▁▂▃▄▅▆▇█'
 PLAIN_SPARKS = '.:-=+*#@'
@@ -111,7 +111,7 @@ class View:
         self.width = max(width, MIN_WIDTH)
         self.sparks = sparks
 
-    def lines(self, sides: Sequence[Side], events: Sequence[Event],
+    def lines(self, sides: Sequence[Watched], events: Sequence[Event],
               height: Optional[int] = None) -> List[Line]:
         """Return all lines; the last events fill what is left of height."""
         lines: List[Line] = []
@@ -124,7 +124,7 @@ class View:
             lines += [self.event(event) for event in list(events)[-room:]]
         return lines if height is None else lines[:height]
 
-    def side(self, side: Side) -> List[Line]:
+    def side(self, side: Watched) -> List[Line]:
         """Draw a side."""
         lines = [self._head(side)]
         if side.trouble is not None and not side.heard:
@@ -150,7 +150,7 @@ class View:
                 line.parts = [(text, 'dim') for text, _ in line.parts]
         return lines
 
-    def _head(self, side: Side) -> Line:
+    def _head(self, side: Watched) -> Line:
         line = Line().add(side.name, 'bold').add('  ')
         if side.trouble is not None:
             since = time.strftime('%H:%M:%S', time.localtime(side.since))
@@ -174,11 +174,11 @@ class View:
         return line
 
     @staticmethod
-    def _is_silent(side: Side) -> bool:
+    def _is_silent(side: Watched) -> bool:
         return (side.silent_since is not None and
                 time.monotonic() - side.silent_since > SILENT_SECONDS)
 
-    def _pauses(self, side: Side) -> Line:
+    def _pauses(self, side: Watched) -> Line:
         told = (f'  last {duration(side.pauses[-1])}, longest '
                 f'{duration(side.longest_pause)}, {side.pause_count} times')
         label = '  guest stood still  '

@@ -10,7 +10,7 @@ from typing import Any, Deque, Dict, Optional
 from qemu.qmp import EventListener, QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
-from figures import Event, Side
+from figures import Event, Watched
 
 # A socket takes one client: whoever comes second gets no greeting.
 CONNECT_SECONDS = 3.0
@@ -39,7 +39,7 @@ def reason(exc: BaseException) -> str:
 class Watcher:
     """Keeps a side up to date."""
 
-    def __init__(self, side: Side, interval: float,
+    def __init__(self, side: Watched, interval: float,
                  events: Deque[Event]) -> None:
         self.side = side
         self._interval = interval
@@ -122,11 +122,11 @@ class Watch:
     def __init__(self, interval: float) -> None:
         self._interval = interval
         self.events: Deque[Event] = deque(maxlen=EVENTS_KEPT)
-        self.sides: Dict[Path, Side] = {}
+        self.sides: Dict[Path, Watched] = {}
         self._tasks: Dict[Path, 'asyncio.Task[None]'] = {}
 
     def _watcher(self, path: Path) -> Watcher:
-        side = self.sides.setdefault(path, Side(path))
+        side = self.sides.setdefault(path, Watched(path))
         return Watcher(side, self._interval, self.events)
 
     async def look_once(self, path: Path) -> None:
