@@ -3,14 +3,16 @@
 """Install into a folder of its own, move that, and use what is there."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import unittest
-from typing import Any, Dict, List, Set
+from typing import Dict, List, Set
+
+import nodes
+from host import Host
 
 INSTALL = Path(__file__).with_name('install.sh')
 PROGRAMS = {'qemu-system-x86_64', 'qemu-img', 'qemu-io', 'qemu-nbd',
@@ -18,8 +20,6 @@ PROGRAMS = {'qemu-system-x86_64', 'qemu-img', 'qemu-io', 'qemu-nbd',
 HELPERS = {'qemu-bridge-helper', 'qemu-pr-helper'}
 SECONDS = 120
 SIZE = 1024 * 1024
-
-Json = Dict[str, Any]
 
 
 def parse() -> argparse.Namespace:
@@ -70,30 +70,15 @@ class InstallTest(unittest.TestCase):
         assert not left, left
 
     @classmethod
-    def run_in_homes(cls, *command: str, stdin: str = '') -> str:
+    def run_in_homes(cls, *command: str) -> str:
         """Run a command to its end; return what it says."""
-        return subprocess.run(command, input=stdin, cwd=cls.homes[2],
+        return subprocess.run(command, cwd=cls.homes[2],
                               env=cls.env, timeout=SECONDS, check=True,
                               stdout=subprocess.PIPE, text=True).stdout
 
-    def program(self, name: str, *words: str, stdin: str = '') -> str:
+    def program(self, name: str, *words: str) -> str:
         """Run a program of those installed."""
-        return self.run_in_homes(str(self.prefix / 'bin' / name), *words,
-                                 stdin=stdin)
-
-    def qmp(self, *commands: Json) -> List[Json]:
-        """What a new QEMU answers to these commands."""
-        lines = [{'execute': 'qmp_capabilities'}, *commands,
-                 {'execute': 'quit'}]
-        output = self.program(
-            'qemu-system-x86_64', '-machine', 'q35', '-accel', 'tcg',
-            '-nodefaults', '-display', 'none', '-S', '-qmp', 'stdio',
-            stdin=''.join(json.dumps(line) + '\n' for line in lines))
-        replies = [json.loads(line) for line in output.splitlines()]
-        answers = [reply for reply in replies
-                   if 'return' in reply or 'error' in reply]
-        self.assertEqual(len(answers), len(lines), replies)
-        return answers[1:-1]
+        return self.run_in_homes(str(self.prefix / 'bin' / name), *words)
 
     def test_contents(self) -> None:
         """Programs, helpers, keymaps and links to firmware; nothing else."""
@@ -132,22 +117,16 @@ class InstallTest(unittest.TestCase):
 
     def test_replication(self) -> None:
         """QEMU has this driver, not the one that it came with."""
-        answers = self.qmp(
-            {'execute': 'blockdev-add',
-             'arguments': {'driver': 'replication', 'node-name': 'node',
-                           'mode': 'primary', 'write-behind': 65536,
-                           'file': {'driver': 'null-co', 'size': SIZE,
-                                    'read-zeroes': True}}},
-            {'execute': 'query-blockstats',
-             'arguments': {'query-nodes': True}},
-            {'execute': 'blockdev-del', 'arguments': {'node-name': 'node'}})
-        self.assertEqual(answers[0], {'return': {}})
-        found = {node.get('node-name'): node
-                 for node in answers[1]['return']}
-        specific = found['node']['driver-specific']
-        self.assertEqual(specific['driver'], 'replication')
-        self.assertEqual(specific['mode'], 'primary')
-        self.assertEqual(answers[2], {'return': {}})
+        with tempfile.TemporaryDirectory(dir=self.top) as folder, Host(
+                self.prefix / 'bin', Path(folder), 'installed', '-machine',
+                'q35', '-accel', 'tcg', '-nodefaults', '-S') as host:
+            host.add(nodes.primary(
+                'node', {'driver': 'null-co', 'size': SIZE,
+                         'read-zeroes': True}, **{'write-behind': 65536}))
+            stats, = host.statistics()
+            host.delete('node')
+            host.end()
+        self.assertEqual(stats['mode'], 'primary')
 
     def test_refusal(self) -> None:
         """A folder with programs of a package is left alone."""
