@@ -22,7 +22,7 @@ VIEW, DISK, LOCAL, FORWARD = 'view', 'disk', 'local', 'forward'
 SHOWN = 16
 
 
-def check(what: str, content: Content, offset: int, found: bytes) -> None:
+def demand(what: str, content: Content, offset: int, found: bytes) -> None:
     """Compare what was read with the model."""
     wrong = content.find_wrong(offset, found)
     if wrong is None:
@@ -45,6 +45,8 @@ class SecondaryChain:
         self.model = disk.secondary_model()
         self.images = {kind: disk.image(kind) for kind in ('active', 'hidden')}
         self.held = False
+        # A copy-on-read node stays above active
+        self.copier = False
         # The target of the primary node that a promoted secondary gets
         self.next: Optional[PrimaryNode] = None
 
@@ -129,9 +131,24 @@ class SecondaryChain:
         host.nodes.remove(self.next)
         self.next = None
 
+    def keep_copier(self) -> Optional[str]:
+        """Put a copy-on-read node above active; return what is in the way."""
+        error = self.disk.disk_host.attempt('blockdev-add', nodes.image(
+            'copy-on-read', self.disk.node('copier'),
+            self.disk.node('active')))
+        self.copier = self.model.crowded = error is None
+        return error
+
+    def drop_copier(self) -> None:
+        """Take it away again."""
+        self.disk.disk_host.delete(self.disk.node('copier'))
+        self.copier = self.model.crowded = False
+
     def close(self) -> None:
         """Delete the nodes above the disk."""
         host = self.disk.disk_host
+        if self.copier:
+            self.drop_copier()
         if self.held:
             self.hold(False)
         if self.next:
@@ -147,9 +164,11 @@ class PrimaryChain:
         self.disk = disk
         self.host = host
         self.local = Content(data)
-        self.image = disk.image('local')
-        # The only faults here: the guest would see others
-        self.image.kinds = ['read']
+        self.image = self.new_image('local')
+        # The local disk lacks what the guest was told has been written
+        self.stale = False
+        # Where the way to the target leads, by a name of its own
+        self.address = disk.folder / disk.node('address')
         self.attached = False
         self.model = self.new_model()
 
@@ -160,25 +179,43 @@ class PrimaryChain:
                            self.disk.layout.write_behind != 0,
                            self.is_remote())
 
+    def new_image(self, kind: str) -> Image:
+        """A local disk."""
+        image = self.disk.image(kind)
+        # The only faults by chance: the guest would see others
+        image.kinds = ['read']
+        image.more['write-fault'] = ['write', 'write-zeroes']
+        return image
+
+    def local_disk(self) -> Json:
+        """The node of the local disk."""
+        return nodes.image('raw', f'{self.image.name}-file',
+                           self.image.options(), discard='unmap')
+
+    def lead_to(self, host: ModelHost) -> None:
+        """Have connections that are made from now on go to a host."""
+        self.address.unlink(missing_ok=True)
+        self.address.symlink_to(host.socket)
+
     def is_remote(self) -> bool:
         """Whether the target is on another host."""
         return self.host is not self.disk.disk_host
 
     def open(self) -> None:
         """Add the local disk and the quorum."""
-        name = self.disk.node('local-file')
         self.disk.images.disk(self.image.path, bytes(self.local.data))
         self.host.add(
-            nodes.image('raw', name, self.image.options(), discard='unmap'),
-            nodes.quorum(self.disk.node(LOCAL), name,
+            self.local_disk(),
+            nodes.quorum(self.disk.node(LOCAL), f'{self.image.name}-file',
                          discard=self.disk.layout.discard))
 
     def attach(self) -> None:
         """Forward from now on."""
         disk = self.disk
         if self.is_remote():
+            self.lead_to(disk.disk_host)
             self.host.add(nodes.link(
-                disk.node('link'), disk.disk_host.socket, disk.node(DISK),
+                disk.node('link'), self.address, disk.node(DISK),
                 discard=disk.layout.link_discard))
         self.model = self.new_model()
         self.host.add(nodes.primary(
@@ -197,6 +234,10 @@ class PrimaryChain:
         """Forward no more, and forget that something was not."""
         self.host.cmd('x-blockdev-change', parent=self.disk.node(LOCAL),
                       child='children.1')
+        self.delete_forward()
+
+    def delete_forward(self) -> None:
+        """Delete what nobody uses any more."""
         self.host.delete(self.model.name)
         if self.is_remote():
             self.host.delete(self.child())
@@ -207,12 +248,30 @@ class PrimaryChain:
         """Delete all nodes."""
         if self.attached:
             self.detach()
-        self.host.delete(self.disk.node(LOCAL), self.disk.node('local-file'))
+        self.host.delete(self.disk.node(LOCAL), f'{self.image.name}-file')
         self.check_file()
+
+    def replace_local(self) -> None:
+        """A copy of all data takes the place of the local disk."""
+        old, disk = self.image.name, self.disk
+        self.image = self.new_image(
+            'spare' if old == disk.node('local') else 'local')
+        disk.images.disk(self.image.path, bytes(disk.layout.size))
+        self.host.add(self.local_disk())
+        self.host.mirror(disk.node(LOCAL), f'{self.image.name}-file',
+                         f'{old}-file')
+        self.host.delete(f'{old}-file')
+        self.stale = False
+
+    def give_up(self) -> None:
+        """Delete all nodes of a disk that nobody can read any more."""
+        self.host.delete(self.disk.node(LOCAL), f'{self.image.name}-file')
+        self.delete_forward()
 
     def check_file(self) -> None:
         """The primary has all that its guest wrote, whatever happened."""
-        check('the local disk', self.local, 0, self.image.path.read_bytes())
+        demand('the local disk', self.local, 0,
+               self.image.path.read_bytes())
 
 
 class Disk:
@@ -225,7 +284,7 @@ class Disk:
         self.layout = layout
         self.images = images
         self.disk_host = disk_host
-        self._folder = folder
+        self.folder = folder
         self._rng = rng
         self.exported = False
         self.clients: Dict[str, Client] = {}
@@ -245,7 +304,7 @@ class Disk:
 
     def image(self, kind: str, align: int = 0) -> Image:
         """An image of this disk."""
-        return Image(self.node(kind), self._folder / self.node(kind),
+        return Image(self.node(kind), self.folder / self.node(kind),
                      self._rng, align)
 
     def secondary_model(self) -> SecondaryNode:
@@ -344,7 +403,7 @@ class Disk:
         self.disk_host.delete(name)
         disk = self.look(self.node(DISK))
         if view.find_wrong(0, data) is not None:
-            check('the chain, and the disk alone', view, 0, disk)
+            demand('the chain, and the disk alone', view, 0, disk)
         self.target.disk = Content(disk)
 
     def detach(self) -> None:
@@ -352,6 +411,17 @@ class Disk:
         assert self.primary
         self.unexport(FORWARD, self.primary.host)
         self.primary.detach()
+
+    def renew_primary(self) -> None:
+        """The VM begins anew on the primary, with what the target has."""
+        assert self.primary
+        host = self.primary.host
+        self.unexport(LOCAL, host)
+        self.unexport(FORWARD, host)
+        self.primary.give_up()
+        self.primary = PrimaryChain(self, host, self.look(self.node(DISK)))
+        self.primary.open()
+        self.export_node(LOCAL, host)
 
     def attach(self) -> None:
         """Put a new primary node in."""
@@ -374,7 +444,8 @@ class Disk:
         if self.layout.disk_format == 'raw':
             data = self.disk_image.path.read_bytes()
             data += bytes(self.layout.size - len(data))
-            check(f'the file of {self.node(DISK)}', self.target.disk, 0, data)
+            demand(f'the file of {self.node(DISK)}', self.target.disk, 0,
+                   data)
 
     def overwrite(self, write: Write) -> None:
         """Copy data to the disk past everything above it."""
@@ -391,8 +462,8 @@ class Disk:
         """Nothing is lost when the hosts were shut down in any stage."""
         self.open_disk()
         if self.target.disk_is_known():
-            check(f'{self.node(DISK)} after quit', self.target.disk, 0,
-                  self.look(self.node(DISK)))
+            demand(f'{self.node(DISK)} after quit', self.target.disk, 0,
+                   self.look(self.node(DISK)))
         else:
             self.check_chain()
         self.disk_host.delete(self.node(DISK))
@@ -505,6 +576,8 @@ class Disk:
         if side == FORWARD:
             return self.primary.local, mirrored
         # the quorum reads from its other child where the first one fails
+        if self.primary.stale:
+            return self.primary.local, mirrored
         fails = self.primary.image.failing and not mirrored
         return self.primary.local, None if fails else True
 
@@ -518,7 +591,8 @@ class Disk:
         return (isinstance(self.target, SecondaryNode)
                 and self.target.is_taken()
                 and self.primary.model.serves_reads() is not False
-                and (side == FORWARD or self.primary.image.failing))
+                and (side == FORWARD or self.primary.stale
+                     or self.primary.image.failing))
 
     def read(self, side: str, offset: int, length: int) -> Optional[bytes]:
         """Read from a side."""

@@ -65,6 +65,19 @@ def writers(node: str) -> List[Command]:
     ]
 
 
+def on_guard(disk: Disk) -> List[Command]:
+    """What would write to the filter above the disk, or take it out."""
+    guard = disk.disk_host.children(disk.node('hidden'))['backing']
+    active = {'job-id': JOB, 'device': disk.node('active')}
+    return [Command('block-commit', {**active, 'base-node': guard}),
+            Command('block-commit', {**active, 'base-node': guard,
+                                     'top-node': disk.node('hidden')}),
+            Command('block-commit', {'job-id': JOB, 'device': guard,
+                                     'base-node': disk.node(DISK)}),
+            Command('block-stream', {**active, 'base-node': guard}),
+            Command('blockdev-del', {'node-name': guard})]
+
+
 def commands(disk: Disk, in_iothread: bool, running: bool) -> List[Command]:
     """All of them."""
     top = disk.node(VIEW)
@@ -92,6 +105,8 @@ def commands(disk: Disk, in_iothread: bool, running: bool) -> List[Command]:
         if not in_iothread:
             # There QEMU 10.0 crashes in bdrv_insert_node(), replicated or not
             result += inserts(node, jobs)
+    if running:
+        result += on_guard(disk)
     result += [
         Command('block-commit', {
             'job-id': JOB, 'device': top, 'top-node': disk.node('active'),

@@ -77,9 +77,9 @@ class Layout(NamedTuple):
 
 class Image:
     """
-    A file below filters: one can be made to fail, one can be made slow.
+    A file below filters: some can be made to fail, one can be made slow.
 
-    The fault is switched by a read through another node, the door.  Debug
+    A fault is switched by a read through another node, the door.  Debug
     events of other nodes do not get through the throttle filter.
     """
 
@@ -90,15 +90,17 @@ class Image:
         self.failing = False
         self.slow = False
         self.kinds = rng.choice(FAULTS)
+        # What else can be made to fail, by the end of the filter's name
+        self.more: Dict[str, List[str]] = {}
         self._align = align
         self._errno = rng.choice([EIO, ENOSPC])
         # Perhaps only requests that touch this sector
         self._sector = rng.randrange(64) if rng.random() < 0.2 else None
 
-    def _rules(self) -> Json:
-        sector = {} if self._sector is None else {'sector': self._sector}
+    def _rules(self, kinds: List[str], number: Optional[int]) -> Json:
+        sector = {} if number is None else {'sector': number}
         faults = [{'event': 'read_aio', 'state': 1, 'iotype': kind,
-                   'errno': self._errno, **sector} for kind in self.kinds]
+                   'errno': self._errno, **sector} for kind in kinds]
         # Rules stay active until others are; this one hits nothing
         nothing = {'event': 'read_aio', 'state': 2, 'iotype': 'block-status',
                    'sector': 1 << 40}
@@ -112,14 +114,17 @@ class Image:
         file = {'driver': 'file', 'filename': str(self.path),
                 # nobody pulls the plug of this host
                 'cache': {'no-flush': True}}
-        fault: Json = {'driver': 'blkdebug',
+        below: Json = {'driver': 'blkdebug',
                        'node-name': f'{self.name}-fault',
-                       'image': file, **self._rules()}
+                       'image': file, **self._rules(self.kinds, self._sector)}
         if self._align:
             # blkdebug divides by opt-discard when a discard is not aligned
-            fault.update({'align': self._align, 'opt-discard': self._align})
+            below.update({'align': self._align, 'opt-discard': self._align})
+        for name, kinds in self.more.items():
+            below = {'driver': 'blkdebug', 'node-name': f'{self.name}-{name}',
+                     'image': below, **self._rules(kinds, None)}
         return {'driver': 'throttle', 'throttle-group': self.name,
-                'file': fault}
+                'file': below}
 
 
 class Images:

@@ -277,6 +277,9 @@ class PrimaryNode(Node):
         # Whether a request was not forwarded: it failed, or was not tried
         self.failed: Maybe = False
         self.missed: Maybe = False
+        # Whether the guest's data was nowhere else for a while: then it can
+        # be read after a stop, too
+        self.relied_on = False
         # Whether the link works: it must, may not or does not, for good
         self.link: Maybe = True
         # Writes of which we will hear whether all of them have arrived
@@ -377,8 +380,9 @@ class PrimaryNode(Node):
 
     def serves_reads(self) -> Maybe:
         """Whether the target has the guest's data and it can be had."""
-        if (self.stage is not Stage.RUNNING or self.failed or self.missed
-                or self.link is False):
+        serves = self.stage is Stage.RUNNING or (
+            self.stage is Stage.STOPPED and self.relied_on)
+        if not serves or self.failed or self.missed or self.link is False:
             return False
         if self.failed is None or not self.link or self.target.faults:
             return None
@@ -464,6 +468,8 @@ class SecondaryNode(Node, Target):
         self.suspect = False
         # In stage STOPPED: the guest has written
         self.shadowed = False
+        # Somebody else has active open, which may be in the way of a start
+        self.crowded = False
         # Counts when what the guest wrote is, or may be, thrown away
         self.epoch = 0
         # In stage FAILOVER: something could fail
@@ -563,6 +569,8 @@ class SecondaryNode(Node, Target):
             # QMP does not tell
             return True
         if self.faults or self.suspect or self.out_of_date is None:
+            return None
+        if op is Op.START and self.crowded:
             return None
         return True
 

@@ -63,6 +63,21 @@ class ModelHost(Host):
             return job not in jobs
         self.wait_until(ended, f'the end of job {job}')
 
+    def mirror(self, node: str, target: str, replaces: str) -> None:
+        """Copy a node; the copy then takes the place of one below."""
+        self.cmd('blockdev-mirror', {
+            'job-id': 'mirror', 'device': node, 'target': target,
+            'replaces': replaces, 'sync': 'full'})
+
+        def is_ready() -> bool:
+            jobs = self.cmd('query-block-jobs')
+            return all(job['ready'] for job in jobs)
+
+        self.wait_until(is_ready, 'the copy')
+        self.cmd('block-job-complete', device='mirror')
+        self.wait_until(lambda: not self.cmd('query-block-jobs'),
+                        'the end of the copy')
+
     def graph(self) -> List[str]:
         """Nodes, edges, permissions, read-only flags, as lines."""
         # an overlay that could not be emptied fails the query as a whole

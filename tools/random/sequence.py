@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Dict, List, Optional, TextIO
 
-from disk import DISK, LOCAL, VIEW, Disk, check
+from disk import DISK, LOCAL, VIEW, Disk, demand
 from modelhost import Difference, ModelHost, named_node
 from layout import Image, Images, Layout
 from model import Maybe, Node, Op, Stage, Answer, Write
@@ -349,7 +349,7 @@ class Sequence:
         self.expect(expected, data is not None, what)
         if data is not None:
             self.stats.compared += length
-            check(what, content, offset, data)
+            demand(what, content, offset, data)
         elif (disk.primary and disk.primary.is_remote()
               and disk.primary.model.link):
             # the other host's NBD server has hung up, perhaps
@@ -387,14 +387,18 @@ class Sequence:
             return disk.primary.host
         return disk.disk_host
 
+    @staticmethod
+    def knock(host: ModelHost, node: str) -> None:
+        """Switch what is behind a door."""
+        host.add({'driver': 'raw', 'node-name': 'door', 'read-only': True,
+                  'file': node})
+        host.qemu_io('door', 'read 0 512')
+        host.delete('door')
+
     def switch_fault(self, disk: Disk, kind: str) -> None:
         """Break the image, or mend it."""
         image = disk.images_of()[kind]
-        host = self.host_of(disk, image)
-        host.add({'driver': 'raw', 'node-name': 'door', 'read-only': True,
-                  'file': f'{image.name}-fault'})
-        host.qemu_io('door', 'read 0 512')
-        host.delete('door')
+        self.knock(self.host_of(disk, image), f'{image.name}-fault')
         image.failing = not image.failing
         self.log(f"{image.name}: {image.kinds} "
                  f"{'fail' if image.failing else 'work'}")

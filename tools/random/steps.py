@@ -4,12 +4,13 @@
 from random import Random
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
-from disk import DISK, FORWARD, LOCAL, VIEW, Disk, check
+import nodes
+from disk import DISK, FORWARD, LOCAL, VIEW, Disk, demand
 from disturb import disturb
-from modelhost import ModelHost
-from layout import KIB, MIB
-from model import (Maybe, Op, PrimaryNode, SecondaryNode, Stage, Answer,
+from layout import KIB, MIB, pattern
+from model import (Answer, Maybe, Op, PrimaryNode, SecondaryNode, Stage,
                    Write)
+from modelhost import Difference, ModelHost
 from nbdio import Request, pumped
 from sequence import Sequence
 
@@ -329,6 +330,10 @@ def finish(seq: Sequence, disk: Disk, racer: Racer, error: Optional[str],
     else:
         # what failed before the start is not held against the secondary
         failed = None if renewed is Op.START else False
+        if renewed is Op.START and disk.primary:
+            # and what arrived in the middle of one that failed, may have met
+            # a fault of hidden
+            disk.primary.model.began[racer.write.range()] = None
         seq.wrote(disk, racer.side, racer.write, error is None or failed)
     if racer.side != VIEW and renewed and disk.secondary:
         racer.write.apply(disk.secondary.model.view, None)
@@ -431,9 +436,7 @@ def break_link(seq: Sequence, disk: Disk) -> None:
     """The connection breaks, for good."""
     assert disk.primary
     seq.log(f'yank link{disk.number}')
-    disk.primary.host.cmd('yank', instances=[
-        {'type': 'block-node', 'node-name': disk.node('link')}])
-    seq.lose_link(disk, False)
+    yank(seq, disk)
     seq.stats.faults += 1
 
 
@@ -479,6 +482,114 @@ def hold(seq: Sequence, disk: Disk) -> None:
     seq.log(f'hold hidden{disk.number}: {disk.secondary.held}')
 
 
+def is_sound(seq: Sequence, disk: Disk) -> bool:
+    """Whether all that the primary writes arrives, and is known to."""
+    primary = disk.primary
+    return bool(primary and primary.attached and seq.is_healthy()
+                and not disk.disk_image.slow and seq.may_break(disk)
+                and not primary.model.is_bad() and primary.model.forwards()
+                and primary.model.failed is primary.model.missed is False
+                and not primary.model.doomed and primary.model.arrives())
+
+
+@step(lambda seq, disk: 1 if is_sound(seq, disk) else 0)
+def lose_local_disk(seq: Sequence, disk: Disk) -> None:
+    """The local disk fails a write, and the guest goes on with the target."""
+    primary = disk.primary
+    assert primary
+    seq.log(f'writes to {primary.image.name} fail')
+    disk.drain()
+    seq.check_status()
+    seq.knock(primary.host, f'{primary.image.name}-write-fault')
+    seq.stats.faults += 1
+    offset, length = random_range(seq.rng, disk.layout.size)
+    write = Write('write', offset, seq.rng.randbytes(length))
+    error = disk.clients[LOCAL].write(write)
+    seq.log(f'local: write {offset} +{length}: {error or "done"}')
+    # only a copy that can be read is one
+    seq.expect(primary.model.stage is Stage.RUNNING, error is None,
+               'a write that the local disk fails')
+    primary.stale = primary.model.relied_on = error is None
+    if error is None:
+        seq.wrote(disk, LOCAL, write, True)
+        go_on_with_target(seq, disk)
+    else:
+        # the guest expects either, and who was dropped has it or not
+        write.apply(primary.local, None)
+        disk.target.primary_began(write)
+        primary.model.missed = True
+        seq.knock(primary.host, f'{primary.image.name}-write-fault')
+    seq.compare_all(disk)
+
+
+def go_on_with_target(seq: Sequence, disk: Disk) -> None:
+    """Writes and checkpoints without the local disk, and what ends that."""
+    primary = disk.primary
+    assert primary
+    for _ in range(seq.rng.randrange(4)):
+        one_request(seq, disk, LOCAL)
+    if seq.rng.random() < 0.5:
+        checkpoint(seq, disk)
+    seq.compare_all(disk)
+    # what is under way may be lost with the link, but not what was flushed
+    seq.request(disk, LOCAL, Write('flush'))
+    disk.drain()
+    seq.check_status()
+    if not primary.is_remote() or not is_sound(seq, disk) \
+            or seq.rng.random() < 0.6:
+        seq.log(f'replace {primary.image.name}')
+        primary.replace_local()
+        return
+    seq.log(f'yank link{disk.number}')
+    yank(seq, disk)
+    # old data would be worse than none
+    seq.compare(disk, LOCAL, 0, disk.layout.size)
+    error = disk.clients[LOCAL].write(Write('write', 0, b'lost'), 'fua')
+    seq.expect(False, error is None, 'a write to no disk')
+    seq.log(f'begin anew with disk{disk.number}')
+    disk.renew_primary()
+    disk.attach()
+
+
+def yank(seq: Sequence, disk: Disk) -> None:
+    """The connection breaks, for good."""
+    assert disk.primary
+    disk.primary.host.cmd('yank', instances=[
+        {'type': 'block-node', 'node-name': disk.node('link')}])
+    seq.lose_link(disk, False)
+
+
+@step(lambda seq, disk: 1 if is_sound(seq, disk) and disk.exported
+      and disk.primary and disk.primary.is_remote() else 0)
+def change_server(seq: Sequence, disk: Disk) -> None:
+    """The connection breaks, and another disk is where it led to."""
+    primary = disk.primary
+    assert primary
+    host, other, name = primary.host, disk.node('other'), disk.node(DISK)
+    seq.log(f'another server for {name}')
+    data = pattern(disk.layout.size, seq.rng)
+    path = disk.folder / other
+    path.write_bytes(data)
+    host.add(nodes.image('raw', other, nodes.file(path)))
+    host.export(other, name)
+    primary.lead_to(host)
+    if seq.rng.random() < 0.5:
+        yank(seq, disk)
+    else:
+        cut_off(seq, disk)
+    for _ in range(seq.rng.randrange(3)):
+        one_request(seq, disk, LOCAL)
+    if seq.rng.random() < 0.5:
+        checkpoint(seq, disk)
+    seq.compare_all(disk)
+    disk.drain()
+    host.unexport(name)
+    host.delete(other)
+    primary.lead_to(disk.disk_host)
+    if path.read_bytes() != data:
+        raise Difference(f'{host.name}: another disk was written to')
+
+
 # The graph
 
 
@@ -490,8 +601,9 @@ def lead_past(seq: Sequence, disk: Disk) -> None:
     host, node, side = found
     seq.log(f'take {node.name} out')
     disk.drain()
-    # only who has no parent can be put back
-    disk.unexport(FORWARD, host)
+    if side == LOCAL:
+        # only who has no parent can be put back
+        disk.unexport(FORWARD, host)
     host.cmd('x-blockdev-change', parent=disk.node(side), child='children.1')
     node.missed = True
     seq.check_status()
@@ -533,15 +645,41 @@ def copy_on_read(seq: Sequence, disk: Disk) -> None:
     seq.expect(allowed or None, error is None, f'a copy-on-read node: {error}')
     if error is not None:
         return
-    offset, length = random_range(seq.rng, disk.layout.size)
-    disk.drain()
-    with disk.visit(COPIER) as client:
-        data = client.read(offset, length)
+    read_through(seq, disk, COPIER)
     host.delete(COPIER)
+
+
+@step(lambda _seq, disk: 0.5 if copies_on_read(disk) else
+      0.3 if disk.secondary and disk.secondary.copier else 0)
+def keep_copying(seq: Sequence, disk: Disk) -> None:
+    """A filter stays above active, is read through, or goes."""
+    chain = disk.secondary
+    assert chain
+    if not chain.copier:
+        error = chain.keep_copier()
+        seq.log(f'a copier of active{disk.number}: {error or "done"}')
+        seq.expect(chain.model.stage is Stage.STOPPED or None, error is None,
+                   f'a copy-on-read node: {error}')
+    elif not copies_on_read(disk) or seq.rng.random() < 0.3:
+        seq.log(f'no copier of active{disk.number} any more')
+        chain.drop_copier()
+    if chain.copier and copies_on_read(disk):
+        read_through(seq, disk, disk.node('copier'))
+
+
+def read_through(seq: Sequence, disk: Disk, node: str) -> None:
+    """Read through a copier, which has the guest's data."""
+    assert disk.secondary
+    secondary = disk.secondary.model
+    offset, length = random_range(seq.rng, disk.layout.size)
+    seq.log(f'read {offset} +{length} through {node}')
+    disk.drain()
+    with disk.visit(node) as client:
+        data = client.read(offset, length)
     # what it has copied, the primary's writes do not change any more
     secondary.shadowed |= secondary.stage is Stage.STOPPED
-    seq.expect(True, data is not None, 'read through it')
-    check(f'read through {COPIER}', secondary.view, offset, data or b'')
+    seq.expect(True, data is not None, f'read through {node}')
+    demand(f'read through {node}', secondary.view, offset, data or b'')
 
 
 def change_thread(seq: Sequence, disk: Disk, thread: Optional[str]) -> None:
