@@ -573,10 +573,13 @@ def change_server(seq: Sequence, disk: Disk) -> None:
     host.add(nodes.image('raw', other, nodes.file(path)))
     host.export(other, name)
     primary.lead_to(host)
-    if seq.rng.random() < 0.5:
+    if seq.rng.random() < 0.3:
         yank(seq, disk)
     else:
         cut_off(seq, disk)
+    for _ in range(seq.rng.randrange(4)):
+        # nobody may take the loss that this finds for one of its own
+        host.qemu_io(primary.child(), f'alloc 0 {disk.layout.size}')
     for _ in range(seq.rng.randrange(3)):
         one_request(seq, disk, LOCAL)
     if seq.rng.random() < 0.5:
