@@ -19,7 +19,8 @@ MIB = 1024 * 1024
 BLOCK = 4096
 # No step takes this long, even with a busy machine and no KVM.
 STEP_SECONDS = 120.0
-# But for the guest's check of all that it has, which wants much of the CPU.
+# But for the guest's start and its check of all that it has, which want much
+# of the CPU.
 CHECK_SECONDS = 400.0
 POLL = 0.02
 LOG_TAIL = 15

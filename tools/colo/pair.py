@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import nodes
-from guesthost import Beat, GuestHost, POLL, STEP_SECONDS, Setup, top
+from guesthost import (CHECK_SECONDS, POLL, STEP_SECONDS, Beat, GuestHost,
+                       Setup, top)
 from host import HostError, Json
 
 # Unlimited: the guest must not wait for a migration that is throttled.
@@ -142,7 +143,7 @@ class ColoPair:
             beat = host.console.beat
             return beat is not None and beat.ready and beat.tx > 0
 
-        host.wait_until(works, "the guest's start")
+        host.wait_until(works, "the guest's start", CHECK_SECONDS)
 
     def start_secondary(self) -> None:
         """Start the host that stands by, with its disks exported."""
