@@ -7,6 +7,7 @@ it.  The primary writes the secondary disk, and the secondary guest its top
 node, through NBD exports of the QEMU under test.
 """
 
+import json
 import os
 import subprocess
 import time
@@ -19,6 +20,9 @@ from iotests import qemu_img, qemu_img_create, qemu_io
 
 KIB = 1024
 MIB = 1024 * KIB
+NANOSECONDS = 10**9
+# in seconds
+AGES = 10**6
 CLUSTER = 64 * KIB
 # Neither a multiple of the cluster size nor of 4 KiB
 SIZE = 16 * CLUSTER + 1536
@@ -144,6 +148,14 @@ class VM(iotests.VM):
     def uri(self, node: str) -> str:
         return f'nbd+unix:///{node}?socket={self.sock}'
 
+    def io(self, node: str, *commands: str) -> None:
+        """Have the monitor do what qemu-io can, and nothing fail"""
+        for command in commands:
+            output = str(self.hmp_qemu_io(node, command)['return'])
+            # what it has done it tells of, what it has not as well
+            assert 'ops;' in output or not output.strip(), \
+                f'{command}: {output}'
+
     # The registry
 
     def start_error(self, primary: bool = False) -> Optional[str]:
@@ -221,6 +233,45 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
+class Brake:
+    """
+    A throttle group that holds writes for as long as a test wants.
+
+    The clock of a QEMU under test stands still, so that a limit on their rate
+    is one for ever.  Where it is reached is a matter of counting: the first
+    write passes, and so do those that are held when their node is drained.
+    """
+
+    def __init__(self, vm: VM, name: str = 'brake') -> None:
+        self.vm = vm
+        self.name = name
+        vm.cmd('object-add', qom_type='throttle-group', id=name)
+        # for step(), which moves the clock of a VM that runs
+        vm.cmd('cont')
+
+    def above(self, node: Json, **options: Any) -> Json:
+        """The options of a node with this one below it"""
+        return {'driver': 'throttle', 'throttle-group': self.name,
+                'file': node, **options}
+
+    def hold(self) -> None:
+        """From now on one write passes, and no other"""
+        self._limit(1)
+
+    def step(self, seconds: int = 1) -> None:
+        """Let one more of them pass"""
+        self.vm.qtest(f'clock_step {seconds * NANOSECONDS}')
+
+    def let_go(self) -> None:
+        self._limit(0)
+        # the time that the first one waits for, whatever has passed before
+        self.step(AGES)
+
+    def _limit(self, writes_per_second: int) -> None:
+        self.vm.cmd('qom-set', path=f'/objects/{self.name}', property='limits',
+                    value={'iops-write': writes_per_second})
+
+
 class Side:
     """A way into the disk, an NBD address, and what must be found there"""
 
@@ -263,15 +314,17 @@ class Secondary:
     The chain of SPEC: quorum, replication, active, hidden, secondary disk.
 
     active, hidden and disk are blkdebug options to put below each of them.
+    With held, the brake can hold the disk's writes.
     """
 
     def __init__(self, vm: VM, number: int = 0, size: int = SIZE,
                  active: Optional[Json] = None, hidden: Optional[Json] = None,
-                 disk: Optional[Json] = None) -> None:
+                 disk: Optional[Json] = None, held: bool = False) -> None:
         self.vm = vm
         self.number = number
         self.size = size
         self.faults = {'active': active, 'hidden': hidden, 'disk': disk}
+        self.brake = Brake(vm, self.node('brake')) if held else None
         self.primary = Side(pattern(size))
         self.guest = Side(pattern(size))
         self.create_images()
@@ -295,12 +348,40 @@ class Secondary:
         for kind in ('active', 'hidden', 'disk'):
             iotests.try_remove(self.path(kind))
 
+    def image_options(self, kind: str) -> Json:
+        return {'driver': 'file', 'filename': self.path(kind)}
+
     def file_options(self, kind: str) -> Json:
-        file = {'driver': 'file', 'filename': self.path(kind)}
+        image = self.image_options(kind)
         faults = self.faults[kind]
-        if faults is None:
-            return file
-        return {'driver': 'blkdebug', 'image': file, **faults}
+        if faults is not None:
+            image = {'driver': 'blkdebug', 'image': image, **faults}
+        if kind == 'disk' and self.brake:
+            image = self.brake.above(image)
+        return image
+
+    def whole_chain(self) -> str:
+        """The images, for a tool that finds in them what the guest has"""
+        chain: Json = {'driver': 'raw', 'file': {
+            'driver': 'file', 'filename': self.path('disk')}}
+        for kind in ('hidden', 'active'):
+            chain = {'driver': iotests.imgfmt, 'backing': chain, 'file': {
+                'driver': 'file', 'filename': self.path(kind)}}
+        return f'json:{json.dumps(chain)}'
+
+    def hold_merge(self) -> None:
+        """A merge that begins after this does not end by itself"""
+        assert self.brake
+        self.brake.hold()
+
+    def step(self) -> None:
+        """One write of it at most"""
+        assert self.brake
+        self.brake.step()
+
+    def let_go(self) -> None:
+        assert self.brake
+        self.brake.let_go()
 
     def overlay_options(self, kind: str, backing: Any) -> Json:
         return {'driver': iotests.imgfmt, 'node-name': self.node(kind),
