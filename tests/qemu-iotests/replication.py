@@ -314,17 +314,18 @@ class Secondary:
     The chain of SPEC: quorum, replication, active, hidden, secondary disk.
 
     active, hidden and disk are blkdebug options to put below each of them.
-    With held, the brake can hold the disk's writes.
+    A brake can hold the disk's writes; with held, there is one.
     """
 
     def __init__(self, vm: VM, number: int = 0, size: int = SIZE,
                  active: Optional[Json] = None, hidden: Optional[Json] = None,
-                 disk: Optional[Json] = None, held: bool = False) -> None:
+                 disk: Optional[Json] = None, held: bool = False,
+                 brake: Optional[Brake] = None) -> None:
         self.vm = vm
         self.number = number
         self.size = size
         self.faults = {'active': active, 'hidden': hidden, 'disk': disk}
-        self.brake = Brake(vm, self.node('brake')) if held else None
+        self.brake = Brake(vm, self.node('brake')) if held else brake
         self.primary = Side(pattern(size))
         self.guest = Side(pattern(size))
         self.create_images()
