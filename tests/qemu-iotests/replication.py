@@ -110,6 +110,21 @@ SECOND_EMPTYING_BREAKS: Json = {
 }
 
 
+def dotted(options: Any, prefix: str = '') -> List[str]:
+    """Options as -drive takes them"""
+    if isinstance(options, dict):
+        pairs = list(options.items())
+    elif isinstance(options, list):
+        pairs = list(enumerate(options))
+    elif isinstance(options, bool):
+        return [f"{prefix}={'on' if options else 'off'}"]
+    else:
+        return [f'{prefix}={options}'.replace(',', ',,')]
+    return [option for key, value in pairs
+            for option in dotted(value, f'{prefix}.{key}' if prefix
+                                 else str(key))]
+
+
 class VM(iotests.VM):
     """A QEMU with an NBD server, whose registry is driven by QMP"""
 
@@ -147,6 +162,15 @@ class VM(iotests.VM):
 
     def uri(self, node: str) -> str:
         return f'nbd+unix:///{node}?socket={self.sock}'
+
+    def add_drive(self, drive: str, options: Json) -> None:
+        """
+        A node with a name for qemu-io, which could not take a node with
+        requests in flight
+        """
+        reply = self.hmp('drive_add 0 ' + ','.join(
+            ['if=none', f'id={drive}', *dotted(options)]))
+        assert reply['return'] == 'OK\r\n', reply
 
     def io(self, node: str, *commands: str) -> None:
         """Have the monitor do what qemu-io can, and nothing fail"""
@@ -361,13 +385,14 @@ class Secondary:
             image = self.brake.above(image)
         return image
 
-    def whole_chain(self) -> str:
+    def whole_chain(self, path: Optional[Callable[[str], str]] = None) -> str:
         """The images, for a tool that finds in them what the guest has"""
+        path = path or self.path
         chain: Json = {'driver': 'raw', 'file': {
-            'driver': 'file', 'filename': self.path('disk')}}
+            'driver': 'file', 'filename': path('disk')}}
         for kind in ('hidden', 'active'):
             chain = {'driver': iotests.imgfmt, 'backing': chain, 'file': {
-                'driver': 'file', 'filename': self.path(kind)}}
+                'driver': 'file', 'filename': path(kind)}}
         return f'json:{json.dumps(chain)}'
 
     def hold_merge(self) -> None:
@@ -394,10 +419,12 @@ class Secondary:
                 'mode': 'secondary', 'top-id': self.node('top'),
                 'file': self.overlay_options('active', hidden), **options}
 
+    def disk_options(self) -> Json:
+        return {'driver': 'raw', 'node-name': self.node('disk'),
+                'file': self.file_options('disk')}
+
     def add_disk(self, **options: Any) -> None:
-        self.vm.cmd('blockdev-add',
-                    {'driver': 'raw', 'node-name': self.node('disk'),
-                     'file': self.file_options('disk'), **options})
+        self.vm.cmd('blockdev-add', {**self.disk_options(), **options})
 
     def add_top(self, replication: Union[None, str, Json] = None) -> None:
         self.vm.cmd('blockdev-add',
