@@ -15,17 +15,9 @@ def main() -> None:
     replication.main(['quorum', 'blkdebug'])
 
 
-def stats_of(vm: replication.VM, quorum: str) -> Json:
-    """What query-blockstats tells of a quorum"""
-    for node in vm.query('query-blockstats', query_nodes=True):
-        if node['node-name'] == quorum:
-            return dict(node['driver-specific'])
-    raise KeyError(f'no statistics of {quorum}')
-
-
 def stale_of(vm: replication.VM, quorum: str) -> List[str]:
     """The children that are neither read nor written"""
-    return [child['child'] for child in stats_of(vm, quorum)['children']
+    return [child['child'] for child in replication.stats_of(vm, quorum)['children']
             if child['stale']]
 
 
@@ -80,7 +72,7 @@ class QuorumCase(replication.TestCase):
         self.vm.cmd('blockdev-del', node_name='top')
 
     def stats(self) -> Json:
-        return stats_of(self.vm, 'top')
+        return replication.stats_of(self.vm, 'top')
 
     def stale(self) -> List[str]:
         return stale_of(self.vm, 'top')

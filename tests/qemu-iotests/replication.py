@@ -245,6 +245,14 @@ class VM(iotests.VM):
         return any(node['type'] == 'block-job' for node in graph['nodes'])
 
 
+def stats_of(vm: VM, node: str) -> Json:
+    """The statistics of a node's driver"""
+    for entry in vm.query('query-blockstats', query_nodes=True):
+        if entry.get('node-name') == node:
+            return dict(entry['driver-specific'])
+    raise KeyError(f'no statistics of {node}')
+
+
 def error_of(reply: Json) -> Optional[str]:
     return reply['error']['desc'] if 'error' in reply else None
 
@@ -338,18 +346,20 @@ class Secondary:
     The chain of SPEC: quorum, replication, active, hidden, secondary disk.
 
     active, hidden and disk are blkdebug options to put below each of them.
-    A brake can hold the disk's writes; with held, there is one.
+    A brake can hold the disk's writes; with held, there is one.  Or each of
+    them takes latency_ns.
     """
 
     def __init__(self, vm: VM, number: int = 0, size: int = SIZE,
                  active: Optional[Json] = None, hidden: Optional[Json] = None,
                  disk: Optional[Json] = None, held: bool = False,
-                 brake: Optional[Brake] = None) -> None:
+                 brake: Optional[Brake] = None, latency_ns: int = 0) -> None:
         self.vm = vm
         self.number = number
         self.size = size
         self.faults = {'active': active, 'hidden': hidden, 'disk': disk}
         self.brake = Brake(vm, self.node('brake')) if held else brake
+        self.latency_ns = latency_ns
         self.primary = Side(pattern(size))
         self.guest = Side(pattern(size))
         self.create_images()
@@ -381,6 +391,11 @@ class Secondary:
         faults = self.faults[kind]
         if faults is not None:
             image = {'driver': 'blkdebug', 'image': image, **faults}
+        if kind == 'disk' and self.latency_ns:
+            # a request is done when it is logged
+            image = {'driver': 'blklogwrites', 'file': image,
+                     'log': {'driver': 'null-co', 'size': 1 << 40,
+                             'latency-ns': self.latency_ns}}
         if kind == 'disk' and self.brake:
             image = self.brake.above(image)
         return image
