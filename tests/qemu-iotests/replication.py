@@ -28,6 +28,7 @@ CLUSTER = 64 * KIB
 SIZE = 16 * CLUSTER + 1536
 WAIT_SECONDS = 20.0
 TEST_SECONDS = 60
+QUIT_SECONDS = 30
 
 Json = Dict[str, Any]
 Client = subprocess.Popen[str]
@@ -519,7 +520,13 @@ class TestCase(iotests.QMPTestCase):
         self.vm.launch()
 
     def tearDown(self) -> None:
-        self.quit()
+        # whatever has hung before may do so for ever
+        with iotests.Timeout(QUIT_SECONDS, 'QEMU does not quit'):
+            try:
+                self.quit()
+            except TimeoutError:
+                self.vm.kill()
+                raise
 
     def quit(self) -> None:
         """QEMU quits in any state, and is not killed by anything"""
