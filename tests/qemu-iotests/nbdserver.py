@@ -9,7 +9,7 @@ Neither can be asked of qemu-nbd, which reads ahead while it sends.
 import socket
 import struct
 import threading
-from typing import List, NamedTuple, Optional, Set, Tuple
+from typing import List, NamedTuple, Optional, Set, Tuple, Union
 
 GREETING = struct.Struct('>QQH')
 OPTION = struct.Struct('>QII')
@@ -29,7 +29,7 @@ OPT_GO = 7
 REP_ACK, REP_INFO, REP_ERR_UNSUP = 1, 3, 0x80000001
 INFO_EXPORT = 0
 HAS_FLAGS, SEND_FLUSH = 1, 4
-CMD_READ, CMD_WRITE, CMD_DISC = 0, 1, 2
+CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH = 0, 1, 2, 3
 
 # A client that hangs does not hang the test for longer
 SOCKET_SECONDS = 30.0
@@ -47,9 +47,13 @@ class Life(NamedTuple):
 
 
 class OneSlotServer:
-    """Serves as many connections as it has lives, one by one."""
+    """
+    Serves as many connections as it has lives, one by one: at a path, or from
+    somebody else's socket.
+    """
 
-    def __init__(self, path: str, data: bytearray, *lives: Life) -> None:
+    def __init__(self, place: Union[str, socket.socket], data: bytearray,
+                 *lives: Life) -> None:
         self.data = data
         # The writes that a reply was sent to
         self.done: Set[int] = set()
@@ -60,9 +64,12 @@ class OneSlotServer:
         self._taken = 0
         self.conn: Optional[socket.socket] = None
         self._end = threading.Event()
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(path)
-        self._listener.listen()
+        if isinstance(place, str):
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(place)
+            self._listener.listen()
+        else:
+            self._listener = place
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
 

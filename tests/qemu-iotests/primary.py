@@ -31,8 +31,11 @@ class PrimaryCase(replication.TestCase):
 
     # The secondary: a process of its own, which can be held and killed
 
-    def serve(self, fmt: str = 'raw', faults: Optional[Json] = None) -> None:
+    def serve(self, fmt: str = 'raw', faults: Optional[Json] = None,
+              latency_ns: int = 0) -> None:
         image: Json = {'driver': 'file', 'filename': self.remote}
+        if latency_ns:
+            image = replication.slow(image, latency_ns)
         if faults:
             image = {'driver': 'blkdebug', 'image': image, **faults}
         options = json.dumps({'driver': fmt, 'file': image})
@@ -69,12 +72,16 @@ class PrimaryCase(replication.TestCase):
 
     def open_pair(self, local: Optional[Json] = None,
                   remote: Optional[Json] = None, link: Optional[Json] = None,
-                  export: Optional[Json] = None, **options: Any) -> None:
-        """local and remote are faults; options are those of replication"""
+                  export: Optional[Json] = None, latency_ns: int = 0,
+                  **options: Any) -> None:
+        """
+        local and remote are faults; options are those of replication; so long
+        each write takes the server.
+        """
         for path in (self.local, self.remote):
             with open(path, 'wb') as file:
                 file.write(self.guest.data)
-        self.serve(faults=remote)
+        self.serve(faults=remote, latency_ns=latency_ns)
         image: Json = {'driver': 'file', 'filename': self.local,
                        'discard': 'unmap'}
         if local:

@@ -84,11 +84,11 @@ def inject(event: str = 'none', **rule: Any) -> Json:
     return {'inject-error': [{'event': event, **rule}]}
 
 
-def slow_writes(seconds: float, count: int = 1) -> Json:
-    """blkdebug options that delay the first writes"""
-    rule = {'event': 'none', 'iotype': 'write', 'errno': 0, 'once': True,
-            'delay-ns': int(seconds * 1e9)}
-    return {'inject-error': [rule] * count}
+def slow(image: Json, latency_ns: int) -> Json:
+    """The options of a node whose writes take so long: until they are logged"""
+    return {'driver': 'blklogwrites', 'file': image,
+            'log': {'driver': 'null-co', 'size': 1 << 40,
+                    'latency-ns': latency_ns}}
 
 
 # Emptying a qcow2 image starts with a write of its dirty flag to sector 0.  If
@@ -393,10 +393,7 @@ class Secondary:
         if faults is not None:
             image = {'driver': 'blkdebug', 'image': image, **faults}
         if kind == 'disk' and self.latency_ns:
-            # a request is done when it is logged
-            image = {'driver': 'blklogwrites', 'file': image,
-                     'log': {'driver': 'null-co', 'size': 1 << 40,
-                             'latency-ns': self.latency_ns}}
+            image = slow(image, self.latency_ns)
         if kind == 'disk' and self.brake:
             image = self.brake.above(image)
         return image
