@@ -62,7 +62,8 @@ class HeldCase(iotests.QMPTestCase):
         # With a node instead of a drive, qemu-io would wait for the graph
         # lock, which a request that is held keeps
         self.vm.add_drive_raw('if=none,id=drive,node-name=disk,'
-                              f'driver=blkdebug,align={self.align},{self.image}')
+                              f'driver=blkdebug,align={self.align},'
+                              f'{self.image}')
         self.vm.launch()
         self.addCleanup(self.vm.shutdown)
         self.vm.export('disk')

@@ -17,8 +17,8 @@ def main() -> None:
 
 def stale_of(vm: replication.VM, quorum: str) -> List[str]:
     """The children that are neither read nor written"""
-    return [child['child'] for child in replication.stats_of(vm, quorum)['children']
-            if child['stale']]
+    stats = replication.stats_of(vm, quorum)
+    return [child['child'] for child in stats['children'] if child['stale']]
 
 
 class QuorumCase(replication.TestCase):

@@ -85,7 +85,7 @@ def inject(event: str = 'none', **rule: Any) -> Json:
 
 
 def slow(image: Json, latency_ns: int) -> Json:
-    """The options of a node whose writes take so long: until they are logged"""
+    """Options of a node whose writes take so long: until they are logged"""
     return {'driver': 'blklogwrites', 'file': image,
             'log': {'driver': 'null-co', 'size': 1 << 40,
                     'latency-ns': latency_ns}}
