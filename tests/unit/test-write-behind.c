@@ -12,9 +12,41 @@
 #include "block/write-behind.h"
 #include "iothread.h"
 #include "qapi/error.h"
+#include "qemu/interval-tree.h"
 #include "qemu/main-loop.h"
 #include "qobject/qdict.h"
 #include "system/block-backend.h"
+
+/*
+ * The queue looks for requests that overlap in interval trees.  Count how many
+ * it looks at: this copy takes the place of the library's.
+ */
+IntervalTreeNode *iter_first(IntervalTreeRoot *root, uint64_t start,
+                             uint64_t last);
+IntervalTreeNode *iter_next(IntervalTreeNode *node, uint64_t start,
+                            uint64_t last);
+
+#define interval_tree_iter_first iter_first
+#define interval_tree_iter_next iter_next
+#include "../../util/interval-tree.c"
+#undef interval_tree_iter_first
+#undef interval_tree_iter_next
+
+static uint64_t nb_looked_at;
+
+IntervalTreeNode *interval_tree_iter_first(IntervalTreeRoot *root,
+                                           uint64_t start, uint64_t last)
+{
+    nb_looked_at++;
+    return iter_first(root, start, last);
+}
+
+IntervalTreeNode *interval_tree_iter_next(IntervalTreeNode *node,
+                                          uint64_t start, uint64_t last)
+{
+    nb_looked_at++;
+    return iter_next(node, start, last);
+}
 
 #define DISK_SIZE   2048
 #define NB_CELLS    (DISK_SIZE / sizeof(uint32_t))
@@ -1104,6 +1136,93 @@ static void test_settle_overwritten(void)
     teardown();
 }
 
+/*
+ * How much the queue looks at for writes in the midst of others, while readers
+ * wait: each for a write within the one before.  Those cannot be cut.
+ */
+static uint64_t cost_of_overlaps(int nb_readers, int nb_writes)
+{
+    g_autofree GuestReq *reads = g_new0(GuestReq, nb_readers);
+    g_autofree uint32_t *values = g_new0(uint32_t, nb_readers);
+    g_autofree QEMUIOVector *qiovs = g_new0(QEMUIOVector, nb_readers);
+    g_autoptr(GRand) rand = g_rand_new_with_seed(nb_readers);
+    int middle = NB_CELLS / 2;
+    uint64_t cost;
+
+    setup(1 << 20);
+    nb_looked_at = 0;
+    guest_write(0, NB_CELLS, 1);
+    for (int i = 0; i < nb_readers; i++) {
+        guest_write(i, NB_CELLS - 2 * i, 2 + i);
+        qemu_iovec_init_buf(&qiovs[i], &values[i], sizeof(values[i]));
+        blk_aio_preadv(filter.blk, middle * sizeof(values[i]), &qiovs[i], 0,
+                       guest_done, &reads[i]);
+        run();
+        g_assert(!reads[i].done);
+    }
+    for (int i = 0; i < nb_writes; i++) {
+        int first = g_rand_int_range(rand, 0, middle);
+        int last = g_rand_int_range(rand, middle, NB_CELLS);
+
+        guest_write(first, last - first + 1, 1000 + i);
+    }
+    release_all();
+    cost = nb_looked_at;
+
+    for (int i = 0; i < nb_readers; i++) {
+        g_assert(reads[i].done);
+        g_assert_cmpint(values[i], >=, 2 + i);
+    }
+    assert_cells(child.data, middle, 1, 1000 + nb_writes - 1);
+    teardown();
+
+    return cost;
+}
+
+/* Twice as many writes take about twice as much, whoever waits */
+static void test_cost_of_overlaps(void)
+{
+    static const int nb_readers[] = { 0, 1, 16 };
+
+    for (int i = 0; i < ARRAY_SIZE(nb_readers); i++) {
+        uint64_t few = cost_of_overlaps(nb_readers[i], 2000);
+        uint64_t many = cost_of_overlaps(nb_readers[i], 4000);
+
+        g_test_message("%d readers: %" PRIu64 ", %" PRIu64, nb_readers[i],
+                       few, many);
+        g_assert_cmpuint(many, <, 3 * few);
+    }
+}
+
+/* A reader waits for many, and looks but once for each of them */
+static void test_cost_of_settle(void)
+{
+    g_autofree uint8_t *buf = g_malloc(DISK_SIZE);
+    QEMUIOVector qiov = QEMU_IOVEC_INIT_BUF(qiov, buf, DISK_SIZE);
+    GuestReq read = { 0 };
+    int nb_writes = NB_CELLS / 2;
+    uint64_t before;
+
+    setup(1 << 20);
+    for (int i = 0; i < nb_writes; i++) {
+        /* apart from each other */
+        guest_write(2 * i, 1, 1 + i);
+    }
+    before = nb_looked_at;
+    blk_aio_preadv(filter.blk, 0, &qiov, 0, guest_done, &read);
+    run();
+    g_assert(!read.done);
+    release_all();
+    g_assert(read.done);
+    g_test_message("%d writes: %" PRIu64, nb_writes, nb_looked_at - before);
+    /* the queue itself looks for what it can join, on both sides */
+    g_assert_cmpuint(nb_looked_at - before, <, 8 * nb_writes);
+    for (int i = 0; i < nb_writes; i++) {
+        assert_cells(buf, 2 * i, 1, 1 + i);
+    }
+    teardown();
+}
+
 /* How many writes of one cell, apart from each other, do not wait */
 static int fill(void)
 {
@@ -1535,6 +1654,8 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/settle", test_settle);
     g_test_add_func("/write-behind/settle-overwritten",
                     test_settle_overwritten);
+    g_test_add_func("/write-behind/cost/overlaps", test_cost_of_overlaps);
+    g_test_add_func("/write-behind/cost/settle", test_cost_of_settle);
     g_test_add_func("/write-behind/bound-in-time", test_bound_in_time);
     g_test_add_func("/write-behind/abandon", test_abandon);
     g_test_add_func("/write-behind/drain", test_drain);
