@@ -4,6 +4,10 @@
  *
  * The registry is driven as COLO drives it.  Every test keeps a plain copy of
  * what each side must hold and compares whole images with it.
+ *
+ * Here is what needs to be in one process with the driver: its permissions and
+ * op blockers, nodes that are closed at any time, and single requests, each
+ * with its error.  All else is tested by the iotests replication-*.
  */
 
 #include "qemu/osdep.h"
@@ -18,7 +22,6 @@
 #include "block/qdict.h"
 #include "block/replication.h"
 #include "system/block-backend.h"
-#include "iothread.h"
 
 /* Neither a multiple of the cluster size nor of 4 KiB */
 #define IMG_SIZE (1 * MiB + 1536)
@@ -48,12 +51,11 @@ static uint8_t *new_model(void)
     return model;
 }
 
-static void create_raw(const char *path, int64_t size)
+static void create_raw(const char *path)
 {
     g_autofree uint8_t *model = new_model();
 
     g_assert_true(g_file_set_contents(path, (char *)model, IMG_SIZE, NULL));
-    g_assert_cmpint(truncate(path, size), ==, 0);
 }
 
 static BlockBackend *G_GNUC_PRINTF(3, 4)
@@ -76,12 +78,12 @@ try_open(int flags, Error **errp, const char *fmt, ...)
 #define open_rw(...) try_open(BDRV_O_RDWR, &error_abort, __VA_ARGS__)
 
 /* An overlay is born with stale data: start has to empty it */
-static void create_overlay(const char *path, int64_t size)
+static void create_overlay(const char *path)
 {
     static const uint8_t stale[4096] = { [0 ... 4095] = 0x5a };
     BlockBackend *blk;
 
-    bdrv_img_create(path, "qcow2", NULL, NULL, NULL, size, 0, true,
+    bdrv_img_create(path, "qcow2", NULL, NULL, NULL, IMG_SIZE, 0, true,
                     &error_abort);
     blk = open_rw("{'driver': 'qcow2',"
                   " 'file': {'driver': 'file', 'filename': '%s'}}", path);
@@ -138,6 +140,29 @@ static void put_zeroes(BlockBackend *blk, uint8_t *model, int64_t offset,
 {
     g_assert_cmpint(blk_pwrite_zeroes(blk, offset, bytes, 0), >=, 0);
     memset(model + offset, 0, bytes);
+}
+
+/* The next write to the image of a node is held, until somebody waits for it */
+
+static void hold_write(BlockDriverState *bs)
+{
+    g_assert_cmpint(bdrv_debug_breakpoint(bs, "pwritev", "hold"), ==, 0);
+}
+
+static void let_go_bh(void *opaque)
+{
+    g_assert_cmpint(bdrv_debug_resume(opaque, "hold"), ==, 0);
+}
+
+static void let_go_later(BlockDriverState *bs)
+{
+    int64_t end = g_get_monotonic_time() + DEADLINE_US;
+
+    while (!bdrv_debug_is_suspended(bs, "hold")) {
+        g_assert_cmpint(g_get_monotonic_time(), <, end);
+        aio_poll(qemu_get_aio_context(), false);
+    }
+    aio_bh_schedule_oneshot(qemu_get_aio_context(), let_go_bh, bs);
 }
 
 static int try_read(BlockBackend *blk)
@@ -257,36 +282,6 @@ static char *graph_text(void)
     return g_strjoinv("\n", (char **)lines->pdata);
 }
 
-/* Options */
-
-static void open_fails(const char *json, const char *word)
-{
-    Error *err = NULL;
-    g_autofree char *before = graph_text();
-    g_autofree char *after = NULL;
-
-    g_assert_null(try_open(BDRV_O_RDWR, &err, "%s", json));
-    expect_error_at(err, word, __LINE__);
-    after = graph_text();
-    g_assert_cmpstr(before, ==, after);
-}
-
-#define NULL_CHILD "'file': {'driver': 'null-co', 'size': 65536}"
-
-static void test_options(void)
-{
-    open_fails("{'driver': 'replication', " NULL_CHILD "}", "mode");
-    open_fails("{'driver': 'replication', 'mode': 'tertiary', "
-               NULL_CHILD "}", "mode");
-    open_fails("{'driver': 'replication', 'mode': 'secondary', "
-               NULL_CHILD "}", "top-id");
-    open_fails("{'driver': 'replication', 'mode': 'primary',"
-               " 'top-id': 'top', " NULL_CHILD "}", "top-id");
-    open_fails("{'driver': 'replication', 'mode': 'primary'}", "file");
-    open_fails("{'driver': 'replication', 'mode': 'secondary',"
-               " 'top-id': 'top'}", "file");
-}
-
 /* The primary */
 
 typedef struct Primary {
@@ -305,7 +300,7 @@ static Primary *primary_new(const char *rules)
 
     p->path = image_path("link");
     p->model = new_model();
-    create_raw(p->path, IMG_SIZE);
+    create_raw(p->path);
     p->link = open_rw("{'driver': 'raw', 'node-name': 'link', 'file':"
                       " {'driver': 'blkdebug', 'image':"
                       "  {'driver': 'file', 'discard': 'unmap',"
@@ -323,40 +318,6 @@ static void primary_free(Primary *p)
     g_free(p->path);
     g_free(p->model);
     g_free(p);
-}
-
-static void write_everything(Primary *p)
-{
-    put(p->guest, p->model, 0, CLUSTER, 0xa1);
-    put(p->guest, p->model, IMG_SIZE - 1536, 1536, 0xa2);
-    put_zeroes(p->guest, p->model, 2 * CLUSTER, CLUSTER);
-    /* no byte beside these changes */
-    put(p->guest, p->model, 4 * CLUSTER + 1, 1, 0xa3);
-    put(p->guest, p->model, 5 * CLUSTER + 511, 1026, 0xa4);
-    put_zeroes(p->guest, p->model, 6 * CLUSTER + 3, 7);
-    g_assert_cmpint(blk_flush(p->guest), ==, 0);
-    blk_drain(p->guest);
-}
-
-static void test_primary_forward(void)
-{
-    Primary *p = primary_new("");
-
-    write_everything(p);
-    check_view(p->link, p->model);
-
-    start_ok(PRIMARY);
-    put(p->guest, p->model, 7 * CLUSTER - 5, 10, 0xb1);
-    write_everything(p);
-    check_view(p->link, p->model);
-    checkpoint_ok();
-    status_ok();
-
-    put(p->guest, p->model, 8 * CLUSTER, 3 * CLUSTER, 0xb2);
-    checkpoint_ok();
-    status_ok();
-    check_view(p->link, p->model);
-    primary_free(p);
 }
 
 /* A read fails or is right; it fails once the secondary is out of date */
@@ -501,61 +462,17 @@ static void test_primary_zeroes_not_data(void)
 /* What is queued still has to be written, although nobody else writes */
 static void test_primary_last_writer_leaves(void)
 {
-    Primary *p = primary_new(", 'inject-error': [{'event': 'none',"
-                             " 'iotype': 'write', 'errno': 0, 'once': true,"
-                             " 'delay-ns': 100000000}]");
+    Primary *p = primary_new("");
 
     start_ok(PRIMARY);
+    hold_write(blk_bs(p->link));
     put(p->guest, p->model, 0, CLUSTER, 0xa1);
     put(p->guest, p->model, 2 * CLUSTER, CLUSTER, 0xa2);
     blk_set_perm(p->guest, 0, BLK_PERM_ALL, &error_abort);
+    let_go_later(blk_bs(p->link));
     blk_drain(p->guest);
     checkpoint_ok();
     check_view(p->link, p->model);
-    primary_free(p);
-}
-
-static void test_primary_states(void)
-{
-    Primary *p = primary_new("");
-
-    status_fails("repl-p");
-    checkpoint_fails("repl-p");
-    start_fails(SECONDARY, "repl-p");
-    status_fails("repl-p");
-
-    start_ok(PRIMARY);
-    status_ok();
-    start_fails(PRIMARY, "repl-p");
-    start_fails(SECONDARY, "repl-p");
-    status_ok();
-    put(p->guest, p->model, 0, CLUSTER, 0xa1);
-    checkpoint_ok();
-    check_view(p->link, p->model);
-    primary_free(p);
-}
-
-static void test_primary_stop(void)
-{
-    Primary *p = primary_new("");
-
-    start_ok(PRIMARY);
-    put(p->guest, p->model, 0, CLUSTER, 0xa1);
-    stop_ok(false);
-    g_assert_cmpint(try_read(p->guest), ==, -EIO);
-
-    /* nothing was missed: the pair can start anew */
-    start_ok(PRIMARY);
-    put(p->guest, p->model, CLUSTER, CLUSTER, 0xa2);
-    checkpoint_ok();
-    stop_ok(false);
-
-    /* is not forwarded, is not forgotten */
-    g_assert_cmpint(try_write(p->guest, 2 * CLUSTER, CLUSTER, 0xa3, 0), ==,
-                    -EIO);
-    check_view(p->link, p->model);
-    start_fails(PRIMARY, "out of date");
-    start_fails(PRIMARY, "out of date");
     primary_free(p);
 }
 
@@ -572,38 +489,10 @@ static void test_primary_stop_missed(const void *opaque)
     primary_free(p);
 }
 
-static void test_primary_failover(void)
-{
-    Primary *p = primary_new("");
-
-    start_ok(PRIMARY);
-    put(p->guest, p->model, 0, CLUSTER, 0xa1);
-    /* what is queued at a failover is dropped */
-    checkpoint_ok();
-    stop_ok(true);
-    g_assert_cmpint(try_write(p->guest, CLUSTER, CLUSTER, 0xa2, 0), ==, -EIO);
-    g_assert_cmpint(try_write(p->guest, 3, 3, 0xa3, 0), ==, -EIO);
-    g_assert_cmpint(blk_flush(p->guest), ==, -EIO);
-
-    /* accepted, and do nothing */
-    stop_ok(true);
-    stop_ok(false);
-    start_ok(PRIMARY);
-    checkpoint_ok();
-    g_assert_cmpint(try_write(p->guest, 2 * CLUSTER, CLUSTER, 0xa4, 0), ==,
-                    -EIO);
-    check_view(p->link, p->model);
-    g_assert_cmpint(try_read(p->guest), ==, -EIO);
-    primary_free(p);
-}
-
 /* The secondary */
 
 typedef struct SecondaryOptions {
     const char *id;
-    const char *top_id;         /* instead of the quorum */
-    int64_t active_size, hidden_size, disk_size;
-    bool active_bare, hidden_bare;      /* no backing */
     bool disk_read_only;
     bool disk_unattached;       /* no block backend on the secondary disk */
     /* blkdebug options below each image, each after a comma */
@@ -667,21 +556,18 @@ static void secondary_open_disk(Secondary *s, const SecondaryOptions *o)
 
 static void secondary_open_chain(Secondary *s, const SecondaryOptions *o)
 {
-    g_autofree char *top_id = g_strdup_printf("top-%s", s->id);
     g_autofree char *backing = g_strdup_printf("'%s'", s->disk_node);
     g_autofree char *hidden = overlay_json("hidden", s->id, s->hidden_path,
-                                           o->hidden_rules,
-                                           o->hidden_bare ? "null" : backing);
+                                           o->hidden_rules, backing);
     g_autofree char *active = overlay_json("active", s->id, s->active_path,
-                                           o->active_rules,
-                                           o->active_bare ? "null" : hidden);
+                                           o->active_rules, hidden);
 
     s->guest = open_rw("{'driver': 'quorum', 'node-name': 'top-%s',"
                        " 'vote-threshold': 1, 'read-pattern': 'fifo',"
                        " 'children': [{'driver': 'replication',"
                        "  'node-name': 'repl-%s', 'mode': 'secondary',"
-                       "  'top-id': '%s', 'file': %s}]}",
-                       s->id, s->id, o->top_id ?: top_id, active);
+                       "  'top-id': 'top-%s', 'file': %s}]}",
+                       s->id, s->id, s->id, active);
 }
 
 static Secondary *secondary_new_opts(const SecondaryOptions *o)
@@ -696,9 +582,9 @@ static Secondary *secondary_new_opts(const SecondaryOptions *o)
     s->disk_node = g_strdup_printf("disk-%s", id);
     s->disk_model = new_model();
     s->view = new_model();
-    create_raw(s->disk_path, o->disk_size ?: IMG_SIZE);
-    create_overlay(s->hidden_path, o->hidden_size ?: IMG_SIZE);
-    create_overlay(s->active_path, o->active_size ?: IMG_SIZE);
+    create_raw(s->disk_path);
+    create_overlay(s->hidden_path);
+    create_overlay(s->active_path);
 
     secondary_open_disk(s, o);
     secondary_open_chain(s, o);
@@ -838,54 +724,6 @@ static void secondary_wait_failover_at(Secondary *s, int line)
 
 #define secondary_wait_failover(s) secondary_wait_failover_at(s, __LINE__)
 
-static void test_secondary_none(void)
-{
-    Secondary *s = secondary_new();
-
-    g_assert_cmpint(try_read(s->guest), ==, -EIO);
-    g_assert_cmpint(try_write(s->guest, 0, 512, 1, 0), ==, -EIO);
-    g_assert_cmpint(blk_pwrite_zeroes(s->guest, 0, CLUSTER, 0), ==, -EIO);
-    status_fails("repl-s");
-    checkpoint_fails("repl-s");
-    start_fails(PRIMARY, "repl-s");
-    check_view(s->disk, s->disk_model);
-    secondary_free(s);
-}
-
-static void test_secondary_life(void)
-{
-    Secondary *s = secondary_new();
-
-    start_ok(SECONDARY);
-    status_ok();
-    g_assert_true(overlay_is_empty(s, "active"));
-    g_assert_true(overlay_is_empty(s, "hidden"));
-    check_secondary(s);
-
-    secondary_write_both(s, 0x10);
-    check_secondary(s);
-    start_fails(SECONDARY, "repl-s");
-    start_fails(PRIMARY, "repl-s");
-    status_ok();
-
-    checkpoint_ok();
-    secondary_checkpointed(s);
-    g_assert_true(overlay_is_empty(s, "active"));
-    g_assert_true(overlay_is_empty(s, "hidden"));
-    check_secondary(s);
-
-    /* the same blocks again: pre-images are saved anew */
-    secondary_write_both(s, 0x20);
-    secondary_write_both(s, 0x30);
-    check_secondary(s);
-    checkpoint_ok();
-    secondary_checkpointed(s);
-    checkpoint_ok();
-    check_secondary(s);
-    status_ok();
-    secondary_free(s);
-}
-
 static void test_secondary_stop(void)
 {
     Secondary *s = secondary_new();
@@ -918,78 +756,19 @@ static void test_secondary_stop(void)
     secondary_free(s);
 }
 
-static void test_secondary_failover(void)
-{
-    Secondary *s = secondary_new();
-
-    start_ok(SECONDARY);
-    secondary_write_both(s, 0x10);
-    checkpoint_ok();
-    secondary_checkpointed(s);
-    secondary_write_both(s, 0x20);
-    check_secondary(s);
-
-    stop_ok(true);
-    status_ok();
-    put(s->guest, s->view, 11 * CLUSTER + 3, 99, 0x41);
-    check_view(s->guest, s->view);
-    secondary_wait_failover(s);
-    check_secondary(s);
-    status_ok();
-
-    /* accepted, and do nothing */
-    start_ok(SECONDARY);
-    start_ok(PRIMARY);
-    checkpoint_ok();
-    stop_ok(true);
-    stop_ok(false);
-    put(s->guest, s->view, 4 * CLUSTER + 1, 2 * CLUSTER, 0x42);
-    put_zeroes(s->guest, s->view, 0, CLUSTER);
-    memcpy(s->disk_model, s->view, IMG_SIZE);
-    check_secondary(s);
-    status_ok();
-    secondary_free(s);
-}
-
-#define SLOW_WRITES ", 'inject-error': [{'event': 'none', 'errno': 0," \
-                    " 'iotype': 'write', 'delay-ns': 30000000}]"
-
-/* The guest goes on while a slow commit runs */
-static void test_secondary_failover_busy(void)
-{
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .disk_rules = SLOW_WRITES,
-    });
-
-    start_ok(SECONDARY);
-    secondary_write_both(s, 0x10);
-    stop_ok(true);
-    for (int i = 0; i < 15; i++) {
-        put(s->guest, s->view, i * CLUSTER + 5 * i, 1000, 0x80 + i);
-        status_ok();
-        check_view(s->guest, s->view);
-    }
-    start_ok(SECONDARY);
-    checkpoint_ok();
-    secondary_wait_failover(s);
-    check_secondary(s);
-    secondary_free(s);
-}
-
 static void test_secondary_close(const void *opaque)
 {
     const char *when = opaque;
-    bool slow = g_str_equal(when, "failover");
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .disk_rules = slow ? SLOW_WRITES : "",
-    });
+    Secondary *s = secondary_new();
 
     start_ok(SECONDARY);
     secondary_write_both(s, 0x10);
     if (g_str_equal(when, "stopped")) {
         stop_ok(false);
     } else if (g_str_equal(when, "failover")) {
+        hold_write(s->disk_bs);
         stop_ok(true);
+        let_go_later(s->disk_bs);
     } else if (g_str_equal(when, "promoted")) {
         stop_ok(true);
         secondary_wait_failover(s);
@@ -1033,85 +812,6 @@ static void start_works_now(Secondary *s)
     status_ok();
 }
 
-static void refused_for_good(const SecondaryOptions *o)
-{
-    Secondary *s = secondary_new_opts(o);
-
-    /* the error has to name a node of this chain */
-    refuse_start(s, "-s");
-    secondary_free(s);
-}
-
-static void test_refuse_no_backing(void)
-{
-    refused_for_good(&(SecondaryOptions) { .active_bare = true });
-    refused_for_good(&(SecondaryOptions) { .hidden_bare = true });
-}
-
-static void test_refuse_lengths(void)
-{
-    const int64_t sizes[] = { IMG_SIZE - 512, IMG_SIZE + CLUSTER };
-
-    for (int i = 0; i < ARRAY_SIZE(sizes); i++) {
-        refused_for_good(&(SecondaryOptions) { .active_size = sizes[i] });
-        refused_for_good(&(SecondaryOptions) { .hidden_size = sizes[i] });
-        refused_for_good(&(SecondaryOptions) { .disk_size = sizes[i] });
-    }
-}
-
-static void test_refuse_unattached_disk(void)
-{
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .disk_unattached = true,
-    });
-
-    refuse_start(s, "-s");
-    secondary_attach_disk(s, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE);
-    start_works_now(s);
-    secondary_free(s);
-}
-
-static void test_refuse_top_missing(void)
-{
-    BlockBackend *late;
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .top_id = "late",
-    });
-
-    refuse_start(s, "late");
-    late = open_rw("{'driver': 'raw', 'node-name': 'late',"
-                   " 'file': 'top-s'}");
-    start_works_now(s);
-    blk_unref(s->guest);
-    s->guest = late;
-    secondary_free(s);
-}
-
-static void test_refuse_top_not_root(void)
-{
-    Secondary *s = secondary_new();
-    BlockBackend *over = open_rw("{'driver': 'raw', 'node-name': 'over',"
-                                 " 'file': 'top-s'}");
-
-    refuse_start(s, "top-s");
-    blk_unref(over);
-    start_works_now(s);
-    secondary_free(s);
-}
-
-static void test_refuse_top_elsewhere(void)
-{
-    BlockBackend *other = open_rw("{'driver': 'null-co', 'size': 65536,"
-                                  " 'node-name': 'other'}");
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .top_id = "other",
-    });
-
-    refuse_start(s, "other");
-    secondary_free(s);
-    blk_unref(other);
-}
-
 /* Somebody does not let hidden be written */
 static void test_refuse_hidden_held(void)
 {
@@ -1128,25 +828,6 @@ static void test_refuse_hidden_held(void)
     start_ok(SECONDARY);
     check_secondary(s);
     status_ok();
-    secondary_free(s);
-}
-
-/* Hidden and the disk are read-only before start and after stop */
-static void test_secondary_read_only_disk(void)
-{
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .disk_read_only = true,
-    });
-    g_autofree char *before = graph_text();
-    g_autofree char *after = NULL;
-
-    start_ok(SECONDARY);
-    check_secondary(s);
-    g_assert_false(bdrv_is_read_only(s->disk_bs));
-    g_assert_false(bdrv_is_read_only(secondary_node(s, "hidden")));
-    stop_ok(false);
-    after = graph_text();
-    g_assert_cmpstr(before, ==, after);
     secondary_free(s);
 }
 
@@ -1179,111 +860,6 @@ static void test_refuse_first_checkpoint(void)
     });
     first_checkpoint_fails(&(SecondaryOptions) {
         .hidden_rules = EMPTYING_FAILS_ONCE,
-    });
-}
-
-/* Faults while it runs */
-
-/* A pre-image that cannot be saved is not overwritten */
-static void test_secondary_pre_image_fails(void)
-{
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .hidden_rules = ", 'inject-error': [{'event': 'write_aio',"
-                        " 'errno': 28, 'once': true}]",
-    });
-
-    start_ok(SECONDARY);
-    put(s->guest, s->view, CLUSTER, 512, 0x21);
-    g_assert_cmpint(try_write(s->disk, 0, CLUSTER, 0x22, 0), <, 0);
-    check_view(s->guest, s->view);
-    status_fails("repl-s");
-    checkpoint_fails("repl-s");
-
-    stop_ok(true);
-    secondary_wait_failover(s);
-    check_secondary(s);
-    secondary_free(s);
-}
-
-/* Only the guest learns that active cannot take its write */
-static void test_secondary_active_fails(void)
-{
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .active_rules = ", 'inject-error': [{'event': 'write_aio',"
-                        " 'errno': 28, 'once': true}]",
-    });
-
-    start_ok(SECONDARY);
-    put(s->disk, s->disk_model, 0, CLUSTER, 0x21);
-    g_assert_cmpint(try_write(s->guest, 0, CLUSTER, 0x22, 0), ==, -ENOSPC);
-    check_secondary(s);
-    put(s->guest, s->view, 0, CLUSTER, 0x23);
-    check_secondary(s);
-    status_ok();
-    checkpoint_ok();
-    secondary_checkpointed(s);
-    check_secondary(s);
-    secondary_free(s);
-}
-
-/*
- * The second emptying fails: the first moves to state 2, in which a data write
- * arms the fault on the dirty flag, and the image stays whole.
- */
-#define SECOND_EMPTYING_FAILS                                           \
-    ", 'set-state': [{'event': 'empty_image_prepare', 'state': 1,"      \
-    "                 'new_state': 2}],"                                \
-    " 'inject-error': [{'event': 'write_aio', 'state': 2,"              \
-    "                   'iotype': 'write', 'sector': 0, 'once': true}]"
-
-/* The same, but so late that qcow2 gives the image up */
-#define SECOND_EMPTYING_BREAKS                                          \
-    ", 'set-state': [{'event': 'empty_image_prepare', 'state': 1,"      \
-    "                 'new_state': 2}],"                                \
-    " 'inject-error': [{'event': 'empty_image_prepare', 'state': 2,"    \
-    "                   'once': true}]"
-
-static void checkpoint_fails_half_way(const SecondaryOptions *o)
-{
-    Secondary *s = secondary_new_opts(o);
-    Error *err = NULL;
-
-    start_ok(SECONDARY);
-    secondary_write_both(s, 0x10);
-    check_secondary(s);
-    checkpoint_fails("repl-s");
-    status_fails("repl-s");
-    checkpoint_fails("repl-s");
-    status_fails("repl-s");
-
-    /* right or refused: never a mix of two checkpoints */
-    replication_stop_all(true, &err);
-    if (!err) {
-        g_autofree uint8_t *buf = g_malloc0(IMG_SIZE);
-
-        poll_until_at(secondary_jobs_gone, s, __LINE__);
-        g_assert_cmpint(blk_pread(s->guest, 0, IMG_SIZE, buf, 0), >=, 0);
-        if (memcmp(buf, s->disk_model, IMG_SIZE)) {
-            g_assert_cmpmem(buf, IMG_SIZE, s->view, IMG_SIZE);
-        }
-    }
-    error_free(err);
-    secondary_free(s);
-}
-
-static void test_secondary_checkpoint_fails(void)
-{
-    checkpoint_fails_half_way(&(SecondaryOptions) {
-        .active_rules = SECOND_EMPTYING_FAILS,
-    });
-    checkpoint_fails_half_way(&(SecondaryOptions) {
-        .hidden_rules = SECOND_EMPTYING_FAILS,
-    });
-    checkpoint_fails_half_way(&(SecondaryOptions) {
-        .active_rules = SECOND_EMPTYING_BREAKS,
-    });
-    checkpoint_fails_half_way(&(SecondaryOptions) {
-        .hidden_rules = SECOND_EMPTYING_BREAKS,
     });
 }
 
@@ -1423,79 +999,6 @@ static void test_all_or_nothing(void)
     }
 }
 
-/* A promoted secondary stays while its VM becomes the next primary */
-static void test_promoted_then_primary(void)
-{
-    Secondary *s = secondary_new();
-    Primary *p;
-
-    start_ok(SECONDARY);
-    secondary_write_both(s, 0x10);
-    stop_ok(true);
-    secondary_wait_failover(s);
-
-    p = primary_new("");
-    start_ok(PRIMARY);
-    put(p->guest, p->model, 3, 333, 0x61);
-    put(s->guest, s->view, 3, 333, 0x61);
-    memcpy(s->disk_model, s->view, IMG_SIZE);
-    checkpoint_ok();
-    status_ok();
-    check_view(p->link, p->model);
-    check_secondary(s);
-    stop_ok(true);
-    primary_free(p);
-    secondary_free(s);
-}
-
-static void move_to(Secondary *s, AioContext *ctx)
-{
-    blk_set_allow_aio_context_change(s->disk, true);
-    blk_set_allow_aio_context_change(s->guest, true);
-    g_assert_cmpint(blk_set_aio_context(s->guest, ctx, &error_abort), ==, 0);
-    g_assert_true(blk_get_aio_context(s->disk) == ctx);
-}
-
-/* @opaque: whether the nodes move before start or while it runs */
-static void test_secondary_iothread(const void *opaque)
-{
-    bool before = g_str_equal(opaque, "before");
-    IOThread *iothread = iothread_new();
-    AioContext *ctx = iothread_get_aio_context(iothread);
-    Secondary *s = secondary_new_opts(&(SecondaryOptions) {
-        .disk_rules = SLOW_WRITES,
-    });
-
-    if (before) {
-        move_to(s, ctx);
-    }
-    start_ok(SECONDARY);
-    if (!before) {
-        Error *err = NULL;
-
-        /* may be refused; must not break anything */
-        blk_set_allow_aio_context_change(s->disk, true);
-        blk_set_allow_aio_context_change(s->guest, true);
-        blk_set_aio_context(s->guest, ctx, &err);
-        error_free(err);
-    }
-    secondary_write_both(s, 0x10);
-    check_secondary(s);
-    checkpoint_ok();
-    secondary_checkpointed(s);
-    secondary_write_both(s, 0x20);
-    check_secondary(s);
-    stop_ok(true);
-    put(s->guest, s->view, 2 * CLUSTER, CLUSTER, 0x31);
-    secondary_wait_failover(s);
-    check_secondary(s);
-    status_ok();
-
-    move_to(s, qemu_get_aio_context());
-    secondary_free(s);
-    iothread_join(iothread);
-}
-
 static void add_fault_tests(void)
 {
     for (int i = 0; i < ARRAY_SIZE(faults); i++) {
@@ -1518,31 +1021,17 @@ static void add_fault_tests(void)
 
 static void add_primary_tests(void)
 {
-    g_test_add_func("/replication/primary/forward", test_primary_forward);
     g_test_add_func("/replication/primary/read", test_primary_read);
     g_test_add_func("/replication/primary/fua", test_primary_fua);
     g_test_add_func("/replication/primary/zeroes-not-data",
                     test_primary_zeroes_not_data);
     g_test_add_func("/replication/primary/last-writer-leaves",
                     test_primary_last_writer_leaves);
-    g_test_add_func("/replication/primary/states", test_primary_states);
-    g_test_add_func("/replication/primary/stop/restart", test_primary_stop);
-    g_test_add_func("/replication/primary/failover", test_primary_failover);
     add_fault_tests();
 }
 
 static void add_refusal_tests(void)
 {
-    g_test_add_func("/replication/refuse/no-backing", test_refuse_no_backing);
-    g_test_add_func("/replication/refuse/lengths", test_refuse_lengths);
-    g_test_add_func("/replication/refuse/unattached-disk",
-                    test_refuse_unattached_disk);
-    g_test_add_func("/replication/refuse/top-missing",
-                    test_refuse_top_missing);
-    g_test_add_func("/replication/refuse/top-not-root",
-                    test_refuse_top_not_root);
-    g_test_add_func("/replication/refuse/top-elsewhere",
-                    test_refuse_top_elsewhere);
     g_test_add_func("/replication/refuse/hidden-held",
                     test_refuse_hidden_held);
     g_test_add_func("/replication/refuse/first-checkpoint",
@@ -1555,15 +1044,7 @@ static void add_secondary_tests(void)
         "running", "stopped", "failover", "promoted",
     };
 
-    g_test_add_func("/replication/secondary/none", test_secondary_none);
-    g_test_add_func("/replication/secondary/life", test_secondary_life);
     g_test_add_func("/replication/secondary/stop", test_secondary_stop);
-    g_test_add_func("/replication/secondary/read-only-disk",
-                    test_secondary_read_only_disk);
-    g_test_add_func("/replication/secondary/failover/idle",
-                    test_secondary_failover);
-    g_test_add_func("/replication/secondary/failover/busy",
-                    test_secondary_failover_busy);
     g_test_add_func("/replication/secondary/failover/commit-fails",
                     test_secondary_commit_fails);
     for (int i = 0; i < ARRAY_SIZE(close_when); i++) {
@@ -1574,16 +1055,6 @@ static void add_secondary_tests(void)
     }
     g_test_add_func("/replication/secondary/close/commit-failed",
                     test_secondary_close_commit_failed);
-    g_test_add_func("/replication/secondary/fault/pre-image",
-                    test_secondary_pre_image_fails);
-    g_test_add_func("/replication/secondary/fault/active",
-                    test_secondary_active_fails);
-    g_test_add_func("/replication/secondary/fault/checkpoint",
-                    test_secondary_checkpoint_fails);
-    g_test_add_data_func("/replication/secondary/iothread/before-start",
-                         "before", test_secondary_iothread);
-    g_test_add_data_func("/replication/secondary/iothread/running",
-                         "running", test_secondary_iothread);
 }
 
 int main(int argc, char **argv)
@@ -1596,13 +1067,10 @@ int main(int argc, char **argv)
     tmpdir = g_dir_make_tmp("test-replication.XXXXXX", NULL);
     g_assert_nonnull(tmpdir);
 
-    g_test_add_func("/replication/options", test_options);
     add_primary_tests();
     add_secondary_tests();
     add_refusal_tests();
     g_test_add_func("/replication/all-or-nothing", test_all_or_nothing);
-    g_test_add_func("/replication/promoted-then-primary",
-                    test_promoted_then_primary);
 
     ret = g_test_run();
     rmdir(tmpdir);
