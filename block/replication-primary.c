@@ -54,6 +54,9 @@ struct ReplicationPrimary {
     ReplicationAbove *above;
     char *bypassed_at;
 
+    /* The links on the way to the secondary, frozen by us.  BQL. */
+    GSList *frozen_below;
+
     /*
      * Ends what hangs at the secondary; NULL if @timeout_ms is 0.  What was
      * done when the timer ran last, and how many times it has seen that nothing
@@ -560,6 +563,7 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 /*
  * Behind a connection that was lost, there may be another disk, or a server
  * that still has a request to do which was sent again, and newer ones after it.
+ * And behind another node below us there is another disk for sure.
  */
 static void primary_opened(BlockDriverState *bs)
 {
@@ -568,6 +572,7 @@ static void primary_opened(BlockDriverState *bs)
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     bdrv_keep_connection(bs->file->bs);
+    s->frozen_below = replication_freeze_below(bs, NULL);
 
     if (s->timeout_ms) {
         /* Runs while the main loop waits for the requests in flight */
@@ -588,6 +593,7 @@ static void primary_cleanup(BlockDriverState *bs)
         bdrv_flush(bs->file->bs);
     }
     bdrv_graph_rdunlock_main_loop();
+    replication_unfreeze_below(s->primary->frozen_below);
     timer_free(s->primary->watch_timer);
     write_behind_free(s->primary->queue);
     replication_above_free(s->primary->above);

@@ -373,6 +373,7 @@ bool secondary_freeze(BlockDriverState *bs, Error **errp)
     }
 
     s->frozen = true;
+    s->frozen_below = replication_freeze_below(secondary_active(bs), NULL);
     return true;
 }
 
@@ -394,6 +395,7 @@ static void secondary_unfreeze(BlockDriverState *bs)
     bdrv_unfreeze_child(secondary_hidden(bs)->backing);
     bdrv_unfreeze_child(secondary_active(bs)->backing);
     bdrv_unfreeze_child(bs->file);
+    replication_unfreeze_below(g_steal_pointer(&s->frozen_below));
 }
 
 static bool secondary_block_top(BlockDriverState *bs, Error **errp)

@@ -33,6 +33,8 @@ struct ReplicationSecondary {
     Error *active_blocker;
     /* The links from this node to the secondary disk are frozen */
     bool frozen;
+    /* And those from the overlays and the disk to what they are stored in */
+    GSList *frozen_below;
     /* Referenced, because a node must not go away with op blockers on it */
     BlockDriverState *top;
     Error *top_blocker;
