@@ -35,7 +35,7 @@ typedef struct ReplicationGuard {
     /* Refuse to change the disk.  Changed while we are drained. */
     bool fence;
 
-    /* Keeps others from our node.  BQL. */
+    /* Keeps others from our node, also from the fence.  BQL. */
     Error *blocker;
     /* No more parents than that, once we are in place.  BQL. */
     bool in_place;
@@ -268,6 +268,18 @@ guard_check_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared,
     return 0;
 }
 
+/* A node must not go away with op blockers on it */
+static void GRAPH_RDLOCK guard_unblock(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    if (g->blocker) {
+        bdrv_op_unblock_all(bs, g->blocker);
+        error_free(g->blocker);
+        g->blocker = NULL;
+    }
+}
+
 /* Called whenever a parent comes or goes */
 static void GRAPH_RDLOCK
 guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
@@ -278,6 +290,9 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     GLOBAL_STATE_CODE();
 
     g->num_parents = guard_num_parents(bs);
+    if (g->fence && !g->num_parents) {
+        guard_unblock(bs);
+    }
     if (g->owner && g->had_blk && !has_blk && !g->cut_off) {
         g->cut_off = true;
         replication_report_error(
@@ -346,12 +361,6 @@ static bool guard_attach_active(BlockDriverState *bs, BlockDriverState *cbw,
 static void guard_leave_owner(BlockDriverState *bs)
 {
     ReplicationGuard *g = bs->opaque;
-
-    bdrv_graph_rdlock_main_loop();
-    bdrv_op_unblock_all(bs, g->blocker);
-    bdrv_graph_rdunlock_main_loop();
-    error_free(g->blocker);
-    g->blocker = NULL;
 
     if (g->active) {
         bdrv_graph_wrlock();
@@ -430,6 +439,9 @@ void replication_guard_drop(BlockDriverState *bs)
 
     GLOBAL_STATE_CODE();
 
+    bdrv_graph_rdlock_main_loop();
+    guard_unblock(bs);
+    bdrv_graph_rdunlock_main_loop();
     guard_leave_owner(bs);
 
     /* If it has to stay, it lets everything pass */

@@ -298,4 +298,15 @@ static inline void replication_pass_flags(BlockDriverState *bs)
                                BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK;
 }
 
+/*
+ * Freeze the links below @bs that are not frozen yet, and add them to @frozen,
+ * which is returned: a snapshot or a reopen there would lead elsewhere what is
+ * written to @bs.
+ */
+GSList *GRAPH_RDLOCK replication_freeze_below(BlockDriverState *bs,
+                                              GSList *frozen);
+
+/* The links in @frozen may be changed again.  Frees @frozen. */
+void replication_unfreeze_below(GSList *frozen);
+
 #endif /* BLOCK_REPLICATION_INT_H */
