@@ -413,6 +413,7 @@ static bool secondary_block_top(BlockDriverState *bs, Error **errp)
     error_setg(&s->top_blocker, "replication node '%s' is running",
                bdrv_get_node_name(bs));
     bdrv_op_block_all(s->top, s->top_blocker);
+    s->above = replication_above_update(replication_above_new(), bs);
     return true;
 }
 
@@ -427,6 +428,7 @@ static void secondary_unblock_top(BlockDriverState *bs)
     }
 
     s->top = NULL;
+    replication_above_free(g_steal_pointer(&s->above));
     bdrv_graph_rdlock_main_loop();
     bdrv_op_unblock_all(top, s->top_blocker);
     bdrv_graph_rdunlock_main_loop();

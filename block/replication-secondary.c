@@ -90,6 +90,33 @@ static void secondary_bypassed(BlockDriverState *bs)
     error_free(err);
 }
 
+/* The guest's device must not go to a node that is not above this one */
+static bool GRAPH_RDLOCK
+secondary_refuse_to_lose_guest(BlockDriverState *bs, Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    g_autofree char *lost = replication_above_bypass(s->above, bs);
+
+    if (!lost) {
+        return true;
+    }
+
+    error_setg(errp, "Replication node '%s' is running and cannot be cut off "
+               "from node '%s' above it", bdrv_get_node_name(bs), lost);
+    error_append_hint(errp, "Stop replication first.\n");
+    return false;
+}
+
+/* Who has come meanwhile must not get lost either */
+static void GRAPH_RDLOCK secondary_parents_changed(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    if (s->above) {
+        s->above = replication_above_update(s->above, bs);
+    }
+}
+
 static void secondary_look_above_bh(void *opaque)
 {
     BlockDriverState *bs = opaque;
@@ -115,8 +142,11 @@ secondary_check_parents(BlockDriverState *bs, Error **errp)
     ReplicationSecondary *s = secondary_state(bs);
     BlockDriverState *top = s->top;
 
-    if (!top || secondary_is_below(bs, top)) {
+    if (!top) {
         return true;
+    }
+    if (secondary_is_below(bs, top)) {
+        return !errp || secondary_refuse_to_lose_guest(bs, errp);
     }
 
     bdrv_ref(bs);
@@ -317,6 +347,7 @@ const ReplicationRole replication_secondary_role = {
     .cleanup            = secondary_cleanup,
     .child_perm         = secondary_child_perm,
     .check_parents      = secondary_check_parents,
+    .parents_changed    = secondary_parents_changed,
 
     .start              = secondary_start,
     .in_sync            = secondary_in_sync,

@@ -9,6 +9,7 @@
 
 #include "block/blockjob.h"
 #include "qemu/stats64.h"
+#include "replication-above.h"
 #include "replication-int.h"
 
 /* What says nothing else is protected by the BQL. */
@@ -38,6 +39,8 @@ struct ReplicationSecondary {
     /* Referenced, because a node must not go away with op blockers on it */
     BlockDriverState *top;
     Error *top_blocker;
+    /* What stands above, as long as we have @top */
+    ReplicationAbove *above;
     BlockJob *backup_job;
     /* Above the filter of @backup_job */
     BlockDriverState *guard;
