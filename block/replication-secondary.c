@@ -47,7 +47,10 @@ secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
         return secondary_merge_co_write(bs, w);
     }
 
-    secondary_count_write(bs, w);
+    /* When the node has failed over, its child is the disk */
+    if (replication_stage(bs) != REPLICATION_STAGE_DONE) {
+        secondary_count_write(bs, w);
+    }
     return write_request_co_do(bs->file, w);
 }
 
