@@ -84,6 +84,7 @@ typedef enum ReplicationOp {
 } ReplicationOp;
 
 
+typedef struct ReplicationHolder ReplicationHolder;
 typedef struct ReplicationPrimary ReplicationPrimary;
 typedef struct ReplicationSecondary ReplicationSecondary;
 typedef struct ReplicationRole ReplicationRole;
@@ -136,6 +137,7 @@ typedef struct BDRVReplicationState {
 
     /* What only the node's role knows */
     union {
+        ReplicationHolder *holder;
         ReplicationPrimary *primary;
         ReplicationSecondary *secondary;
     };
@@ -147,12 +149,15 @@ typedef struct BDRVReplicationState {
  * only in stages that allow the operation, and without the graph lock.
  */
 struct ReplicationRole {
+    /* The node's file is the guest's disk, in every stage */
+    bool holds_disk;
+
     /* Prepare our state before the first child is opened, and free it */
     bool (*init)(BlockDriverState *bs, QemuOpts *opts, Error **errp);
     void (*cleanup)(BlockDriverState *bs);
 
-    /* The node's file is open */
-    void (*opened)(BlockDriverState *bs);
+    /* The node's file is open: open other children, if there are @options */
+    bool (*opened)(BlockDriverState *bs, QDict *options, Error **errp);
 
     void (*child_perm)(
         BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
@@ -179,6 +184,9 @@ struct ReplicationRole {
      * without this has no checkpoint to go back to.
      */
     bool (*checkpoint)(BlockDriverState *bs, Error **errp);
+
+    /* Both sides have reached a checkpoint, the first one included */
+    void (*checkpointed)(BlockDriverState *bs);
 
     /* End in peace */
     bool (*stop)(BlockDriverState *bs, Error **errp);
@@ -209,8 +217,19 @@ struct ReplicationRole {
      */
     void (*finish)(BlockDriverState *bs, int64_t quit_ns);
 
-    /* The node is going to be drained */
+    /* The node is going to be drained, and is not drained any more */
     void (*drain_begin)(BlockDriverState *bs);
+    void (*drain_end)(BlockDriverState *bs);
+
+    /* Whether the disk may get another length, and that it has */
+    bool (*may_resize)(BlockDriverState *bs, Error **errp);
+    void (*resized)(BlockDriverState *bs, int64_t length);
+
+    /* The node's file failed to be read; @ret says why.  May read elsewhere. */
+    int GRAPH_RDLOCK_PTR coroutine_fn (*co_read_failed)(
+        BlockDriverState *bs, int64_t offset, int64_t bytes,
+        QEMUIOVector *qiov, size_t qiov_offset, BdrvRequestFlags flags,
+        int ret);
 
     /* Wait until what the guest wrote in this range is where it is read from */
     void GRAPH_RDLOCK_PTR coroutine_fn (*co_await_writes)(
@@ -237,8 +256,10 @@ struct ReplicationRole {
 #define REPLICATION_OPT_WRITE_BEHIND    "write-behind"
 #define REPLICATION_OPT_WRITE_BEHIND_MS "write-behind-ms"
 #define REPLICATION_OPT_REPLICA_TIMEOUT "replica-timeout"
+#define REPLICATION_OPT_REPLICA         "replica"
 #define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
 
+extern const ReplicationRole replication_holder_role;
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;
 
@@ -264,6 +285,10 @@ void replication_set_stage(BlockDriverState *bs, ReplicationNodeStage stage);
  */
 void replication_report_error(BlockDriverState *bs,
                               ReplicationErrorReason reason, const char *text);
+
+/* The same when the replica has got into @state, with @error if that is why */
+void replication_report_replica(BlockDriverState *bs, ReplicaState state,
+                                const char *error);
 
 /* Why the stage is what it is, or is about to become; takes @err, or NULL */
 void replication_set_error(BlockDriverState *bs, Error *err);
@@ -308,5 +333,13 @@ GSList *GRAPH_RDLOCK replication_freeze_below(BlockDriverState *bs,
 
 /* The links in @frozen may be changed again.  Frees @frozen. */
 void replication_unfreeze_below(GSList *frozen);
+
+/* The options of the queue, and the timeout in milliseconds, of a primary */
+bool replication_primary_get_opts(QemuOpts *opts, WriteBehindOptions *queue,
+                                  uint64_t *timeout_ms, Error **errp);
+
+/* What a queue has forwarded, as a primary tells it */
+void replication_primary_fill_stats(BlockStatsReplicationPrimary *stats,
+                                    const WriteBehindStats *q);
 
 #endif /* BLOCK_REPLICATION_INT_H */

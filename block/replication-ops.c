@@ -190,6 +190,19 @@ void replication_report_error(BlockDriverState *bs,
     }
 }
 
+void replication_report_replica(BlockDriverState *bs, ReplicaState state,
+                                const char *error)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    IO_CODE();
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+    qapi_event_send_replication_replica_change(bdrv_get_node_name(bs),
+                                               s->top_node, s->device, state,
+                                               error);
+}
+
 void replication_forget_first_error(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -231,6 +244,11 @@ void replication_lose_checkpoint(BlockDriverState *bs, Error *err)
 bool replication_allows(BlockDriverState *bs, ReplicationOp op)
 {
     BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->holds_disk &&
+        (op == REPLICATION_OP_READ || op == REPLICATION_OP_WRITE)) {
+        return true;
+    }
 
     switch (replication_stages[replication_stage(bs)].verdict[op]) {
     case ACCEPT:
@@ -307,7 +325,14 @@ static bool replication_do_checkpoint(BlockDriverState *bs, Error **errp)
     BDRVReplicationState *s = bs->opaque;
 
     /* Without it, all there is to do is that what was written has arrived */
-    return !s->role->checkpoint || s->role->checkpoint(bs, errp);
+    if (s->role->checkpoint && !s->role->checkpoint(bs, errp)) {
+        return false;
+    }
+    if (s->role->checkpointed) {
+        s->role->checkpointed(bs);
+    }
+
+    return true;
 }
 
 static void replication_start(ReplicationState *rs, ReplicationMode mode,

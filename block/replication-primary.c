@@ -17,6 +17,7 @@
 #include "qemu/units.h"
 #include "replication-above.h"
 #include "replication-int.h"
+#include "replication-watch.h"
 #include "trace.h"
 
 /* As much as a link of 10 Gbit/s takes in 50 ms */
@@ -27,12 +28,6 @@
 
 /* More than a busy secondary takes, and less than a guest's driver bears */
 #define DEFAULT_REPLICA_TIMEOUT_MS 10000
-
-/*
- * A time in which nothing happens is measured in so many parts, each of which
- * the main loop must have seen: it may have stood still itself.
- */
-#define TIMEOUT_PARTS 4
 
 struct ReplicationPrimary {
     /* What the guest wrote and the secondary does not have yet */
@@ -57,15 +52,9 @@ struct ReplicationPrimary {
     /* The links on the way to the secondary, frozen by us.  BQL. */
     GSList *frozen_below;
 
-    /*
-     * Ends what hangs at the secondary; NULL if @timeout_ms is 0.  What was
-     * done when the timer ran last, and how many times it has seen that nothing
-     * was done since.  Protected by the BQL.
-     */
-    QEMUTimer *watch_timer;
+    /* Ends what hangs at the secondary */
+    ReplicationWatch *watch;
     uint64_t timeout_ms;
-    unsigned int load_done;
-    unsigned int idle_parts;
 };
 
 static ReplicationPrimary *primary_state(BlockDriverState *bs)
@@ -74,12 +63,6 @@ static ReplicationPrimary *primary_state(BlockDriverState *bs)
 
     return s->primary;
 }
-
-typedef struct PrimaryLoad {
-    /* Requests that have not ended, and those that have, modulo 2^32 */
-    unsigned int in_flight;
-    unsigned int done;
-} PrimaryLoad;
 
 /* What is written to an overlay above this node would not be forwarded */
 static bool GRAPH_RDLOCK
@@ -343,27 +326,34 @@ static void primary_get_error(BlockDriverState *bs, Error **errp)
     }
 }
 
+void replication_primary_fill_stats(BlockStatsReplicationPrimary *stats,
+                                    const WriteBehindStats *q)
+{
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    *stats = (BlockStatsReplicationPrimary) {
+        .forwarded_requests     = q->sent_requests,
+        .forwarded_bytes        = q->sent_bytes,
+        .forwarded_flushes      = q->flushes,
+        .failed_requests        = q->failed_requests,
+        .dropped_requests       = q->dropped_requests,
+        .superseded_requests    = q->superseded_requests,
+        .superseded_bytes       = q->superseded_bytes,
+        .pending_requests       = q->pending_requests,
+        .pending_memory         = q->pending_bytes,
+        .max_pending_memory     = q->max_pending_bytes,
+        .oldest_pending_ns      = q->oldest_ns ? now - q->oldest_ns : 0,
+    };
+}
+
 static void primary_get_stats(BlockDriverState *bs,
                               BlockStatsSpecificReplication *stats)
 {
     ReplicationPrimary *s = primary_state(bs);
-    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
     WriteBehindStats q;
 
     write_behind_get_stats(s->queue, &q);
-    stats->u.primary = (BlockStatsReplicationPrimary) {
-        .forwarded_requests     = q.sent_requests,
-        .forwarded_bytes        = q.sent_bytes,
-        .forwarded_flushes      = q.flushes,
-        .failed_requests        = q.failed_requests,
-        .dropped_requests       = q.dropped_requests,
-        .superseded_requests    = q.superseded_requests,
-        .superseded_bytes       = q.superseded_bytes,
-        .pending_requests       = q.pending_requests,
-        .pending_memory         = q.pending_bytes,
-        .max_pending_memory     = q.max_pending_bytes,
-        .oldest_pending_ns      = q.oldest_ns ? now - q.oldest_ns : 0,
-    };
+    replication_primary_fill_stats(&stats->u.primary, &q);
 }
 
 /* Whether @node has @length, which is that of @bs */
@@ -441,19 +431,11 @@ static bool primary_start(BlockDriverState *bs, Error **errp)
            primary_check_lengths(bs, length, bs, errp);
 }
 
-/* Add what is under way at the ends of the way to the secondary */
-static void GRAPH_RDLOCK
-primary_add_load(BlockDriverState *bs, PrimaryLoad *load)
+static BlockDriverState *primary_link(BlockDriverState *bs)
 {
-    BdrvChild *c;
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    if (QLIST_EMPTY(&bs->children)) {
-        load->in_flight += qatomic_read(&bs->in_flight);
-        load->done += qatomic_read(&bs->requests_done);
-    }
-    QLIST_FOREACH(c, &bs->children, next) {
-        primary_add_load(c->bs, load);
-    }
+    return bs->file->bs;
 }
 
 /* The secondary does nothing, and somebody may wait for it, or all of us */
@@ -463,39 +445,11 @@ static void primary_hang_up(BlockDriverState *bs)
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    warn_report("Replication node '%s' cuts the connection to the secondary, "
-                "which has done nothing for %" PRIu64 " ms",
-                bdrv_get_node_name(bs), s->timeout_ms);
     if (replication_allows(bs, REPLICATION_OP_WRITE) && !primary_error(bs)) {
         primary_fail(bs, "request", -ETIMEDOUT);
     }
     write_behind_abandon(s->queue);
     bdrv_cut_connection(bs->file->bs);
-}
-
-/*
- * Not only our own requests count: whatever hangs in the link may be waited for
- * by whoever drains it, or changes the graph.
- */
-static void primary_watch(void *opaque)
-{
-    BlockDriverState *bs = opaque;
-    ReplicationPrimary *s = primary_state(bs);
-    PrimaryLoad load = {};
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    primary_add_load(bs->file->bs, &load);
-    if (!load.in_flight || load.done != s->load_done) {
-        s->idle_parts = 0;
-    } else if (++s->idle_parts == TIMEOUT_PARTS) {
-        primary_hang_up(bs);
-    }
-    s->load_done = load.done;
-
-    timer_mod(s->watch_timer,
-              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              DIV_ROUND_UP(s->timeout_ms, TIMEOUT_PARTS));
 }
 
 /*
@@ -530,25 +484,32 @@ static bool primary_get_ms(QemuOpts *opts, const char *name,
     return true;
 }
 
+bool replication_primary_get_opts(QemuOpts *opts, WriteBehindOptions *queue,
+                                  uint64_t *timeout_ms, Error **errp)
+{
+    queue->max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
+                                         DEFAULT_WRITE_BEHIND);
+
+    return primary_get_ms(opts, REPLICATION_OPT_WRITE_BEHIND_MS,
+                          DEFAULT_WRITE_BEHIND_MS, &queue->max_ms, errp) &&
+           primary_get_ms(opts, REPLICATION_OPT_REPLICA_TIMEOUT,
+                          DEFAULT_REPLICA_TIMEOUT_MS, timeout_ms, errp);
+}
+
 static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
-    WriteBehindOptions queue = {
-        .max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
-                                       DEFAULT_WRITE_BEHIND),
-    };
+    WriteBehindOptions queue = {};
     uint64_t timeout_ms;
 
-    if (!primary_get_ms(opts, REPLICATION_OPT_WRITE_BEHIND_MS,
-                        DEFAULT_WRITE_BEHIND_MS, &queue.max_ms, errp) ||
-        !primary_get_ms(opts, REPLICATION_OPT_REPLICA_TIMEOUT,
-                        DEFAULT_REPLICA_TIMEOUT_MS, &timeout_ms, errp)) {
+    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
         return false;
     }
 
     s->primary = g_new0(ReplicationPrimary, 1);
     s->primary->timeout_ms = timeout_ms;
-    s->primary->queue = write_behind_new(bs, &queue, primary_forward_failed);
+    s->primary->queue = write_behind_new(bs, NULL, &queue,
+                                         primary_forward_failed);
     s->primary->above = replication_above_new();
 
     /*
@@ -565,7 +526,7 @@ static bool primary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
  * that still has a request to do which was sent again, and newer ones after it.
  * And behind another node below us there is another disk for sure.
  */
-static void primary_opened(BlockDriverState *bs)
+static bool primary_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
     ReplicationPrimary *s = primary_state(bs);
 
@@ -573,14 +534,10 @@ static void primary_opened(BlockDriverState *bs)
 
     bdrv_keep_connection(bs->file->bs);
     s->frozen_below = replication_freeze_below(bs, NULL);
+    s->watch = replication_watch_new(bs, s->timeout_ms, primary_link,
+                                     primary_hang_up);
 
-    if (s->timeout_ms) {
-        /* Runs while the main loop waits for the requests in flight */
-        s->watch_timer = aio_timer_new(qemu_get_aio_context(),
-                                               QEMU_CLOCK_REALTIME, SCALE_MS,
-                                               primary_watch, bs);
-        primary_watch(bs);
-    }
+    return true;
 }
 
 static void primary_cleanup(BlockDriverState *bs)
@@ -594,7 +551,7 @@ static void primary_cleanup(BlockDriverState *bs)
     }
     bdrv_graph_rdunlock_main_loop();
     replication_unfreeze_below(s->primary->frozen_below);
-    timer_free(s->primary->watch_timer);
+    replication_watch_free(s->primary->watch);
     write_behind_free(s->primary->queue);
     replication_above_free(s->primary->above);
     g_free(s->primary->bypassed_at);

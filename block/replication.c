@@ -14,6 +14,7 @@
 #include "qapi/error.h"
 #include "qapi/util.h"
 #include "qemu/main-loop.h"
+#include "qemu/cutils.h"
 #include "qemu/module.h"
 #include "qemu/option.h"
 #include "qobject/qdict.h"
@@ -127,6 +128,7 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                            BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret;
 
     if (s->role->co_await_writes && replication_can_read(bs)) {
         s->role->co_await_writes(bs, offset, bytes);
@@ -136,8 +138,14 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         return -EIO;
     }
 
-    return bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
-                               flags);
+    ret = bdrv_co_preadv_part(bs->file, offset, bytes, qiov, qiov_offset,
+                              flags);
+    if (ret < 0 && s->role->co_read_failed) {
+        ret = s->role->co_read_failed(bs, offset, bytes, qiov, qiov_offset,
+                                      flags, ret);
+    }
+
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -248,6 +256,15 @@ static void replication_drain_begin(BlockDriverState *bs)
     }
 }
 
+static void replication_drain_end(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->drain_end) {
+        s->role->drain_end(bs);
+    }
+}
+
 static int64_t coroutine_fn GRAPH_RDLOCK
 replication_co_getlength(BlockDriverState *bs)
 {
@@ -264,6 +281,7 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                         Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret;
 
     if (!replication_allows(bs, REPLICATION_OP_RESIZE)) {
         error_setg(errp, "Cannot resize replication node '%s' while it "
@@ -272,13 +290,21 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                           "sides, resynchronise it and start again.\n");
         return -EBUSY;
     }
+    if (s->role->may_resize && !s->role->may_resize(bs, errp)) {
+        return -EBUSY;
+    }
 
     /* What was written where the disk ends now must not end up beyond it */
     if (s->role->co_await_writes) {
         s->role->co_await_writes(bs, 0, BDRV_MAX_LENGTH);
     }
 
-    return bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+    ret = bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
+    if (ret == 0 && s->role->resized) {
+        s->role->resized(bs, offset);
+    }
+
+    return ret;
 }
 
 /*
@@ -290,11 +316,13 @@ static int replication_snapshot_goto(BlockDriverState *bs,
 {
     BlockDriverState *child_bs;
     Error *local_err = NULL;
+    BDRVReplicationState *s = bs->opaque;
     int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_allows(bs, REPLICATION_OP_RESIZE)) {
+    if (!replication_allows(bs, REPLICATION_OP_RESIZE) ||
+        (s->role->may_resize && !s->role->may_resize(bs, NULL))) {
         return -EBUSY;
     }
 
@@ -315,7 +343,21 @@ static void GRAPH_RDLOCK
 replication_gather_child_options(BlockDriverState *bs, QDict *target,
                                  bool backing_overridden)
 {
+    BDRVReplicationState *s = bs->opaque;
+    BdrvChild *c;
+
     qdict_put(target, "file", qobject_ref(bs->file->bs->full_open_options));
+    if (!s->role->holds_disk) {
+        return;
+    }
+    QLIST_FOREACH(c, &bs->children, next) {
+        if (c != bs->file) {
+            qdict_put(target, REPLICATION_OPT_REPLICA,
+                      qobject_ref(c->bs->full_open_options));
+            return;
+        }
+    }
+    qdict_put_null(target, REPLICATION_OPT_REPLICA);
 }
 
 static void GRAPH_RDLOCK
@@ -374,6 +416,27 @@ static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
     return true;
 }
 
+/* What @options are left are for the children */
+static const ReplicationRole *
+replication_choose_role(ReplicationMode mode, QDict *options)
+{
+    const QDictEntry *e;
+
+    if (mode == REPLICATION_MODE_SECONDARY) {
+        return &replication_secondary_role;
+    }
+    for (e = qdict_first(options); e; e = qdict_next(options, e)) {
+        const char *key = qdict_entry_key(e);
+
+        if (!strcmp(key, REPLICATION_OPT_REPLICA) ||
+            strstart(key, REPLICATION_OPT_REPLICA ".", NULL)) {
+            return &replication_holder_role;
+        }
+    }
+
+    return &replication_primary_role;
+}
+
 /* Parse our options into @bs.  On failure nothing is left allocated. */
 static int replication_parse_options(BlockDriverState *bs, QDict *options,
                                      Error **errp)
@@ -406,11 +469,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         goto out;
     }
 
-    if (s->mode == REPLICATION_MODE_PRIMARY) {
-        s->role = &replication_primary_role;
-    } else {
-        s->role = &replication_secondary_role;
-    }
+    s->role = replication_choose_role(s->mode, options);
     replication_pass_flags(bs);
     if (!s->role->init(bs, opts, errp)) {
         goto out;
@@ -456,8 +515,9 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
 
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
 
-    if (s->role->opened) {
-        s->role->opened(bs);
+    if (s->role->opened && !s->role->opened(bs, options, errp)) {
+        replication_cleanup(bs);
+        return -EINVAL;
     }
     s->rs = replication_new(bs, &replication_ops);
     return 0;
@@ -506,6 +566,7 @@ static BlockDriver bdrv_replication = {
     .bdrv_leave_behind          = replication_leave_behind,
 
     .bdrv_drain_begin           = replication_drain_begin,
+    .bdrv_drain_end             = replication_drain_end,
 
     .bdrv_get_specific_stats    = replication_get_specific_stats,
 

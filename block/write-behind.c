@@ -117,6 +117,8 @@ typedef struct WriteBehindSend {
 
 struct WriteBehind {
     BlockDriverState *bs;
+    /* NULL for bs->file, whatever that is */
+    BdrvChild *child;
     WriteBehindOptions opts;
     WriteBehindErrorFunc *on_error;
 
@@ -221,7 +223,7 @@ int coroutine_fn write_request_co_do(BdrvChild *child, const WriteRequest *w)
     }
 }
 
-WriteBehind *write_behind_new(BlockDriverState *bs,
+WriteBehind *write_behind_new(BlockDriverState *bs, BdrvChild *child,
                               const WriteBehindOptions *opts,
                               WriteBehindErrorFunc *on_error)
 {
@@ -230,6 +232,7 @@ WriteBehind *write_behind_new(BlockDriverState *bs,
     GLOBAL_STATE_CODE();
 
     wb->bs = bs;
+    wb->child = child;
     wb->opts = *opts;
     wb->on_error = on_error;
     qemu_co_mutex_init(&wb->admission);
@@ -271,7 +274,7 @@ static WriteBehindReq *write_behind_req(Place *place)
 /* Where the requests go */
 static BdrvChild *GRAPH_RDLOCK write_behind_child(const WriteBehind *wb)
 {
-    return wb->bs->file;
+    return wb->child ?: wb->bs->file;
 }
 
 /*
@@ -1091,12 +1094,27 @@ write_behind_get_room(WriteBehind *wb, uint64_t room, uint64_t weight)
     wb->weight += weight;
 }
 
+static bool
+write_behind_try_get_room(WriteBehind *wb, uint64_t room, uint64_t weight)
+{
+    QEMU_LOCK_GUARD(&wb->lock);
+
+    if (!write_behind_has_room(wb, room, weight) && !wb->error) {
+        return false;
+    }
+    wb->room += room;
+    wb->weight += weight;
+
+    return true;
+}
+
 /*
- * Wait for room, and make @req one that is ours, with a copy of its data.
- * Returns NULL if there can never be room for it.
+ * Get room, if need be and @wait by waiting for it, and make @req one that is
+ * ours, with a copy of its data.  Returns NULL if there is none, which with
+ * @wait is so if there can never be.
  */
 static WriteBehindReq *coroutine_fn
-write_behind_own(WriteBehind *wb, const WriteBehindReq *req)
+write_behind_own(WriteBehind *wb, const WriteBehindReq *req, bool wait)
 {
     int64_t bytes = write_behind_req_bytes(req);
     uint64_t data = req->type == WRITE_BEHIND_WRITE ? bytes : 0;
@@ -1108,7 +1126,11 @@ write_behind_own(WriteBehind *wb, const WriteBehindReq *req)
         return NULL;
     }
 
-    write_behind_get_room(wb, room, weight);
+    if (wait) {
+        write_behind_get_room(wb, room, weight);
+    } else if (!write_behind_try_get_room(wb, room, weight)) {
+        return NULL;
+    }
 
     /*
      * The data is behind the request, and not aligned: with an allocator that
@@ -1136,19 +1158,20 @@ write_behind_own(WriteBehind *wb, const WriteBehindReq *req)
 }
 
 static int coroutine_fn
-write_behind_co_queue(WriteBehind *wb, WriteBehindReq *req)
+write_behind_co_queue(WriteBehind *wb, WriteBehindReq *req, bool wait)
 {
-    WriteBehindReq *own = write_behind_own(wb, req);
+    WriteBehindReq *own = write_behind_own(wb, req, wait);
 
     if (!own) {
-        return write_behind_add_and_wait(wb, req);
+        return wait ? write_behind_add_and_wait(wb, req) : -EAGAIN;
     }
 
     QEMU_LOCK_GUARD(&wb->lock);
     return write_behind_add(wb, own);
 }
 
-int coroutine_fn write_behind_co_write(WriteBehind *wb, const WriteRequest *w)
+static int coroutine_fn
+write_behind_co_cut(WriteBehind *wb, const WriteRequest *w, bool wait)
 {
     int64_t end = w->offset + w->bytes;
     int64_t offset, next;
@@ -1165,10 +1188,33 @@ int coroutine_fn write_behind_co_write(WriteBehind *wb, const WriteRequest *w)
         next = MIN(end, QEMU_ALIGN_DOWN(offset, MAX_REQUEST) + MAX_REQUEST);
         req.place.range.start = offset;
         req.place.range.last = next - 1;
-        ret = write_behind_co_queue(wb, &req);
+        ret = write_behind_co_queue(wb, &req, wait);
     }
 
     return ret;
+}
+
+int coroutine_fn write_behind_co_write(WriteBehind *wb, const WriteRequest *w)
+{
+    return write_behind_co_cut(wb, w, true);
+}
+
+int coroutine_fn
+write_behind_co_try_write(WriteBehind *wb, const WriteRequest *w)
+{
+    return write_behind_co_cut(wb, w, false);
+}
+
+void coroutine_fn write_behind_co_await_room(WriteBehind *wb, int64_t bytes)
+{
+    uint64_t room = MIN(sizeof(WriteBehindReq) + bytes + wb->opts.max_bytes / 4,
+                        wb->opts.max_bytes);
+    uint64_t weight = write_behind_weigh(WRITE_BEHIND_WRITE, bytes);
+
+    write_behind_get_room(wb, room, weight);
+
+    QEMU_LOCK_GUARD(&wb->lock);
+    write_behind_put_room(wb, room, weight);
 }
 
 int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait)
@@ -1253,11 +1299,14 @@ void write_behind_abandon(WriteBehind *wb)
 
 void write_behind_get_stats(WriteBehind *wb, WriteBehindStats *stats)
 {
-    WriteBehindReq *oldest;
+    WriteBehindReq *oldest, *req;
 
     QEMU_LOCK_GUARD(&wb->lock);
 
     *stats = wb->stats;
     oldest = QTAILQ_FIRST(&wb->pending);
     stats->oldest_ns = oldest ? oldest->since_ns : 0;
+    QTAILQ_FOREACH(req, &wb->pending, next) {
+        stats->pending_span += write_behind_req_bytes(req);
+    }
 }

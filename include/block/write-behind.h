@@ -2,7 +2,7 @@
  * Write-behind queue
  *
  * Lets a filter complete a request that changes the disk before its child has
- * done so.  The queue keeps a copy and sends it to bs->file later.
+ * done so.  The queue keeps a copy and sends it to the child later.
  *
  * - Requests that overlap reach the child in the order in which they were
  *   queued.  Others may be in flight there at the same time.
@@ -76,6 +76,9 @@ typedef struct WriteBehindStats {
     uint64_t pending_bytes;
     uint64_t max_pending_bytes;
 
+    /* Bytes of the disk that they are about, not of memory */
+    uint64_t pending_span;
+
     /* When the oldest of them was queued, in QEMU_CLOCK_REALTIME ns, or 0 */
     int64_t oldest_ns;
 } WriteBehindStats;
@@ -102,8 +105,11 @@ typedef struct WriteBehindOptions {
     uint64_t max_ms;
 } WriteBehindOptions;
 
-/* Create the queue of @bs, a node whose requests go to bs->file */
-WriteBehind *write_behind_new(BlockDriverState *bs,
+/*
+ * Create the queue of @bs, a node whose requests go to @child, or if that is
+ * NULL to bs->file, which may change
+ */
+WriteBehind *write_behind_new(BlockDriverState *bs, BdrvChild *child,
                               const WriteBehindOptions *opts,
                               WriteBehindErrorFunc *on_error);
 
@@ -117,6 +123,19 @@ void write_behind_free(WriteBehind *wb);
  */
 int coroutine_fn GRAPH_RDLOCK
 write_behind_co_write(WriteBehind *wb, const WriteRequest *w);
+
+/*
+ * The same, but if it would have to wait, this returns -EAGAIN.  A part may
+ * have been queued by then.
+ */
+int coroutine_fn GRAPH_RDLOCK
+write_behind_co_try_write(WriteBehind *wb, const WriteRequest *w);
+
+/*
+ * Wait until there is room for a request of @bytes, and a quarter of the memory
+ * remains for others, or the queue has failed.  Does not hold the room.
+ */
+void coroutine_fn write_behind_co_await_room(WriteBehind *wb, int64_t bytes);
 
 /*
  * Flush what was queued before.  If @wait, or without a queue, return when the

@@ -336,7 +336,7 @@ static void setup(uint64_t max_bytes)
         BDRV_CHILD_FILTERED | BDRV_CHILD_PRIMARY, &error_abort);
     bdrv_graph_wrunlock();
     opts.max_bytes = max_bytes;
-    filter.queue = write_behind_new(filter_bs, &opts, filter_error);
+    filter.queue = write_behind_new(filter_bs, NULL, &opts, filter_error);
 
     filter.blk = blk_new(qemu_get_aio_context(),
                          BLK_PERM_WRITE | BLK_PERM_CONSISTENT_READ,

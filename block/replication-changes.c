@@ -1,0 +1,211 @@
+/*
+ * What changed on a disk, and what its replica lacks of that
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qemu/hbitmap.h"
+#include "qemu/lockable.h"
+#include "replication-changes.h"
+
+struct ReplicationChanges {
+    int64_t size;
+
+    /* Protects everything below */
+    QemuMutex lock;
+
+    HBitmap *current;
+    HBitmap *closing;
+    HBitmap *lacking;
+
+    /*
+     * Takes the place of @current at the next checkpoint, for which the VM
+     * stands still.  Cleared before that, unless there was no time.
+     */
+    HBitmap *spare;
+    bool spare_is_clear;
+
+    /* Where to go on looking for what is lacking */
+    int64_t cursor;
+};
+
+ReplicationChanges *replication_changes_new(int64_t size)
+{
+    ReplicationChanges *changes = g_new(ReplicationChanges, 1);
+
+    *changes = (ReplicationChanges) {
+        .size           = size,
+        .current        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
+        .closing        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
+        .lacking        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
+        .spare          = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
+        .spare_is_clear = true,
+    };
+    qemu_mutex_init(&changes->lock);
+
+    return changes;
+}
+
+void replication_changes_free(ReplicationChanges *changes)
+{
+    if (!changes) {
+        return;
+    }
+    hbitmap_free(changes->current);
+    hbitmap_free(changes->closing);
+    hbitmap_free(changes->lacking);
+    hbitmap_free(changes->spare);
+    qemu_mutex_destroy(&changes->lock);
+    g_free(changes);
+}
+
+void replication_changes_note(ReplicationChanges *changes, int64_t offset,
+                              int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    hbitmap_set(changes->current, offset, bytes);
+}
+
+static void changes_tidy(ReplicationChanges *changes)
+{
+    if (!changes->spare_is_clear) {
+        hbitmap_reset_all(changes->spare);
+        changes->spare_is_clear = true;
+    }
+}
+
+void replication_changes_tidy(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    changes_tidy(changes);
+}
+
+/* Takes as long as there is much in @from, however large the disk is */
+static void changes_move(ReplicationChanges *changes, HBitmap *from,
+                         HBitmap *to)
+{
+    int64_t start = 0, bytes;
+
+    while (hbitmap_next_dirty_area(from, start, changes->size, changes->size,
+                                   &start, &bytes)) {
+        hbitmap_set(to, start, bytes);
+        hbitmap_reset(from, start, bytes);
+        start += bytes;
+    }
+}
+
+void replication_changes_checkpoint(ReplicationChanges *changes, bool flushed)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    if (flushed) {
+        HBitmap *old = changes->closing;
+
+        changes_tidy(changes);
+        changes->closing = changes->current;
+        changes->current = changes->spare;
+        changes->spare = old;
+        changes->spare_is_clear = hbitmap_empty(old);
+    } else {
+        changes_move(changes, changes->current, changes->closing);
+    }
+}
+
+void replication_changes_lack_all(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    if (changes->size) {
+        hbitmap_set(changes->lacking, 0, changes->size);
+    }
+}
+
+void replication_changes_lack_changed(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    hbitmap_merge(changes->current, changes->closing, changes->lacking);
+}
+
+void replication_changes_lack_nothing(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    hbitmap_reset_all(changes->lacking);
+}
+
+void replication_changes_lack(ReplicationChanges *changes, int64_t offset,
+                              int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    hbitmap_set(changes->lacking, offset, bytes);
+}
+
+void replication_changes_supply(ReplicationChanges *changes, int64_t offset,
+                                int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    hbitmap_reset(changes->lacking, offset, bytes);
+}
+
+bool replication_changes_is_lacking(ReplicationChanges *changes,
+                                    int64_t offset, int64_t bytes,
+                                    int64_t *pnum)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    /* Nearly always */
+    if (hbitmap_empty(changes->lacking)) {
+        *pnum = bytes;
+        return false;
+    }
+
+    return hbitmap_status(changes->lacking, offset, bytes, pnum);
+}
+
+bool replication_changes_find_lacking(ReplicationChanges *changes, int64_t max,
+                                      int64_t *offset, int64_t *bytes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    if (!hbitmap_next_dirty_area(changes->lacking, changes->cursor,
+                                 changes->size, max, offset, bytes) &&
+        !hbitmap_next_dirty_area(changes->lacking, 0, changes->size, max,
+                                 offset, bytes)) {
+        return false;
+    }
+    changes->cursor = *offset + *bytes;
+
+    return true;
+}
+
+int64_t replication_changes_lacking_bytes(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    return MIN(hbitmap_count(changes->lacking), changes->size);
+}
+
+int64_t replication_changes_changed_bytes(ReplicationChanges *changes)
+{
+    int64_t start = 0, bytes, result;
+
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    /* Those of both, and then what only the second has */
+    result = hbitmap_count(changes->current);
+    while (hbitmap_next_dirty_area(changes->closing, start, changes->size,
+                                   REPLICATION_BLOCK, &start, &bytes)) {
+        if (!hbitmap_get(changes->current, start)) {
+            result += REPLICATION_BLOCK;
+        }
+        start += bytes;
+    }
+
+    return MIN(result, changes->size);
+}

@@ -1,0 +1,1159 @@
+/*
+ * Block replication: a primary that holds both disks
+ *
+ * The guest's requests go to the local disk, the node's file.  What changed
+ * there is forwarded to the replica, as long as one is attached, through the
+ * write-behind queue.  So are copies of what the replica lacks: all that goes
+ * to the replica goes through one queue, in the order in which the local disk
+ * has completed it, and that is what makes the two equal in the end.
+ *
+ * A range that is lacking at the replica is not forwarded: its copy is going to
+ * bring what is written meanwhile.  Writes and copies that overlap wait for
+ * each other, until what they are about is in the queue.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/memalign.h"
+#include "qemu/option.h"
+#include "qemu/timer.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+#include "qobject/qnull.h"
+#include "qobject/qstring.h"
+#include "block/reqlist.h"
+#include "qemu/ratelimit.h"
+#include "qemu/stats64.h"
+#include "replication-changes.h"
+#include "replication-holder.h"
+#include "replication-int.h"
+#include "replication-watch.h"
+#include "trace.h"
+
+/* What is copied at once, by so many coroutines */
+#define COPY_BYTES (1 * MiB)
+#define MAX_COPIERS 4
+
+/* The limit of speed holds for so long */
+#define COPY_SLICE_NS (100 * SCALE_MS)
+
+struct ReplicationHolder {
+    WriteBehindOptions queue_options;
+    uint64_t timeout_ms;
+
+    /* What changed, and what the replica lacks of that */
+    ReplicationChanges *changes;
+
+    /* Where writes and copies are under way that must not overlap */
+    CoMutex ranges_lock;
+    BlockReqList ranges;
+    /* Bytes of the guest's writes among them, or about to be */
+    Stat64 changing_bytes;
+
+    /*
+     * The replica, the queue of what goes there, and who ends what hangs there:
+     * all or none.  Changed while the node is drained.
+     */
+    BdrvChild *replica;
+    WriteBehind *queue;
+    ReplicationWatch *watch;
+    /* The links on the way to it, frozen by us */
+    GSList *frozen;
+
+    /*
+     * Why the replica gets nothing more: a negative errno, or 0.  Accessed with
+     * atomic operations, as is what follows.
+     */
+    int lost;
+    /* It has had everything at some time since it was attached */
+    bool caught_up;
+    /* Some replica has: what this node knows of is all that it may lack */
+    bool had_replica;
+    /* A read from the local disk failed */
+    bool read_failed;
+
+    /* What is lacking is copied by so many coroutines, in so large parts */
+    unsigned int copiers;
+    int copy_bytes;
+    bool copy_paused;
+    int copy_error;
+    bool copy_limited;
+    RateLimit copy_limit;
+    QEMUTimer *copy_timer;
+    Stat64 copied_bytes;
+
+    /* What was closing at the last checkpoint is on both disks for good */
+    bool flushed;
+};
+
+static ReplicationHolder *holder_state(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return s->holder;
+}
+
+static void holder_kick_copiers(BlockDriverState *bs);
+static void holder_abandon(BlockDriverState *bs);
+
+/* Whether what the guest changes is of use to the replica */
+static bool holder_forwards(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return s->replica && !qatomic_read(&s->lost);
+}
+
+static bool holder_is_in_step(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return holder_forwards(bs) && qatomic_read(&s->caught_up) &&
+           !replication_changes_lacking_bytes(s->changes);
+}
+
+static ReplicaState holder_replica_state(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (!s->replica) {
+        return REPLICA_STATE_NONE;
+    }
+    if (qatomic_read(&s->lost)) {
+        return REPLICA_STATE_LOST;
+    }
+
+    return holder_is_in_step(bs) ? REPLICA_STATE_SYNCED : REPLICA_STATE_SYNCING;
+}
+
+/* The replica gets nothing more.  Only the first call counts. */
+static void holder_lose(BlockDriverState *bs, const char *what, int ret)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    IO_CODE();
+
+    if (qatomic_cmpxchg(&s->lost, 0, ret)) {
+        return;
+    }
+    error_report("Replication node '%s' failed to forward a %s to the "
+                 "secondary: %s", bdrv_get_node_name(bs), what, strerror(-ret));
+    replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD,
+                             strerror(-ret));
+    replication_report_replica(bs, REPLICA_STATE_LOST, strerror(-ret));
+}
+
+static void holder_forward_failed(BlockDriverState *bs, WriteBehindType type,
+                                  int ret)
+{
+    holder_lose(bs, write_request_name(type), ret);
+}
+
+static void coroutine_fn holder_lock_range(BlockDriverState *bs, BlockReq *range,
+                                           int64_t offset, int64_t bytes)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    QEMU_LOCK_GUARD(&s->ranges_lock);
+
+    reqlist_wait_all(&s->ranges, offset, bytes, &s->ranges_lock);
+    reqlist_init_req(&s->ranges, range, offset, bytes);
+}
+
+static void coroutine_fn holder_unlock_range(BlockDriverState *bs,
+                                             BlockReq *range)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    QEMU_LOCK_GUARD(&s->ranges_lock);
+
+    reqlist_remove_req(range);
+}
+
+/* Without one that is worth it, the guest waits as long as the link takes */
+static bool holder_has_queue(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return s->queue_options.max_bytes >= 4 * REPLICATION_BLOCK;
+}
+
+static void coroutine_fn GRAPH_RDLOCK
+holder_queue(BlockDriverState *bs, const WriteRequest *w)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int ret;
+
+    trace_replication_forward(bs, bdrv_get_node_name(bs),
+                              write_request_name(w->type), w->offset, w->bytes,
+                              w->flags);
+    /*
+     * While replication runs, the guest must not get further ahead than the
+     * queue lets it, because a checkpoint waits for that.
+     */
+    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING ||
+        !holder_has_queue(bs)) {
+        write_behind_co_write(s->queue, w);
+        return;
+    }
+    ret = write_behind_co_try_write(s->queue, w);
+    if (ret == -EAGAIN) {
+        replication_changes_lack(s->changes, w->offset, w->bytes);
+        holder_kick_copiers(bs);
+    }
+}
+
+/* Queue what was read, but its zeroes as such */
+static void coroutine_fn GRAPH_RDLOCK
+holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                  const uint8_t *buf, QEMUIOVector *qiov)
+{
+    int64_t done, length;
+
+    for (done = 0; done < bytes; done += length) {
+        WriteRequest w = { .offset = offset + done, .qiov = qiov,
+                           .qiov_offset = done };
+        bool zero;
+
+        length = MIN(bytes - done, REPLICATION_BLOCK);
+        zero = buffer_is_zero(buf + done, length);
+        while (done + length < bytes) {
+            int64_t more = MIN(bytes - done - length, REPLICATION_BLOCK);
+
+            if (buffer_is_zero(buf + done + length, more) != zero) {
+                break;
+            }
+            length += more;
+        }
+        w.bytes = length;
+        w.type = zero ? WRITE_BEHIND_ZEROES : WRITE_BEHIND_WRITE;
+        w.flags = zero ? BDRV_REQ_MAY_UNMAP : 0;
+        holder_queue(bs, &w);
+    }
+}
+
+/*
+ * Forward what the local disk has, in a part of a range that is locked and not
+ * lacking.  Returns how much of it, or a negative errno.
+ */
+static int64_t coroutine_fn GRAPH_RDLOCK
+holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    ReplicationHolder *s = holder_state(bs);
+    WriteRequest w = { .type = WRITE_BEHIND_ZEROES, .offset = offset };
+    QEMUIOVector qiov;
+    uint8_t *buf;
+    int ret;
+
+    ret = bdrv_co_block_status_above(bs->file->bs, NULL, offset, bytes,
+                                     &w.bytes, NULL, NULL);
+    if (ret < 0) {
+        return ret;
+    }
+    if (ret & BDRV_BLOCK_ZERO) {
+        w.flags = BDRV_REQ_MAY_UNMAP;
+        holder_queue(bs, &w);
+        return w.bytes;
+    }
+
+    bytes = MIN(w.bytes, qatomic_read(&s->copy_bytes));
+    buf = qemu_try_blockalign(bs->file->bs, bytes);
+    if (!buf) {
+        return -ENOMEM;
+    }
+    qemu_iovec_init_buf(&qiov, buf, bytes);
+    ret = bdrv_co_preadv(bs->file, offset, bytes, &qiov, 0);
+    if (ret == 0) {
+        holder_queue_data(bs, offset, bytes, buf, &qiov);
+    }
+    qemu_vfree(buf);
+
+    return ret < 0 ? ret : bytes;
+}
+
+/* All of it, or it is lacking.  Returns 0 or a negative errno. */
+static int coroutine_fn GRAPH_RDLOCK
+holder_copy_range(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t end = offset + bytes;
+    int64_t ret;
+
+    for (; offset < end; offset += ret) {
+        ret = holder_forward_local(bs, offset, end - offset);
+        if (ret < 0) {
+            replication_changes_lack(s->changes, offset, end - offset);
+            return ret;
+        }
+    }
+
+    return 0;
+}
+
+/*
+ * The local disk has done @w with the result @ret, and its range is locked.  If
+ * that failed, the disk may have the old data, the new, or a mixture.
+ */
+static void coroutine_fn GRAPH_RDLOCK
+holder_forward(BlockDriverState *bs, const WriteRequest *w, int ret)
+{
+    ReplicationHolder *s = holder_state(bs);
+    WriteRequest part = *w;
+    int64_t end = w->offset + w->bytes;
+
+    /* The replica has to do it, however it can */
+    part.flags &= ~BDRV_REQ_NO_FALLBACK;
+    while (part.offset < end) {
+        if (replication_changes_is_lacking(s->changes, part.offset,
+                                           end - part.offset, &part.bytes)) {
+            /* To be copied */
+        } else if (ret < 0) {
+            holder_copy_range(bs, part.offset, part.bytes);
+        } else {
+            holder_queue(bs, &part);
+        }
+        part.offset += part.bytes;
+        part.qiov_offset += part.bytes;
+    }
+}
+
+/* Returns how many bytes were dealt with, 0 if there is nothing to do */
+static int64_t coroutine_fn GRAPH_RDLOCK holder_copy_some(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t offset, bytes;
+    BlockReq range;
+    int ret = 0;
+
+    if (!replication_changes_find_lacking(s->changes,
+                                          qatomic_read(&s->copy_bytes),
+                                          &offset, &bytes)) {
+        return 0;
+    }
+
+    holder_lock_range(bs, &range, offset, bytes);
+    /* Another copier may have been here */
+    if (replication_changes_is_lacking(s->changes, offset, bytes,
+                                       &bytes)) {
+        replication_changes_supply(s->changes, offset, bytes);
+        ret = holder_copy_range(bs, offset, bytes);
+        if (ret == 0) {
+            stat64_add(&s->copied_bytes, bytes);
+        }
+    }
+    holder_unlock_range(bs, &range);
+
+    return ret < 0 ? ret : bytes;
+}
+
+static bool holder_may_copy(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return holder_forwards(bs) && !qatomic_read(&s->copy_paused) &&
+           !qatomic_read(&s->copy_error) &&
+           !qatomic_read(&bs->quiesce_counter) &&
+           replication_changes_lacking_bytes(s->changes);
+}
+
+static void coroutine_fn holder_copy_entry(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationHolder *s = holder_state(bs);
+    int64_t delay = 0;
+    int64_t ret;
+
+    while (holder_may_copy(bs) && !delay) {
+        /* Before the range is locked, which the guest may wait for */
+        write_behind_co_await_room(s->queue,
+                                   qatomic_read(&s->copy_bytes));
+
+        bdrv_graph_co_rdlock();
+        ret = holder_copy_some(bs);
+        bdrv_graph_co_rdunlock();
+
+        if (ret < 0) {
+            error_report("Replication node '%s' failed to read what its "
+                         "replica lacks: %s", bdrv_get_node_name(bs),
+                         strerror(-ret));
+            qatomic_set(&s->copy_error, ret);
+            break;
+        }
+        if (qatomic_read(&s->copy_limited)) {
+            delay = ratelimit_calculate_delay(&s->copy_limit, ret);
+        }
+    }
+
+    qatomic_dec(&s->copiers);
+    if (delay) {
+        timer_mod(s->copy_timer,
+                  qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + delay);
+    } else {
+        /* More may have come since we looked */
+        holder_kick_copiers(bs);
+    }
+    bdrv_dec_in_flight(bs);
+}
+
+/* Have what the replica lacks copied.  From any thread. */
+static void holder_kick_copiers(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    unsigned int max;
+
+    if (!holder_may_copy(bs)) {
+        return;
+    }
+    max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
+    if (qatomic_fetch_inc(&s->copiers) >= max) {
+        qatomic_dec(&s->copiers);
+        return;
+    }
+    bdrv_inc_in_flight(bs);
+    aio_co_schedule(bdrv_get_aio_context(bs),
+                    qemu_coroutine_create(holder_copy_entry, bs));
+}
+
+static void holder_copy_timer(void *opaque)
+{
+    holder_kick_copiers(opaque);
+}
+
+/*
+ * A discarded block may read as anything, and on another disk as something
+ * else.  With a replica it becomes zeroes, if the local disk takes no space for
+ * these; else it is not worth it.
+ */
+static bool GRAPH_RDLOCK
+holder_take_discard(BlockDriverState *bs, WriteRequest *w)
+{
+    BlockDriverState *disk = bs->file->bs;
+
+    if (!(disk->open_flags & BDRV_O_UNMAP) ||
+        !(disk->supported_zero_flags & BDRV_REQ_MAY_UNMAP)) {
+        return false;
+    }
+    w->type = WRITE_BEHIND_ZEROES;
+    w->flags |= BDRV_REQ_MAY_UNMAP;
+
+    return true;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+holder_co_write(BlockDriverState *bs, const WriteRequest *guest)
+{
+    ReplicationHolder *s = holder_state(bs);
+    WriteRequest w = *guest;
+    BlockReq range;
+    int ret;
+
+    if (w.type == WRITE_BEHIND_DISCARD && s->replica &&
+        !holder_take_discard(bs, &w)) {
+        return 0;
+    }
+    if (!w.bytes) {
+        return write_request_co_do(bs->file, &w);
+    }
+
+    stat64_add(&s->changing_bytes, w.bytes);
+    holder_lock_range(bs, &range, w.offset, w.bytes);
+    replication_changes_note(s->changes, w.offset, w.bytes);
+    ret = write_request_co_do(bs->file, &w);
+    /* What is not supported was not done either */
+    if (holder_forwards(bs) && ret != -ENOTSUP) {
+        holder_forward(bs, &w, ret);
+    }
+    holder_unlock_range(bs, &range);
+    stat64_add(&s->changing_bytes, -w.bytes);
+
+    return ret;
+}
+
+/* What the guest flushes it relies on here; the replica may take its time */
+static int coroutine_fn GRAPH_RDLOCK holder_co_flush(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int ret = bdrv_co_flush(bs->file->bs);
+
+    if (ret == 0 && holder_forwards(bs)) {
+        write_behind_co_flush(s->queue, false);
+    }
+
+    return ret;
+}
+
+/* The local disk has failed with @ret; the replica may know better */
+static int coroutine_fn GRAPH_RDLOCK
+holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      QEMUIOVector *qiov, size_t qiov_offset,
+                      BdrvRequestFlags flags, int ret)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (!holder_is_in_step(bs)) {
+        return ret;
+    }
+    write_behind_co_await(s->queue, offset, bytes);
+    /* Again, because of what has become of the writes */
+    if (!holder_is_in_step(bs)) {
+        return ret;
+    }
+    if (!qatomic_xchg(&s->read_failed, true)) {
+        warn_report("Replication node '%s' reads from its replica what the "
+                    "local disk fails to: %s", bdrv_get_node_name(bs),
+                    strerror(-ret));
+        replication_report_error(bs, REPLICATION_ERROR_REASON_LOCAL_READ,
+                                 strerror(-ret));
+    }
+
+    return bdrv_co_preadv_part(s->replica, offset, bytes, qiov,
+                               qiov_offset, flags) < 0 ? ret : 0;
+}
+
+/* An overlay keeps the guest's writes away from both disks */
+static bool GRAPH_RDLOCK
+holder_check_parents(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BdrvChild *c;
+
+    if (!s->replica) {
+        return true;
+    }
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        if (c->role & BDRV_CHILD_COW) {
+            error_setg(errp, "Replication node '%s' has a replica and cannot "
+                       "be the backing node of an overlay",
+                       bdrv_get_node_name(bs));
+            error_append_hint(errp, "Detach the replica with "
+                              "x-block-replica-detach first.\n");
+            return false;
+        }
+    }
+
+    return true;
+}
+
+static bool holder_in_sync(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    const char *name = bdrv_get_node_name(bs);
+    int lost = qatomic_read(&s->lost);
+
+    if (!s->replica) {
+        error_setg(errp, "Replication node '%s' has no replica", name);
+    } else if (lost) {
+        error_setg_errno(errp, -lost, "The replica of replication node '%s' "
+                         "was lost", name);
+    } else if (!holder_is_in_step(bs)) {
+        error_setg(errp, "The replica of replication node '%s' lacks %" PRId64
+                   " bytes", name,
+                   replication_changes_lacking_bytes(s->changes));
+        error_append_hint(errp, "Wait until it is synced.\n");
+        return false;
+    } else {
+        return true;
+    }
+    error_append_hint(errp, "Attach one with x-block-replica-sync.\n");
+
+    return false;
+}
+
+static void holder_get_error(BlockDriverState *bs, Error **errp)
+{
+    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        holder_in_sync(bs, errp);
+    }
+}
+
+/*
+ * What was changed before the last checkpoint, and both sides have on stable
+ * storage now, can be forgotten at the next one.
+ */
+static void coroutine_fn holder_flush_both(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationHolder *s = holder_state(bs);
+    int ret;
+
+    replication_changes_tidy(s->changes);
+    bdrv_graph_co_rdlock();
+    ret = bdrv_co_flush(bs->file->bs);
+    bdrv_graph_co_rdunlock();
+    if (ret == 0) {
+        ret = write_behind_co_flush(s->queue, true);
+    }
+    s->flushed = ret == 0;
+    bdrv_dec_in_flight(bs);
+}
+
+/* The node is drained, and both sides are going to have the same checkpoint */
+static void holder_checkpointed(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    replication_changes_checkpoint(s->changes, s->flushed);
+    s->flushed = false;
+    /* The next one drains the node, and so comes when this has ended */
+    bdrv_inc_in_flight(bs);
+    aio_co_schedule(bdrv_get_aio_context(bs),
+                    qemu_coroutine_create(holder_flush_both, bs));
+}
+
+/* The part of the graph that the timeout is for */
+static BlockDriverState *holder_link(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return s->replica->bs;
+}
+
+static void holder_hang_up(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    holder_lose(bs, "request", -ETIMEDOUT);
+    write_behind_abandon(s->queue);
+    bdrv_cut_connection(s->replica->bs);
+}
+
+static bool GRAPH_RDLOCK
+holder_check_replica(BlockDriverState *bs, BlockDriverState *replica,
+                     Error **errp)
+{
+    int64_t length = bdrv_getlength(bs->file->bs);
+    int64_t other = bdrv_getlength(replica);
+
+    if (length < 0 || other < 0) {
+        error_setg_errno(errp, -MIN(length, other), "Replication node '%s': "
+                         "failed to get the length of node '%s'",
+                         bdrv_get_node_name(bs),
+                         bdrv_get_node_name(length < 0 ? bs : replica));
+        return false;
+    }
+    if (length != other) {
+        error_setg(errp, "Replication node '%s' has a length of %" PRId64
+                   " bytes, its replica '%s' of %" PRId64,
+                   bdrv_get_node_name(bs), length,
+                   bdrv_get_node_name(replica), other);
+        error_append_hint(errp, "Create the replica with the length of the "
+                          "disk.\n");
+        return false;
+    }
+    if (bdrv_is_read_only(replica)) {
+        error_setg(errp, "Replica '%s' of replication node '%s' is read-only",
+                   bdrv_get_node_name(replica), bdrv_get_node_name(bs));
+        error_append_hint(errp, "Open it, and export it, for writing.\n");
+        return false;
+    }
+
+    return true;
+}
+
+/*
+ * Nobody else may write to the local disk from now on, nor to the replica, and
+ * a connection to this that is lost is lost.
+ */
+static bool holder_take_replica(BlockDriverState *bs, BdrvChild *replica,
+                                Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!holder_check_replica(bs, replica->bs, errp)) {
+        return false;
+    }
+    s->replica = replica;
+    if (bdrv_child_refresh_perms(bs, bs->file, errp) < 0) {
+        s->replica = NULL;
+        return false;
+    }
+
+    bdrv_keep_connection(replica->bs);
+    bdrv_freeze_child(replica);
+    s->frozen = replication_freeze_below(replica->bs,
+                                         g_slist_prepend(NULL, replica));
+    s->lost = 0;
+    s->copy_error = 0;
+    s->flushed = false;
+    s->queue = write_behind_new(bs, replica, &s->queue_options,
+                                       holder_forward_failed);
+    s->watch = replication_watch_new(bs, s->timeout_ms,
+                                            holder_link, holder_hang_up);
+
+    return true;
+}
+
+bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
+{
+    GLOBAL_STATE_CODE();
+
+    if (strcmp(bs->drv->format_name, "replication") ||
+        ((BDRVReplicationState *)bs->opaque)->role !=
+        &replication_holder_role) {
+        error_setg(errp, "Node '%s' is not a replication node with a replica "
+                   "of its own", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Open one with mode=primary and the option "
+                          "'replica', which may be null.\n");
+        return false;
+    }
+    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        error_setg(errp, "The replica of replication node '%s' cannot be "
+                   "changed: it is running", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Stop replication first.\n");
+        return false;
+    }
+
+    return true;
+}
+
+bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
+                                bool changed, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BdrvChild *child;
+    bool ok;
+
+    GLOBAL_STATE_CODE();
+
+    if (s->replica && !s->lost) {
+        error_setg(errp, "Replication node '%s' has a replica",
+                   bdrv_get_node_name(bs));
+        error_append_hint(errp, "Detach it with x-block-replica-detach "
+                          "first.\n");
+        return false;
+    }
+    if (changed && !s->had_replica) {
+        error_setg(errp, "Replication node '%s' has had no replica that was in "
+                   "step", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Use sync=full.\n");
+        return false;
+    }
+
+    replication_replica_detach(bs, true);
+    bdrv_drained_begin(bs);
+    bdrv_drained_begin(replica);
+    bdrv_ref(replica);
+    bdrv_graph_wrlock();
+    child = bdrv_attach_child(bs, replica, "replica", &child_of_bds,
+                              BDRV_CHILD_DATA, errp);
+    bdrv_graph_wrunlock();
+    ok = child && holder_take_replica(bs, child, errp);
+    if (ok) {
+        s->caught_up = false;
+        if (changed) {
+            replication_changes_lack_changed(s->changes);
+        } else {
+            replication_changes_lack_all(s->changes);
+        }
+        replication_report_replica(bs, REPLICA_STATE_SYNCING, NULL);
+    } else if (child) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, child);
+        bdrv_graph_wrunlock();
+    }
+    bdrv_drained_end(replica);
+    bdrv_drained_end(bs);
+
+    return ok;
+}
+
+/* Nothing is in flight */
+static void holder_drop_replica(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BdrvChild *replica = s->replica;
+
+    replication_unfreeze_below(g_steal_pointer(&s->frozen));
+    replication_watch_free(g_steal_pointer(&s->watch));
+    write_behind_free(g_steal_pointer(&s->queue));
+    timer_del(s->copy_timer);
+    s->replica = NULL;
+    replication_changes_lack_nothing(s->changes);
+
+    bdrv_graph_wrlock();
+    bdrv_unref_child(bs, replica);
+    bdrv_graph_wrunlock();
+
+    bdrv_graph_rdlock_main_loop();
+    bdrv_child_refresh_perms(bs, bs->file, NULL);
+    bdrv_graph_rdunlock_main_loop();
+
+    replication_report_replica(bs, REPLICA_STATE_NONE, NULL);
+}
+
+void replication_replica_detach(BlockDriverState *bs, bool force)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    GLOBAL_STATE_CODE();
+
+    if (force && s->replica) {
+        holder_abandon(bs);
+    }
+    bdrv_drained_begin(bs);
+    if (s->replica) {
+        holder_drop_replica(bs);
+    }
+    bdrv_drained_end(bs);
+}
+
+ReplicaState replication_replica_state(BlockDriverState *bs, int *error)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    *error = qatomic_read(&s->lost) ?:
+             qatomic_read(&s->copy_error);
+
+    return holder_replica_state(bs);
+}
+
+void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
+                                      uint64_t *remaining)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    *copied = stat64_get(&s->copied_bytes);
+    *remaining = replication_changes_lacking_bytes(s->changes);
+}
+
+void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    int64_t bytes = speed ? speed * COPY_SLICE_NS / NANOSECONDS_PER_SECOND :
+                            COPY_BYTES;
+
+    /* What is copied has to fit in the queue, and more than once */
+    bytes = MIN(bytes, s->queue_options.max_bytes / 2);
+
+    if (speed) {
+        ratelimit_set_speed(&s->copy_limit, speed, COPY_SLICE_NS);
+    }
+    qatomic_set(&s->copy_bytes,
+                CLAMP(QEMU_ALIGN_DOWN(bytes, REPLICATION_BLOCK),
+                      REPLICATION_BLOCK, COPY_BYTES));
+    qatomic_set(&s->copy_limited, speed > 0);
+    holder_kick_copiers(bs);
+}
+
+void replication_replica_pause(BlockDriverState *bs, bool pause)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    qatomic_set(&s->copy_paused, pause);
+    holder_kick_copiers(bs);
+}
+
+bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (replication_changes_lacking_bytes(s->changes)) {
+        return false;
+    }
+    write_behind_co_await(s->queue, 0, BDRV_MAX_LENGTH);
+    if (!holder_forwards(bs) ||
+        replication_changes_lacking_bytes(s->changes)) {
+        return false;
+    }
+    qatomic_set(&s->caught_up, true);
+    s->had_replica = true;
+    replication_report_replica(bs, REPLICA_STATE_SYNCED, NULL);
+
+    return true;
+}
+
+/* What the guest wrote faster than the link took it */
+typedef struct HolderCatchUp {
+    BlockDriverState *bs;
+    bool done;
+} HolderCatchUp;
+
+static void coroutine_fn holder_catch_up_entry(void *opaque)
+{
+    HolderCatchUp *c = opaque;
+    ReplicationHolder *s = holder_state(c->bs);
+    int64_t ret = 1;
+
+    while (ret > 0 && holder_forwards(c->bs)) {
+        write_behind_co_await_room(s->queue,
+                                   qatomic_read(&s->copy_bytes));
+        bdrv_graph_co_rdlock();
+        ret = holder_copy_some(c->bs);
+        bdrv_graph_co_rdunlock();
+    }
+    write_behind_co_await(s->queue, 0, BDRV_MAX_LENGTH);
+    qatomic_set(&c->done, true);
+    aio_wait_kick();
+}
+
+/* The node is drained, and the VM stands still most likely */
+static void holder_catch_up(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    HolderCatchUp c = { .bs = bs };
+
+    if (!holder_forwards(bs) || !s->caught_up ||
+        !replication_changes_lacking_bytes(s->changes)) {
+        return;
+    }
+    aio_co_enter(bdrv_get_aio_context(bs),
+                 qemu_coroutine_create(holder_catch_up_entry, &c));
+    BDRV_POLL_WHILE(bs, !qatomic_read(&c.done));
+}
+
+static bool holder_start(BlockDriverState *bs, Error **errp)
+{
+    bdrv_graph_rdlock_main_loop();
+    if (!holder_check_parents(bs, errp)) {
+        bdrv_graph_rdunlock_main_loop();
+        return false;
+    }
+    bdrv_graph_rdunlock_main_loop();
+
+    holder_catch_up(bs);
+
+    return holder_in_sync(bs, errp);
+}
+
+/* The replica is the secondary's disk from now on */
+static bool holder_stop(BlockDriverState *bs, Error **errp)
+{
+    replication_replica_detach(bs, false);
+
+    return true;
+}
+
+static void holder_abandon(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!s->replica) {
+        return;
+    }
+    /* First, lest a read give what was there before the dropped writes */
+    qatomic_cmpxchg(&s->lost, 0, -ECANCELED);
+    write_behind_abandon(s->queue);
+    bdrv_cut_connection(s->replica->bs);
+}
+
+/* Alone, with all that is needed to protect the guest again */
+static void holder_failover(BlockDriverState *bs, Error **errp)
+{
+    replication_replica_detach(bs, true);
+    replication_set_stage(bs, REPLICATION_STAGE_NONE);
+}
+
+static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+{
+    BDRVReplicationState *node = bs->opaque;
+    WriteBehindOptions queue = {};
+    uint64_t timeout_ms;
+    ReplicationHolder *s;
+
+    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
+        return false;
+    }
+    s = node->holder = g_new0(ReplicationHolder, 1);
+    s->queue_options = queue;
+    s->timeout_ms = timeout_ms;
+    qemu_co_mutex_init(&s->ranges_lock);
+    QLIST_INIT(&s->ranges);
+    stat64_init(&s->copied_bytes, 0);
+    stat64_init(&s->changing_bytes, 0);
+    ratelimit_init(&s->copy_limit);
+    replication_replica_set_speed(bs, 0);
+    s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
+                                  SCALE_NS, holder_copy_timer, bs);
+
+    return true;
+}
+
+/* No replica has the length of this disk, or none that is known */
+static void holder_resized(BlockDriverState *bs, int64_t length)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    replication_changes_free(s->changes);
+    s->changes = replication_changes_new(length);
+    s->had_replica = false;
+}
+
+static bool holder_is_null(const QObject *option)
+{
+    const QString *string = qobject_to(QString, option);
+
+    /* As for "backing": -drive and -blockdev have no null */
+    return qobject_type(option) == QTYPE_QNULL ||
+           (string && !*qstring_get_str(string));
+}
+
+/*
+ * A replica that is there from the beginning has what the disk has: the user
+ * answers for that.
+ */
+static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    QObject *option = qdict_get(options, REPLICATION_OPT_REPLICA);
+    BdrvChild *replica;
+    int64_t length;
+
+    bdrv_graph_rdlock_main_loop();
+    length = bdrv_getlength(bs->file->bs);
+    bdrv_graph_rdunlock_main_loop();
+    if (length < 0) {
+        error_setg_errno(errp, -length, "Replication node '%s': failed to get "
+                         "the length of its disk", bdrv_get_node_name(bs));
+        return false;
+    }
+    holder_resized(bs, length);
+
+    if (option && holder_is_null(option)) {
+        qdict_del(options, REPLICATION_OPT_REPLICA);
+        return true;
+    }
+    replica = bdrv_open_child(NULL, options, REPLICATION_OPT_REPLICA, bs,
+                              &child_of_bds, BDRV_CHILD_DATA, false, errp);
+    if (!replica || !holder_take_replica(bs, replica, errp)) {
+        return false;
+    }
+    s->caught_up = true;
+    s->had_replica = true;
+
+    return true;
+}
+
+static void holder_cleanup(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    replication_unfreeze_below(s->frozen);
+    replication_watch_free(s->watch);
+    if (s->queue) {
+        write_behind_free(s->queue);
+    }
+    timer_free(s->copy_timer);
+    ratelimit_destroy(&s->copy_limit);
+    replication_changes_free(s->changes);
+    g_free(s);
+}
+
+static void holder_drain_begin(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (s->queue) {
+        write_behind_drain_begin(s->queue);
+    }
+}
+
+static void holder_drain_end(BlockDriverState *bs)
+{
+    holder_kick_copiers(bs);
+}
+
+static void GRAPH_RDLOCK
+holder_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
+                  BlockReopenQueue *reopen_queue,
+                  uint64_t perm, uint64_t shared,
+                  uint64_t *nperm, uint64_t *nshared)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (!(role & BDRV_CHILD_FILTERED)) {
+        *nperm = BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE;
+        *nshared = BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE_UNCHANGED;
+        if (bs->open_flags & BDRV_O_INACTIVE) {
+            *nperm &= ~BLK_PERM_WRITE;
+            *nshared = BLK_PERM_ALL;
+        }
+        return;
+    }
+
+    bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+    /* What others write to the disk does not get to the replica */
+    if (s->replica && !(bs->open_flags & BDRV_O_INACTIVE)) {
+        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    }
+}
+
+static void holder_get_stats(BlockDriverState *bs,
+                             BlockStatsSpecificReplication *stats)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BlockStatsReplicationPrimary *p = &stats->u.primary;
+    ReplicaState state = holder_replica_state(bs);
+    WriteBehindStats q = {};
+
+    if (s->queue) {
+        write_behind_get_stats(s->queue, &q);
+    }
+    replication_primary_fill_stats(p, &q);
+    p->has_replica_state = true;
+    p->replica_state = state;
+    p->has_copied_bytes = true;
+    p->copied_bytes = stat64_get(&s->copied_bytes);
+    p->has_out_of_sync_bytes = true;
+    if (!s->had_replica && state == REPLICA_STATE_NONE) {
+        p->out_of_sync_bytes = bs->total_sectors * BDRV_SECTOR_SIZE;
+    } else if (state == REPLICA_STATE_NONE || state == REPLICA_STATE_LOST) {
+        p->out_of_sync_bytes =
+            replication_changes_changed_bytes(s->changes);
+    } else {
+        p->out_of_sync_bytes =
+            replication_changes_lacking_bytes(s->changes) +
+            q.pending_span + stat64_get(&s->changing_bytes);
+    }
+}
+
+static bool holder_may_resize(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (s->replica) {
+        error_setg(errp, "Cannot resize replication node '%s' while it has a "
+                   "replica", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Detach the replica with "
+                          "x-block-replica-detach, and resize both.\n");
+        return false;
+    }
+
+    return true;
+}
+
+const ReplicationRole replication_holder_role = {
+    .holds_disk         = true,
+
+    .init               = holder_init,
+    .cleanup            = holder_cleanup,
+    .opened             = holder_opened,
+    .child_perm         = holder_child_perm,
+    .check_parents      = holder_check_parents,
+
+    .start              = holder_start,
+    .in_sync            = holder_in_sync,
+    .checkpointed       = holder_checkpointed,
+    .stop               = holder_stop,
+    .abandon            = holder_abandon,
+    .failover           = holder_failover,
+    .get_error          = holder_get_error,
+    .get_stats          = holder_get_stats,
+
+    .drain_begin        = holder_drain_begin,
+    .drain_end          = holder_drain_end,
+    .may_resize         = holder_may_resize,
+    .resized            = holder_resized,
+    .co_read_failed     = holder_co_read_failed,
+    .co_write           = holder_co_write,
+    .co_flush           = holder_co_flush,
+};

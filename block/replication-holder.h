@@ -1,0 +1,41 @@
+/*
+ * Block replication: the replica of a node that holds both disks, for the job
+ * that brings it in step
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#ifndef BLOCK_REPLICATION_HOLDER_H
+#define BLOCK_REPLICATION_HOLDER_H
+
+#include "block/block-common.h"
+#include "qapi/qapi-types-block-core.h"
+
+/* Whether it may be attached or detached: @bs holds its disk, and rests */
+bool replication_replica_may_change(BlockDriverState *bs, Error **errp);
+
+/*
+ * Attach @replica, and begin to copy what it lacks: what @changed since the
+ * last one was in step, or everything
+ */
+bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
+                                bool changed, Error **errp);
+
+/* Let go of the replica, if there is one; with @force, without waiting for it */
+void replication_replica_detach(BlockDriverState *bs, bool force);
+
+/* @error is a negative errno if copying ended before it was done, else 0 */
+ReplicaState replication_replica_state(BlockDriverState *bs, int *error);
+
+/* Bytes that were copied since the node was opened, and are lacking */
+void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
+                                      uint64_t *remaining);
+
+/* If nothing is lacking any more, wait until it has arrived, and say so */
+bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs);
+
+/* Bytes per second, or 0 for no limit */
+void replication_replica_set_speed(BlockDriverState *bs, int64_t speed);
+void replication_replica_pause(BlockDriverState *bs, bool pause);
+
+#endif /* BLOCK_REPLICATION_HOLDER_H */
