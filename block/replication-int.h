@@ -83,7 +83,6 @@ typedef enum ReplicationOp {
     REPLICATION_OP__MAX,
 } ReplicationOp;
 
-
 typedef struct ReplicationHolder ReplicationHolder;
 typedef struct ReplicationPrimary ReplicationPrimary;
 typedef struct ReplicationSecondary ReplicationSecondary;
@@ -192,15 +191,18 @@ struct ReplicationRole {
     bool (*stop)(BlockDriverState *bs, Error **errp);
 
     /*
-     * A failover comes: do not wait for what nobody needs any more.  The only
-     * one of these functions that is called without draining the node first.
+     * A failover comes: do not wait for what nobody needs any more.  Called
+     * without draining the node first.
      */
     void (*abandon)(BlockDriverState *bs);
 
     /* Go on alone.  Sets the stage, also on failure.  Without this, to DONE. */
     void (*failover)(BlockDriverState *bs, Error **errp);
 
-    /* Report what keeps the node from protecting its disk, if anything does */
+    /*
+     * Report what keeps the node from protecting its disk, if anything does.
+     * Neither this nor get_stats() waits for anything.
+     */
     void (*get_error)(BlockDriverState *bs, Error **errp);
 
     /* Fill in the part of the statistics that only this role has */
@@ -239,7 +241,7 @@ struct ReplicationRole {
     bool (*has_pending_writes)(BlockDriverState *bs, int64_t offset,
                                int64_t bytes);
 
-    /* Whether nothing of the guest's data is missing, if the stage allows it */
+    /* Whether nothing of the guest's data is missing here.  NULL: nothing is. */
     bool (*has_data)(BlockDriverState *bs);
 
     /* In every stage */

@@ -186,8 +186,7 @@ primary_check_parents(BlockDriverState *bs, Error **errp)
      * refusal, and then would not tell primary_parents_changed() either.
      */
     return primary_refuse_overlays(bs, errp) &&
-           (!errp || primary_error(bs) ||
-            primary_refuse_bypass(bs, errp));
+           (!errp || primary_error(bs) || primary_refuse_bypass(bs, errp));
 }
 
 static void primary_bypassed(BlockDriverState *bs, const char *node)
@@ -275,8 +274,7 @@ primary_co_write(BlockDriverState *bs, const WriteRequest *w)
                               write_request_name(w->type), w->offset, w->bytes,
                               w->flags);
     ret = write_behind_co_write(s->primary->queue, w);
-    if (ret >= 0 && (w->flags & BDRV_REQ_FUA) &&
-        qatomic_read(&s->relied_on)) {
+    if (ret >= 0 && (w->flags & BDRV_REQ_FUA) && qatomic_read(&s->relied_on)) {
         ret = write_behind_co_flush(s->primary->queue, true);
     }
 
