@@ -22,7 +22,7 @@ import secondary
 from figures import Cell, Samples, Setting
 from host import HostError
 from hosts import OURS, STOCK, Place, file_system, make_place
-from report import Outcome, as_chart, as_json, as_text
+from report import Report, as_chart, as_json, as_text
 
 RUNS = 3
 MINUTES = 14.5
@@ -198,8 +198,8 @@ def run(options: argparse.Namespace, place: Place) -> int:
     known = facts(place)
     session = Session(options, place)
     known['runs'] = str(session.run())
-    outcome = Outcome(session.samples, session.rows, known, session.notes,
-                      session.failed)
+    outcome = Report(session.samples, session.rows, known, session.notes,
+                     session.failed)
     session.progress.wipe()
     table = as_text(outcome)
     print(table)

@@ -189,7 +189,7 @@ def serving(place: Place, subject: str, disk: Json) -> Iterator[TimedHost]:
 
 @contextmanager
 def open_primary(place: Place, subject: str, local: Json,
-                 target: nodes.Node) -> Iterator[Tuple[TimedHost, str]]:
+                 target: nodes.Below) -> Iterator[Tuple[TimedHost, str]]:
     """A primary, and where its guest writes; unprotected, a plain disk."""
     with TimedHost(place, subject) as host:
         host.add({**local, 'node-name': 'local'})
@@ -248,7 +248,7 @@ class Replicas(NamedTuple):
 
     def chain(self, number: int) -> Json:
         """What stands above it."""
-        below: nodes.Node = f'disk{number}'
+        below: nodes.Below = f'disk{number}'
         for kind in 'hidden', 'active':
             below = {**disk_node(f'{kind}{number}',
                                  self.folder / f'{kind}{number}', self.aio),

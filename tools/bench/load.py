@@ -11,13 +11,13 @@ from host import SECONDS, HostError
 from hosts import Place, TimedHost
 
 
-class Job(NamedTuple):
+class Run(NamedTuple):
     """One load, after those before it."""
     name: str
     options: Dict[str, Any]
 
 
-def load(place: Place, host: TimedHost, export: str, *jobs: Job
+def load(place: Place, host: TimedHost, export: str, *jobs: Run
          ) -> Dict[str, float]:
     """Run jobs one after the other; return the requests a second of each."""
     command = ['setpriv', '--pdeathsig', 'KILL', 'fio', '--eta=never',
@@ -50,9 +50,9 @@ class Arrival(NamedTuple):
     # how many bytes they are
     data: int
 
-    def job(self, name: str) -> Job:
+    def job(self, name: str) -> Run:
         """The same for fio."""
-        return Job(name, self.options)
+        return Run(name, self.options)
 
 
 def in_a_row(block: int, depth: int, data: int) -> Arrival:

@@ -15,7 +15,7 @@ from host import HostError
 from hosts import (GIB, MIB, OURS, STOCK, SUBJECTS, UNPROTECTED, Place,
                    Remote, TimedHost, disk_node, fill, open_primary,
                    open_remote_primary, serving)
-from load import Job, load
+from load import Run, load
 
 BURST, STEADY = 'burst', 'steady'
 KINDS = 'native', 'io_uring'
@@ -29,7 +29,7 @@ WARM_MS = 50
 ZEROES = 256 * MIB
 
 
-class Work(NamedTuple):
+class Task(NamedTuple):
     """What the guest does."""
     title: str
     options: Dict[str, Any]
@@ -37,35 +37,35 @@ class Work(NamedTuple):
     burst: int
     warm_ms: int
 
-    def jobs(self, setting: Setting) -> List[Job]:
+    def jobs(self, setting: Setting) -> List[Run]:
         """A burst, a load that fills any queue, and one that goes on."""
         options = {'size': GIB, **self.options}
         return [
-            Job(BURST, {**options, 'io_size': self.burst,
+            Run(BURST, {**options, 'io_size': self.burst,
                         'ramp_time': f'{self.warm_ms}ms',
                         'runtime': f'{BURST_MS}ms'}),
-            Job('fill', {'size': GIB, 'rw': 'write', 'bs': 65536,
+            Run('fill', {'size': GIB, 'rw': 'write', 'bs': 65536,
                          'iodepth': 16, 'io_size': 128 * MIB,
                          'runtime': '150ms'}),
-            Job(STEADY, {**options, 'time_based': 1,
+            Run(STEADY, {**options, 'time_based': 1,
                          'ramp_time': f'{int(1000 * setting.ramp)}ms',
                          'runtime': f'{int(1000 * setting.steady)}ms'})]
 
 
-def random_work(depth: int, more: str = '', **options: Any) -> Work:
+def random_work(depth: int, more: str = '', **options: Any) -> Task:
     """Small writes all over the disk."""
-    return Work(f'4 KiB random, depth {depth}{more}',
+    return Task(f'4 KiB random, depth {depth}{more}',
                 {'rw': 'randwrite', 'bs': 4096, 'iodepth': depth, **options},
                 32 * MIB, WARM_MS)
 
 
 DEPTH_1, DEPTH_16 = random_work(1), random_work(16)
 FSYNC = random_work(1, ', fsync after each', fsync=1)
-SEQUENTIAL = Work('64 KiB sequential, depth 4',
+SEQUENTIAL = Task('64 KiB sequential, depth 4',
                   {'rw': 'write', 'bs': 65536, 'iodepth': 4}, 48 * MIB, 0)
 
 
-def measure(setting: Setting, image: Path, aio: Optional[str], work: Work,
+def measure(setting: Setting, image: Path, aio: Optional[str], work: Task,
             remote: Remote, names: Dict[str, str], subject: str) -> Values:
     """Do the work on a new host."""
     jobs = [job for job in work.jobs(setting) if BURST in names or

@@ -23,7 +23,7 @@ INK, MUTED, GRID = '#1f2328', '#59636e', '#e6e9ed'
 STOCK_COLOUR, OURS_COLOUR, WORSE = '#e08214', '#1f5fa8', '#c0182b'
 
 
-class Outcome(NamedTuple):
+class Report(NamedTuple):
     """All that a run has to tell."""
     samples: Samples
     rows: List[Row]
@@ -46,7 +46,7 @@ def shown(value: Optional[Median], unit: str = '') -> str:
     return f'{number(value.value)}{unit} {value.mark}'.rstrip()
 
 
-def as_text(outcome: Outcome) -> str:
+def as_text(outcome: Report) -> str:
     """The table."""
     samples = outcome.samples
     lines = [f'{name}: {value}' for name, value in outcome.facts.items()]
@@ -75,7 +75,7 @@ def as_text(outcome: Outcome) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def as_json(outcome: Outcome) -> str:
+def as_json(outcome: Report) -> str:
     """Every sample, for programs."""
     return json.dumps({'facts': outcome.facts, 'notes': outcome.notes,
                        'failed': outcome.failed, 'rows': [
@@ -105,7 +105,7 @@ def _draw_row(picture: Picture, scale: Scale, y: float, row: Row,
         picture.text((RIGHT + 10, y + 4), f'{gain:.2g}x', colour, 11)
 
 
-def as_chart(outcome: Outcome) -> str:
+def as_chart(outcome: Report) -> str:
     """What each driver leaves of the unprotected speed."""
     samples = outcome.samples
     rows = [row for row in outcome.rows if row.charted

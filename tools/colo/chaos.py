@@ -23,7 +23,7 @@ from qemu.qmp import QMPError
 import command
 from autopsy import stacks
 from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
-from chaos_round import ChaosPair, Result, Round
+from chaos_round import ChaosPair, RoundResult, Round
 from guest import GuestError, get_guest
 from guesthost import MIB, Setup, accelerator
 from host import HostError
@@ -63,15 +63,15 @@ class Campaign:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
         self.folder = folder
-        self.results: List[Result] = []
+        self.results: List[RoundResult] = []
         self.guests = 0
         self.blocks = 0
         self.good = True
         self._guest = get_guest(options.cache, say)
         self._pair: Optional[ChaosPair] = None
 
-    def run(self) -> bool:
-        """Run them all; return whether nothing was lost."""
+    def run(self) -> None:
+        """Run them all; good tells whether nothing was lost."""
         group = -1
         for index in self._indices():
             try:
@@ -89,7 +89,6 @@ class Campaign:
         except FAILURES as exc:
             self._fail(f'the check of the guest: {exc}')
         self._show_table()
-        return self.good
 
     def close(self) -> None:
         """End what runs."""
@@ -171,7 +170,7 @@ class Campaign:
             say(host.last_words())
 
     def _show_table(self) -> None:
-        rows: Dict[Tuple[str, str], List[Result]] = {}
+        rows: Dict[Tuple[str, str], List[RoundResult]] = {}
         for kind in Kind:
             for moment in Moment:
                 rows[kind.value, moment.value] = [
@@ -196,7 +195,7 @@ class Campaign:
         print('PASS' if self.good else 'FAIL', flush=True)
 
 
-def counts(results: Iterable[Result]) -> str:
+def counts(results: Iterable[RoundResult]) -> str:
     """Return the numbers of a row of the table."""
     many = list(results)
     return (f'{len(many):>6}'
@@ -211,15 +210,17 @@ def main() -> int:
     print(f'seed {options.seed}', flush=True)
     try:
         with command.work_folder('chaos-', options.work_dir) as folder:
-            # until all went well
-            (folder / 'KEEP').touch()
             campaign = Campaign(options, folder)
             try:
-                if campaign.run():
-                    (folder / 'KEEP').unlink()
+                campaign.run()
+            except Exception:
+                campaign.good = False
+                raise
             finally:
                 with command.held():
                     campaign.close()
+                if not campaign.good:
+                    (folder / 'KEEP').touch()
             return 0 if campaign.good else 1
     except GuestError as exc:
         sys.exit(f'error: {exc}')

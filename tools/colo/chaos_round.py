@@ -64,7 +64,7 @@ class ChaosPair(ColoPair):
 
 
 @dataclass
-class Result:
+class RoundResult:
     """What a round led to."""
     plan: RoundPlan
     checkpoints: int = 0
@@ -91,7 +91,7 @@ class Round:
     def __init__(self, pair: ChaosPair, plan: RoundPlan) -> None:
         self.pair = pair
         self.plan = plan
-        self.result = Result(plan)
+        self.result = RoundResult(plan)
 
     def run(self) -> None:
         """Protect the guest, break something, and look at the survivor."""

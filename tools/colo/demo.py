@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
 
 
 @dataclass
-class Outcome:
+class Kill:
     """What a failover leaves for the verdict."""
     victim: GuestHost
     failover: Failover
@@ -131,7 +131,7 @@ class Story:
             'checkpoint', f'{len(pair.checkpoints()):3}  pause '
             f'{checkpoint.pause_ms:4.0f} ms   {pair.primary.beat}'))
 
-    def _kill(self, pair: ColoPair) -> Outcome:
+    def _kill(self, pair: ColoPair) -> Kill:
         victim, other = pair.primary, pair.secondary
         if self.options.kill == 'secondary':
             victim, other = other, victim
@@ -151,7 +151,7 @@ class Story:
         if failover.merged_ms is not None:
             self.say('failover', 'overlays merged into the disk within '
                      f'{failover.merged_ms:.0f} ms of the kill')
-        return Outcome(victim, failover, before, safe, done)
+        return Kill(victim, failover, before, safe, done)
 
     def _go_on(self, pair: ColoPair) -> None:
         host = pair.primary
@@ -161,7 +161,7 @@ class Story:
         self.say('guest', str(host.beat))
         self.say('guest', 'told to check all it wrote and shut down')
 
-    def _judge(self, pair: ColoPair, outcome: Outcome) -> Findings:
+    def _judge(self, pair: ColoPair, outcome: Kill) -> Findings:
         report = pair.finish()
         self.say('host', 'checks the image of the survivor')
         found = judge(report, pair.images(), pair.setup.disks, self.folder)
@@ -170,7 +170,7 @@ class Story:
             'of the last checkpoint')
         return found
 
-    def _draw(self, pair: ColoPair, found: Findings, outcome: Outcome,
+    def _draw(self, pair: ColoPair, found: Findings, outcome: Kill,
               ended: float) -> None:
         """Leave a picture of it."""
         failover = outcome.failover
@@ -197,7 +197,7 @@ class Story:
             wrong=found.all_wrong, problems=found.problems)
         self.options.picture.write_text(draw(timeline), encoding='utf-8')
 
-    def _show(self, found: Findings, outcome: Outcome) -> None:
+    def _show(self, found: Findings, outcome: Kill) -> None:
         """Show the verdict.
 
         The secondary's guest runs by itself between two checkpoints.  So it

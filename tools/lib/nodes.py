@@ -15,7 +15,7 @@ from typing import Any, Dict, Union
 
 Json = Dict[str, Any]
 # A node that is there, by its name, or one to be made
-Node = Union[str, Json]
+Below = Union[str, Json]
 
 # The secondary's guest writes new blocks of it at nearly the speed of a plain
 # disk then.  The hidden overlay is better off without.
@@ -28,24 +28,24 @@ def file(path: Path, **options: Any) -> Json:
     return {'driver': 'file', 'filename': str(path), **options}
 
 
-def image(driver: str, name: str, below: Node, **options: Any) -> Json:
+def image(driver: str, name: str, below: Below, **options: Any) -> Json:
     """A disk or an overlay in a file."""
     return {'driver': driver, 'node-name': name, 'file': below, **options}
 
 
-def quorum(name: str, *children: Node, **options: Any) -> Json:
+def quorum(name: str, *children: Below, **options: Any) -> Json:
     """The guest's node, which reads from the first child that can."""
     return {'driver': 'quorum', 'node-name': name, 'vote-threshold': 1,
             'read-pattern': 'fifo', 'children': list(children), **options}
 
 
-def primary(name: str, target: Node, **options: Any) -> Json:
+def primary(name: str, target: Below, **options: Any) -> Json:
     """What forwards the guest's writes to a target."""
     return {'driver': 'replication', 'mode': 'primary', 'node-name': name,
             'file': target, **options}
 
 
-def secondary(name: str, top: str, active: Node, **options: Any) -> Json:
+def secondary(name: str, top: str, active: Below, **options: Any) -> Json:
     """What keeps the guest's view of the last checkpoint."""
     return {'driver': 'replication', 'mode': 'secondary', 'node-name': name,
             'top-id': top, 'file': active, **options}

@@ -50,7 +50,7 @@ class SecondaryChain:
         # The target of the primary node that a promoted secondary gets
         self.next: Optional[PrimaryNode] = None
 
-    def overlay(self, kind: str, backing: nodes.Node) -> Json:
+    def overlay(self, kind: str, backing: nodes.Below) -> Json:
         """An overlay."""
         return nodes.image(
             'qcow2', self.disk.node(kind), self.images[kind].options(),

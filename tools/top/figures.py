@@ -48,7 +48,7 @@ class Rate:
 
 
 @dataclass
-class Progress:
+class Portion:
     """How far something is."""
     done: int
     total: int
@@ -73,15 +73,15 @@ class Job:
         self._rate.take(when, info['offset'])
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> Portion:
         """How far it is, by the rate of late."""
         done, total = self.info['offset'], self.info['len']
         rate = self._rate.per_second
         left = (total - done) / rate if rate else None
-        return Progress(done, total, left)
+        return Portion(done, total, left)
 
 
-class Node:
+class NodeFigures:
     """A replication node."""
 
     def __init__(self, name: str) -> None:
@@ -110,7 +110,7 @@ class Node:
         return bool(self.stats['mode'] == 'primary')
 
     @property
-    def failover(self) -> Optional[Progress]:
+    def failover(self) -> Optional[Portion]:
         """How far a failover is, if there was one."""
         told = self.stats.get('failover')
         if not told:
@@ -118,7 +118,7 @@ class Node:
         done, total = told['done'], told['total']
         left = told['elapsed-ns'] * (total - done) / done / 1e9 if done \
             else None
-        return Progress(done, total, left)
+        return Portion(done, total, left)
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Watched:
     silent_since: Optional[float] = None
     status: str = ''
     colo: str = ''
-    nodes: Dict[str, Node] = field(default_factory=dict)
+    nodes: Dict[str, NodeFigures] = field(default_factory=dict)
     jobs: Dict[str, Job] = field(default_factory=dict)
     # how long the guest stood still, in s
     pauses: Deque[float] = field(
@@ -193,7 +193,7 @@ class Watched:
                 for entry in blockstats
                 if entry.get('driver-specific', {}).get('driver')
                 == 'replication'}
-        self.nodes = {name: self.nodes.get(name) or Node(name)
+        self.nodes = {name: self.nodes.get(name) or NodeFigures(name)
                       for name in sorted(told)}
         for name, node in self.nodes.items():
             node.take(when, told[name])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import nodes
-from figures import Node, Rate, Watched
+from figures import NodeFigures, Rate, Watched
 from host import Host, guestless
 from view import COLUMNS, View, duration, size, sparkline
 
@@ -60,7 +60,7 @@ class FiguresTest(unittest.TestCase):
 
     def test_time_left(self) -> None:
         """A quarter has taken two seconds."""
-        node = Node('n')
+        node = NodeFigures('n')
         node.take(0, {'mode': 'secondary', 'stage': 'failover',
                       'checkpoints': 0, 'copied-bytes': 0,
                       'failover': {'done': 25, 'total': 100,

@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Iterable, List, Optional, Sequence, Tuple
 
-from figures import Event, Node, Progress, Watched
+from figures import Event, NodeFigures, Portion, Watched
 
 SPARKS = '▁▂▃▄▅▆▇█'
 PLAIN_SPARKS = '.:-=+*#@'
@@ -25,11 +25,11 @@ STAGES = {'running': 'green', 'done': 'cyan', 'failover': 'yellow',
 
 
 @dataclass
-class Line:
+class Text:
     """A line of the screen: texts and their styles."""
     parts: List[Tuple[str, str]] = field(default_factory=list)
 
-    def add(self, text: str, style: str = '', width: int = 0) -> 'Line':
+    def add(self, text: str, style: str = '', width: int = 0) -> 'Text':
         """Add a text, cut or filled up to a width if there is one."""
         if width:
             text = f'{text[:width - 1]:<{width}}'
@@ -93,7 +93,7 @@ def sparkline(values: Iterable[float], width: int, sparks: str) -> str:
                    for value in last)
 
 
-def bar(progress: Progress, width: int) -> str:
+def bar(progress: Portion, width: int) -> str:
     """Draw how far something is, and say it."""
     filled = int(progress.part * width)
     text = (f'[{"#" * filled}{"." * (width - filled)}] '
@@ -112,19 +112,19 @@ class View:
         self.sparks = sparks
 
     def lines(self, sides: Sequence[Watched], events: Sequence[Event],
-              height: Optional[int] = None) -> List[Line]:
+              height: Optional[int] = None) -> List[Text]:
         """Return all lines; the last events fill what is left of height."""
-        lines: List[Line] = []
+        lines: List[Text] = []
         for side in sides:
             lines += self.side(side)
-            lines.append(Line())
+            lines.append(Text())
         room = EVENTS_SHOWN if height is None else height - len(lines) - 1
         if events and room > 0:
-            lines.append(Line().add('EVENTS', 'bold'))
+            lines.append(Text().add('EVENTS', 'bold'))
             lines += [self.event(event) for event in list(events)[-room:]]
         return lines if height is None else lines[:height]
 
-    def side(self, side: Watched) -> List[Line]:
+    def side(self, side: Watched) -> List[Text]:
         """Draw a side."""
         lines = [self._head(side)]
         if side.trouble is not None and not side.heard:
@@ -143,15 +143,15 @@ class View:
             for node in nodes:
                 lines += self._node(node)
         if not side.nodes:
-            lines.append(Line().add('  no replication node', 'dim'))
+            lines.append(Text().add('  no replication node', 'dim'))
         if side.trouble is not None:
             # what it was when it was last heard of
             for line in lines[1:]:
                 line.parts = [(text, 'dim') for text, _ in line.parts]
         return lines
 
-    def _head(self, side: Watched) -> Line:
-        line = Line().add(side.name, 'bold').add('  ')
+    def _head(self, side: Watched) -> Text:
+        line = Text().add(side.name, 'bold').add('  ')
         if side.trouble is not None:
             since = time.strftime('%H:%M:%S', time.localtime(side.since))
             gone = f'gone since {since}: ' if side.heard else ''
@@ -178,26 +178,26 @@ class View:
         return (side.silent_since is not None and
                 time.monotonic() - side.silent_since > SILENT_SECONDS)
 
-    def _pauses(self, side: Watched) -> Line:
+    def _pauses(self, side: Watched) -> Text:
         told = (f'  last {duration(side.pauses[-1])}, longest '
                 f'{duration(side.longest_pause)}, {side.pause_count} times')
         label = '  guest stood still  '
         room = self.width - len(label) - len(told)
-        return Line().add(label).add(
+        return Text().add(label).add(
             sparkline(side.pauses, min(room, 60), self.sparks),
             'cyan').add(told)
 
-    def _heading(self, primary: bool) -> Line:
+    def _heading(self, primary: bool) -> Text:
         names = ('  NODE', 'STAGE', 'BEHIND BY', 'FORWARDED') if primary \
             else ('  NODE', 'STAGE', 'ACTIVE, HIDDEN', 'COPIED')
-        line = Line()
+        line = Text()
         for name, width in zip(names, COLUMNS):
             line.add(name, 'dim', width)
         return line.add('CHECKPOINTS', 'dim')
 
-    def _node(self, node: Node) -> List[Line]:
+    def _node(self, node: NodeFigures) -> List[Text]:
         stats = node.stats
-        line = Line()
+        line = Text()
         cells = self._primary_cells(node) if node.is_primary \
             else self._secondary_cells(node)
         line.add(f'  {node.name}', 'bold', COLUMNS[0])
@@ -218,7 +218,7 @@ class View:
         return [line, *self._details(node)]
 
     @staticmethod
-    def _primary_cells(node: Node) -> Tuple[str, str]:
+    def _primary_cells(node: NodeFigures) -> Tuple[str, str]:
         stats = node.stats
         behind = 'nothing'
         if stats['pending-requests']:
@@ -230,7 +230,7 @@ class View:
         return behind, f'{size(rate)}/s {requests:.0f}/s'
 
     @staticmethod
-    def _secondary_cells(node: Node) -> Tuple[str, str]:
+    def _secondary_cells(node: NodeFigures) -> Tuple[str, str]:
         stats = node.stats
         held = f"{size(stats['active-bytes'])}, {size(stats['hidden-bytes'])}"
         rate = node.bytes.per_second
@@ -238,11 +238,11 @@ class View:
             return held, size(stats['copied-bytes'])
         return held, f'{size(rate)}/s'
 
-    def _details(self, node: Node) -> List[Line]:
+    def _details(self, node: NodeFigures) -> List[Text]:
         stats = node.stats
         lines = []
         if node.is_primary and self.width >= WIDE:
-            lines.append(Line().add(
+            lines.append(Text().add(
                 f"    {size(stats['forwarded-bytes'])} in "
                 f"{stats['forwarded-requests']} requests forwarded, "
                 f"{size(stats['superseded-bytes'])} superseded, at most "
@@ -250,7 +250,7 @@ class View:
         failover = node.failover
         if failover and stats['stage'] == 'done':
             took = stats['failover']['elapsed-ns'] / 1e9
-            lines.append(Line().add('    failed over in ', '').add(
+            lines.append(Text().add('    failed over in ', '').add(
                 f'{duration(took)}, {size(failover.total)} merged', 'cyan'))
         elif failover:
             lines.append(self._bar('  failover', failover))
@@ -258,25 +258,25 @@ class View:
                 for key in ('failed-requests', 'dropped-requests')
                 if stats.get(key)]
         if lost:
-            lines.append(Line().add(
+            lines.append(Text().add(
                 f'    {" and ".join(lost)}: the secondary is out of date',
                 'red'))
         error = stats.get('error')
         if error:
             when = time.strftime('%H:%M:%S',
                                  time.localtime(error['time-ns'] / 1e9))
-            lines.append(Line().add(
+            lines.append(Text().add(
                 f"    {when} {error['reason']}: {error['error']}", 'red'))
         return lines
 
-    def _bar(self, name: str, progress: Progress) -> Line:
+    def _bar(self, name: str, progress: Portion) -> Text:
         width = 40 if self.width >= WIDE else 20
-        return Line().add(f'  {name}', '', COLUMNS[0]).add(
+        return Text().add(f'  {name}', '', COLUMNS[0]).add(
             bar(progress, width), 'yellow')
 
     @staticmethod
-    def event(event: Event) -> Line:
+    def event(event: Event) -> Text:
         """Draw an event."""
         when = time.strftime('%H:%M:%S', time.localtime(event.when))
-        return Line().add(f'  {when} ', 'dim').add(f'{event.side} ').add(
+        return Text().add(f'  {when} ', 'dim').add(f'{event.side} ').add(
             event.text, 'red' if event.is_bad else '')
