@@ -100,13 +100,6 @@ class Content:
             elif new not in (self.data[i], self.other[i]):
                 self.loose[i] = 1
 
-    def maybe_all(self, source: 'Content') -> None:
-        """Each byte may be another's from now on."""
-        for data in {bytes(source.data), bytes(source.other)}:
-            self.maybe(0, data)
-        for i in (i for i, loose in enumerate(source.loose) if loose):
-            self.loose[i] = 1
-
     def is_exact(self, offset: int, length: int) -> bool:
         """Whether there is only one right value for each of these bytes."""
         end = offset + length
