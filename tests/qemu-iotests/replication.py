@@ -181,6 +181,10 @@ class VM(iotests.VM):
             assert 'ops;' in output or not output.strip(), \
                 f'{command}: {output}'
 
+    def io_fails(self, node: str, command: str) -> bool:
+        """Whether that is refused"""
+        return 'ops;' not in str(self.hmp_qemu_io(node, command)['return'])
+
     # The registry
 
     def start_error(self, primary: bool = False) -> Optional[str]:
