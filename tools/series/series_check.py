@@ -37,7 +37,8 @@ EXPECTED = Path(__file__).with_name('checkpatch-expected')
 PROGRAMS = ('qemu-img', 'qemu-io', 'qemu-nbd',
             'storage-daemon/qemu-storage-daemon')
 SYSTEM = 'qemu-system-x86_64'
-UNIT_TESTS = ('test-replication', 'test-write-behind', 'test-bdrv-drain',
+UNIT_TESTS = ('test-replication', 'test-replication-changes',
+              'test-write-behind', 'test-bdrv-drain',
               'test-bdrv-graph-mod', 'test-block-iothread', 'test-blockjob')
 TEST_SECONDS = 120
 IOTEST = re.compile(r'tests/qemu-iotests/tests/([^/.]+)')
