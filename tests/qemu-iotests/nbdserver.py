@@ -28,8 +28,9 @@ FIXED_NEWSTYLE = 1
 OPT_GO = 7
 REP_ACK, REP_INFO, REP_ERR_UNSUP = 1, 3, 0x80000001
 INFO_EXPORT = 0
-HAS_FLAGS, SEND_FLUSH = 1, 4
+HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES = 1, 4, 32, 64
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH = 0, 1, 2, 3
+CMD_TRIM, CMD_WRITE_ZEROES = 4, 6
 
 # A client that hangs does not hang the test for longer
 SOCKET_SECONDS = 30.0
@@ -51,6 +52,8 @@ class OneSlotServer:
     Serves as many connections as it has lives, one by one: at a path, or from
     somebody else's socket.
     """
+
+    flags = HAS_FLAGS | SEND_FLUSH
 
     def __init__(self, place: Union[str, socket.socket], data: bytearray,
                  *lives: Life) -> None:
@@ -132,7 +135,7 @@ class OneSlotServer:
             self.recv(length)
             if option == OPT_GO:
                 self._tell(option, REP_INFO, EXPORT_INFO.pack(
-                    INFO_EXPORT, len(self.data), HAS_FLAGS | SEND_FLUSH))
+                    INFO_EXPORT, len(self.data), self.flags))
                 self._tell(option, REP_ACK)
             else:
                 self._tell(option, REP_ERR_UNSUP)
@@ -169,12 +172,53 @@ class OneSlotServer:
 
     def answer(self) -> None:
         """One request, and all of its reply before the next"""
-        command, cookie, start, length = self.request()
-        reply = bytearray(REPLY.pack(REPLY_MAGIC, 0, cookie))
+        self.do(*self.request())
+
+    def do(self, command: int, cookie: int, start: int, length: int) -> None:
         if command == CMD_DISC:
             raise HungUp
         if command == CMD_READ:
-            reply += self.data[start:start + length]
-        elif command == CMD_WRITE:
+            self.reply(cookie, self.data[start:start + length])
+            return
+        if command == CMD_WRITE:
             self.write(start, self._take(length))
-        self.send(reply)
+        elif command in (CMD_TRIM, CMD_WRITE_ZEROES):
+            self.write(start, bytes(length))
+        self.reply(cookie)
+
+    def reply(self, cookie: int, data: bytes = b'') -> None:
+        self.send(REPLY.pack(REPLY_MAGIC, 0, cookie) + data)
+
+
+class LateServer(OneSlotServer):
+    """Does one write later than those that come behind it"""
+
+    flags = HAS_FLAGS | SEND_FLUSH | SEND_TRIM | SEND_WRITE_ZEROES
+
+    def __init__(self, path: str, data: bytearray) -> None:
+        self._lock = threading.Lock()
+        self._holds = threading.Event()
+        self._late: Optional[Tuple[int, int, bytes]] = None
+        super().__init__(path, data, Life())
+
+    def hold(self) -> None:
+        """The next write"""
+        self._holds.set()
+
+    def let_go(self) -> None:
+        """It is there, as the next one has come"""
+        assert self._late and not self._holds.is_set()
+        cookie, start, data = self._late
+        self.write(start, data)
+        self.reply(cookie)
+
+    def do(self, command: int, cookie: int, start: int, length: int) -> None:
+        if command == CMD_WRITE and self._holds.is_set():
+            self._late = cookie, start, bytes(self._take(length))
+            self._holds.clear()
+        else:
+            super().do(command, cookie, start, length)
+
+    def reply(self, cookie: int, data: bytes = b'') -> None:
+        with self._lock:
+            super().reply(cookie, data)

@@ -507,9 +507,10 @@ class TestCase(iotests.QMPTestCase):
     """One QEMU, which has to survive the test and to quit on request"""
 
     machine = 'none'
+    seconds = TEST_SECONDS
 
     def setUp(self) -> None:
-        timeout = iotests.Timeout(TEST_SECONDS, 'the test took too long')
+        timeout = iotests.Timeout(self.seconds, 'the test took too long')
         timeout.__enter__()
         self.addCleanup(timeout.__exit__, None, None, None)
         self.secondaries: List[Secondary] = []
