@@ -207,9 +207,9 @@ class Branches:
                 pending = []
         work.take(pending, '--3way')
         if work.by_three_way:
-            print(f'[source] QEMU {version_of(self.base.pristine)}: applied '
-                  f'by a three-way merge:', *work.by_three_way, sep='\n    ',
-                  file=sys.stderr)
+            print(f'[source] merged into QEMU '
+                  f'{version_of(self.base.pristine)}:', *work.by_three_way,
+                  sep='\n    ', file=sys.stderr)
         commit = work.git('rev-parse', 'HEAD')
         work.remove()
         return commit

@@ -11,7 +11,7 @@ from typing import Dict, List, NamedTuple, Optional
 
 from branch import Branches, branches_of, version_of
 from repository import NOBODY, configured
-from bases import Base, Failure, REFERENCE, Series
+from bases import Base, CHECKOUT, Failure, PATCHES, REFERENCE, Series
 
 
 class Written(NamedTuple):
@@ -103,15 +103,18 @@ def write_cover(path: Path, series: Series, base: Base) -> None:
 def keep(branches: Branches, repository: Path) -> None:
     """Take the patches from a repository that has a branch for each folder.
 
-    Each branch is on top of that of the folder before, the first on that
-    of QEMU's plain source.
+    Each branch is on top of that of the folder before, the first on the
+    branch "plain", of QEMU's source.  A folder has a cover letter.
     """
+    if branches.base.name != REFERENCE:
+        raise Failure(f'patches/ are for {REFERENCE}')
     branches.repository.run('fetch', '--quiet', '--no-tags', repository,
                             '+refs/heads/*:refs/edited/*')
-    begin = branches.plain()
-    for series in branches.base.series():
-        end = f'refs/edited/{series.name}'
-        for path, content in differing(branches, series, begin, end).items():
+    begin = 'refs/edited/plain'
+    for cover in sorted((CHECKOUT / PATCHES).glob('*/cover')):
+        end = f'refs/edited/{cover.parent.name}'
+        for path, content in differing(branches, cover.parent, begin,
+                                       end).items():
             if content is None:
                 path.unlink()
             else:
@@ -130,10 +133,9 @@ def as_kept(branches: Branches, begin: str, end: str) -> Dict[str, bytes]:
                 for path in Path(folder).iterdir()}
 
 
-def differing(branches: Branches, series: Series, begin: str,
+def differing(branches: Branches, folder: Path, begin: str,
               end: str) -> Dict[Path, Optional[bytes]]:
     """The mails of a folder that are to be others, or not there."""
-    folder = series.cover.parent
     wanted: Dict[Path, Optional[bytes]] = {
         folder / name: content
         for name, content in as_kept(branches, begin, end).items()}

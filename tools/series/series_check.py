@@ -264,7 +264,7 @@ def check_kept(branches: Branches, tally: Tally) -> None:
     ends = branches.ends(chosen)
     for series, begin, end in zip(chosen, ends, ends[1:]):
         wrong = sorted(path.name for path in
-                       differing(branches, series, begin, end))
+                       differing(branches, series.cover.parent, begin, end))
         tally.count(f'patches/{series.name}: as git has them',
                     f'./run series --edit and --keep would change: {wrong}'
                     if wrong else '')
