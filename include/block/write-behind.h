@@ -141,10 +141,10 @@ void coroutine_fn write_behind_co_await_room(WriteBehind *wb, int64_t bytes);
  * Flush what was queued before.  If @wait, or without a queue, return when the
  * child has done it, or with the error of the queue.
  */
-int coroutine_fn GRAPH_RDLOCK write_behind_co_flush(WriteBehind *wb, bool wait);
+int coroutine_fn write_behind_co_flush(WriteBehind *wb, bool wait);
 
 /* Wait for what is queued or in flight now and touches this range */
-void coroutine_fn GRAPH_RDLOCK
+void coroutine_fn
 write_behind_co_await(WriteBehind *wb, int64_t offset, int64_t bytes);
 
 /* Whether write_behind_co_await() would have to wait.  From any thread. */
