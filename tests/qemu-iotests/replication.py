@@ -164,7 +164,7 @@ class VM(iotests.VM):
     def uri(self, node: str) -> str:
         return f'nbd+unix:///{node}?socket={self.sock}'
 
-    def add_drive(self, drive: str, options: Json) -> None:
+    def hotplug_drive(self, drive: str, options: Json) -> None:
         """
         A node with a name for qemu-io, which could not take a node with
         requests in flight
