@@ -12,7 +12,7 @@ from svg import Picture, Scale
 
 COLUMNS = ['unprotected', 'stock', 'ours', 'ours/stock', 'ours/unprotected']
 WIDTHS = [12, 13, 13, 11, 17]
-LABEL, UNIT = 52, 12
+LABEL, UNIT = 54, 12
 LEGEND = ('Medians of the runs, ratios by run.  No mark: the runs are within '
           '10 % of the median, ~ 25 %, ? further apart.  + more is better, '
           '- less is better.')
