@@ -102,10 +102,13 @@ class Campaign:
         if options.round is not None:
             yield options.round
             return
-        end = time.monotonic() + 60 * (options.minutes or float('inf'))
+        end, last = float('inf'), float('inf')
+        if options.minutes is not None:
+            end = time.monotonic() + 60 * options.minutes
+        if options.kills is not None:
+            last = options.kills
         index = 0
-        while time.monotonic() < end and index < (options.kills
-                                                  or float('inf')):
+        while time.monotonic() < end and index < last:
             yield index
             index += 1
 
