@@ -10,11 +10,10 @@
 #include "replication-changes.h"
 
 struct ReplicationChanges {
-    int64_t size;
-
     /* Protects everything below */
     QemuMutex lock;
 
+    int64_t size;
     HBitmap *current;
     HBitmap *closing;
     HBitmap *lacking;
@@ -30,19 +29,31 @@ struct ReplicationChanges {
     int64_t cursor;
 };
 
+static void changes_alloc(ReplicationChanges *changes, int64_t size)
+{
+    changes->size = size;
+    changes->current = hbitmap_alloc(size, REPLICATION_BLOCK_BITS);
+    changes->closing = hbitmap_alloc(size, REPLICATION_BLOCK_BITS);
+    changes->lacking = hbitmap_alloc(size, REPLICATION_BLOCK_BITS);
+    changes->spare = hbitmap_alloc(size, REPLICATION_BLOCK_BITS);
+    changes->spare_is_clear = true;
+    changes->cursor = 0;
+}
+
+static void changes_release(ReplicationChanges *changes)
+{
+    hbitmap_free(changes->current);
+    hbitmap_free(changes->closing);
+    hbitmap_free(changes->lacking);
+    hbitmap_free(changes->spare);
+}
+
 ReplicationChanges *replication_changes_new(int64_t size)
 {
-    ReplicationChanges *changes = g_new(ReplicationChanges, 1);
+    ReplicationChanges *changes = g_new0(ReplicationChanges, 1);
 
-    *changes = (ReplicationChanges) {
-        .size           = size,
-        .current        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
-        .closing        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
-        .lacking        = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
-        .spare          = hbitmap_alloc(size, REPLICATION_BLOCK_BITS),
-        .spare_is_clear = true,
-    };
     qemu_mutex_init(&changes->lock);
+    changes_alloc(changes, size);
 
     return changes;
 }
@@ -52,12 +63,17 @@ void replication_changes_free(ReplicationChanges *changes)
     if (!changes) {
         return;
     }
-    hbitmap_free(changes->current);
-    hbitmap_free(changes->closing);
-    hbitmap_free(changes->lacking);
-    hbitmap_free(changes->spare);
+    changes_release(changes);
     qemu_mutex_destroy(&changes->lock);
     g_free(changes);
+}
+
+void replication_changes_resize(ReplicationChanges *changes, int64_t size)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    changes_release(changes);
+    changes_alloc(changes, size);
 }
 
 void replication_changes_note(ReplicationChanges *changes, int64_t offset,
@@ -65,7 +81,11 @@ void replication_changes_note(ReplicationChanges *changes, int64_t offset,
 {
     QEMU_LOCK_GUARD(&changes->lock);
 
-    hbitmap_set(changes->current, offset, bytes);
+    /* The disk may have become shorter since the request came */
+    bytes = MIN(bytes, changes->size - offset);
+    if (bytes > 0) {
+        hbitmap_set(changes->current, offset, bytes);
+    }
 }
 
 static void changes_tidy(ReplicationChanges *changes)

@@ -25,9 +25,12 @@
 
 typedef struct ReplicationChanges ReplicationChanges;
 
-/* For a disk of @size bytes; all sets are empty.  NULL if there is no memory. */
+/* For a disk of @size bytes; all sets are empty */
 ReplicationChanges *replication_changes_new(int64_t size);
 void replication_changes_free(ReplicationChanges *changes);
+
+/* The disk has another length.  All sets are empty. */
+void replication_changes_resize(ReplicationChanges *changes, int64_t size);
 
 /* To be called before the disk is changed in this range */
 void replication_changes_note(ReplicationChanges *changes, int64_t offset,

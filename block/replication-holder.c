@@ -29,6 +29,7 @@
 #include "block/reqlist.h"
 #include "qemu/ratelimit.h"
 #include "qemu/stats64.h"
+#include "replication-above.h"
 #include "replication-changes.h"
 #include "replication-holder.h"
 #include "replication-int.h"
@@ -64,6 +65,9 @@ struct ReplicationHolder {
     ReplicationWatch *watch;
     /* The links on the way to it, frozen by us */
     GSList *frozen;
+
+    /* What stands above.  BQL. */
+    ReplicationAbove *above;
 
     /*
      * Why the replica gets nothing more: a negative errno, or 0.  Accessed with
@@ -517,14 +521,10 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
 /* An overlay keeps the guest's writes away from both disks */
 static bool GRAPH_RDLOCK
-holder_check_parents(BlockDriverState *bs, Error **errp)
+holder_refuse_overlays(BlockDriverState *bs, Error **errp)
 {
-    ReplicationHolder *s = holder_state(bs);
     BdrvChild *c;
 
-    if (!s->replica) {
-        return true;
-    }
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
             error_setg(errp, "Replication node '%s' has a replica and cannot "
@@ -537,6 +537,50 @@ holder_check_parents(BlockDriverState *bs, Error **errp)
     }
 
     return true;
+}
+
+/* What the guest writes past the node gets to no disk of it */
+static bool GRAPH_RDLOCK
+holder_refuse_bypass(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    g_autofree char *node = replication_above_bypass(s->above, bs);
+
+    if (!node) {
+        return true;
+    }
+
+    error_setg(errp, "Replication node '%s' has a replica and cannot be cut "
+               "off from node '%s' above it", bdrv_get_node_name(bs), node);
+    error_append_hint(errp, "Detach the replica with x-block-replica-detach "
+                      "first.\n");
+    return false;
+}
+
+static bool GRAPH_RDLOCK
+holder_check_parents(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    /* Who does not want an error does not care about a refusal */
+    return !s->replica || (holder_refuse_overlays(bs, errp) &&
+                           (!errp || holder_refuse_bypass(bs, errp)));
+}
+
+/* What could not be refused is not forgotten, even if it is taken back */
+static void GRAPH_RDLOCK holder_parents_changed(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    g_autofree char *node = replication_above_bypass(s->above, bs);
+
+    /* If that node is being deleted, most likely so are we */
+    if (node && s->replica && bdrv_find_node(node)) {
+        error_report("Replication node '%s' was cut off from node '%s' above "
+                     "it: what is written there does not get to the secondary",
+                     bdrv_get_node_name(bs), node);
+        holder_lose(bs, "request", -EIO);
+    }
+    s->above = replication_above_update(s->above, bs);
 }
 
 static bool holder_in_sync(BlockDriverState *bs, Error **errp)
@@ -966,6 +1010,7 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     s = node->holder = g_new0(ReplicationHolder, 1);
     s->queue_options = queue;
     s->timeout_ms = timeout_ms;
+    s->above = replication_above_new();
     qemu_co_mutex_init(&s->ranges_lock);
     QLIST_INIT(&s->ranges);
     stat64_init(&s->copied_bytes, 0);
@@ -983,8 +1028,7 @@ static void holder_resized(BlockDriverState *bs, int64_t length)
 {
     ReplicationHolder *s = holder_state(bs);
 
-    replication_changes_free(s->changes);
-    s->changes = replication_changes_new(length);
+    replication_changes_resize(s->changes, length);
     s->had_replica = false;
 }
 
@@ -1016,7 +1060,7 @@ static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
                          "the length of its disk", bdrv_get_node_name(bs));
         return false;
     }
-    holder_resized(bs, length);
+    s->changes = replication_changes_new(length);
 
     if (option && holder_is_null(option)) {
         qdict_del(options, REPLICATION_OPT_REPLICA);
@@ -1045,6 +1089,7 @@ static void holder_cleanup(BlockDriverState *bs)
     timer_free(s->copy_timer);
     ratelimit_destroy(&s->copy_limit);
     replication_changes_free(s->changes);
+    replication_above_free(s->above);
     g_free(s);
 }
 
@@ -1139,6 +1184,7 @@ const ReplicationRole replication_holder_role = {
     .opened             = holder_opened,
     .child_perm         = holder_child_perm,
     .check_parents      = holder_check_parents,
+    .parents_changed    = holder_parents_changed,
 
     .start              = holder_start,
     .in_sync            = holder_in_sync,

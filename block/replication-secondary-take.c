@@ -758,6 +758,7 @@ bool secondary_start(BlockDriverState *bs, Error **errp)
         return false;
     }
 
+    qatomic_set(&secondary_state(bs)->left_behind, false);
     secondary_begin_scratch(bs);
     return true;
 }

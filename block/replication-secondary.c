@@ -212,6 +212,14 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
     ReplicationSecondary *s = secondary_state(bs);
     int ret = s->guard ? replication_guard_error(s->guard) : 0;
 
+    if (qatomic_read(&s->left_behind)) {
+        error_setg(errp, "Replication node '%s' was left behind by a node "
+                   "above it: it lacks what the guest has written",
+                   bdrv_get_node_name(bs));
+        error_append_hint(errp, "The primary has to survive. Have no other "
+                          "child beside this one.\n");
+        return false;
+    }
     if (ret == 0) {
         return true;
     }
@@ -273,6 +281,21 @@ static bool secondary_stop(BlockDriverState *bs, Error **errp)
     secondary_end_backup(bs);
 
     return secondary_clear_overlays(bs, errp);
+}
+
+/*
+ * A write of the guest failed here, and was done in another place.  In any
+ * thread, where nobody can ask for more than to be remembered.
+ */
+static void secondary_left_behind(BlockDriverState *bs, int ret)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    IO_CODE();
+
+    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        qatomic_set(&s->left_behind, true);
+    }
 }
 
 static void secondary_get_error(BlockDriverState *bs, Error **errp)
@@ -364,4 +387,5 @@ const ReplicationRole replication_secondary_role = {
 
     .co_write           = secondary_co_write,
     .co_flush           = secondary_co_flush,
+    .left_behind        = secondary_left_behind,
 };

@@ -48,6 +48,9 @@ struct ReplicationSecondary {
     /* Nodes that we have made scratch, referenced */
     GSList *scratch;
 
+    /* Something of the guest is elsewhere.  Atomic. */
+    bool left_behind;
+
     /* We are ending @backup_job ourselves */
     bool ending_backup;
     /* From a failover on: nobody else may write to the overlays */
