@@ -206,11 +206,12 @@ class LateServer(OneSlotServer):
         self._holds.set()
 
     def let_go(self) -> None:
-        """It is there, as the next one has come"""
-        assert self._late and not self._holds.is_set()
-        cookie, start, data = self._late
-        self.write(start, data)
-        self.reply(cookie)
+        """Do it, if it is there and not done: it is when the next has come"""
+        if self._late:
+            cookie, start, data = self._late
+            self._late = None
+            self.write(start, data)
+            self.reply(cookie)
 
     def do(self, command: int, cookie: int, start: int, length: int) -> None:
         if command == CMD_WRITE and self._holds.is_set():
