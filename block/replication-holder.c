@@ -220,8 +220,7 @@ holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
     int64_t done, length;
 
     for (done = 0; done < bytes; done += length) {
-        WriteRequest w = { .offset = offset + done, .qiov = qiov,
-                           .qiov_offset = done };
+        WriteRequest w = { .offset = offset + done };
         bool zero;
 
         length = MIN(bytes - done, REPLICATION_BLOCK);
@@ -235,8 +234,14 @@ holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
             length += more;
         }
         w.bytes = length;
-        w.type = zero ? WRITE_BEHIND_ZEROES : WRITE_BEHIND_WRITE;
-        w.flags = zero ? BDRV_REQ_MAY_UNMAP : 0;
+        if (zero) {
+            w.type = WRITE_BEHIND_ZEROES;
+            w.flags = BDRV_REQ_MAY_UNMAP;
+        } else {
+            w.type = WRITE_BEHIND_WRITE;
+            w.qiov = qiov;
+            w.qiov_offset = done;
+        }
         holder_queue(bs, &w);
     }
 }
