@@ -23,6 +23,9 @@
 /* As much as a link of 10 Gbit/s takes in 50 ms */
 #define DEFAULT_WRITE_BEHIND (64 * MiB)
 
+/* A negative number has become a large one, and so much is no bound either */
+#define MAX_WRITE_BEHIND (1 * TiB)
+
 /* What this may add to a checkpoint, if the link is slower than that */
 #define DEFAULT_WRITE_BEHIND_MS 200
 
@@ -487,6 +490,12 @@ bool replication_primary_get_opts(QemuOpts *opts, WriteBehindOptions *queue,
 {
     queue->max_bytes = qemu_opt_get_size(opts, REPLICATION_OPT_WRITE_BEHIND,
                                          DEFAULT_WRITE_BEHIND);
+    if (queue->max_bytes > MAX_WRITE_BEHIND) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_WRITE_BEHIND "' expects "
+                   "a size of at most 1 TiB");
+        error_append_hint(errp, "It is memory.\n");
+        return false;
+    }
 
     return primary_get_ms(opts, REPLICATION_OPT_WRITE_BEHIND_MS,
                           DEFAULT_WRITE_BEHIND_MS, &queue->max_ms, errp) &&

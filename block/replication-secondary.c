@@ -350,6 +350,12 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
                           "above this one.\n");
         return false;
     }
+    if (!*top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is empty");
+        error_append_hint(errp, "It is the root node, which the guest's device "
+                          "uses.\n");
+        return false;
+    }
 
     s->secondary = g_new0(ReplicationSecondary, 1);
     s->secondary->top_id = g_strdup(top_id);

@@ -515,6 +515,13 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
 
     bs->supported_truncate_flags = BDRV_REQ_ZERO_WRITE;
 
+    if (s->mode == REPLICATION_MODE_PRIMARY && bdrv_is_read_only(bs)) {
+        error_setg(errp, "Replication node '%s' is read-only, and a primary "
+                   "forwards what is written", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Open it with read-only=off.\n");
+        replication_cleanup(bs);
+        return -EINVAL;
+    }
     if (s->role->opened && !s->role->opened(bs, options, errp)) {
         replication_cleanup(bs);
         return -EINVAL;
