@@ -187,11 +187,11 @@ static bool holder_has_queue(BlockDriverState *bs)
     return s->queue_options.max_bytes >= 4 * REPLICATION_BLOCK;
 }
 
-static void coroutine_fn GRAPH_RDLOCK
+/* Returns whether it was queued, or else is lacking */
+static bool coroutine_fn GRAPH_RDLOCK
 holder_queue(BlockDriverState *bs, const WriteRequest *w)
 {
     ReplicationHolder *s = holder_state(bs);
-    int ret;
 
     trace_replication_forward(bs, bdrv_get_node_name(bs),
                               write_request_name(w->type), w->offset, w->bytes,
@@ -203,21 +203,24 @@ holder_queue(BlockDriverState *bs, const WriteRequest *w)
     if (replication_stage(bs) == REPLICATION_STAGE_RUNNING ||
         !holder_has_queue(bs)) {
         write_behind_co_write(s->queue, w);
-        return;
+        return true;
     }
-    ret = write_behind_co_try_write(s->queue, w);
-    if (ret == -EAGAIN) {
+    if (write_behind_co_try_write(s->queue, w) == -EAGAIN) {
         replication_changes_lack(s->changes, w->offset, w->bytes);
         holder_kick_copiers(bs);
+        return false;
     }
+
+    return true;
 }
 
-/* Queue what was read, but its zeroes as such */
-static void coroutine_fn GRAPH_RDLOCK
+/* Queue what was read, but its zeroes as such.  Returns whether all was. */
+static bool coroutine_fn GRAPH_RDLOCK
 holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
                   const uint8_t *buf, QEMUIOVector *qiov)
 {
     int64_t done, length;
+    bool queued = true;
 
     for (done = 0; done < bytes; done += length) {
         WriteRequest w = { .offset = offset + done };
@@ -242,13 +245,16 @@ holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
             w.qiov = qiov;
             w.qiov_offset = done;
         }
-        holder_queue(bs, &w);
+        queued = holder_queue(bs, &w) && queued;
     }
+
+    return queued;
 }
 
 /*
  * Forward what the local disk has, in a part of a range that is locked and not
- * lacking.  Returns how much of it, or a negative errno.
+ * lacking.  Returns how much of it, or a negative errno: -EAGAIN if there was no
+ * room for it.
  */
 static int64_t coroutine_fn GRAPH_RDLOCK
 holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
@@ -266,8 +272,7 @@ holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
     }
     if (ret & BDRV_BLOCK_ZERO) {
         w.flags = BDRV_REQ_MAY_UNMAP;
-        holder_queue(bs, &w);
-        return w.bytes;
+        return holder_queue(bs, &w) ? w.bytes : -EAGAIN;
     }
 
     bytes = MIN(w.bytes, qatomic_read(&s->copy_bytes));
@@ -277,8 +282,8 @@ holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
     }
     qemu_iovec_init_buf(&qiov, buf, bytes);
     ret = bdrv_co_preadv(bs->file, offset, bytes, &qiov, 0);
-    if (ret == 0) {
-        holder_queue_data(bs, offset, bytes, buf, &qiov);
+    if (ret == 0 && !holder_queue_data(bs, offset, bytes, buf, &qiov)) {
+        ret = -EAGAIN;
     }
     qemu_vfree(buf);
 
@@ -349,15 +354,16 @@ static int64_t coroutine_fn GRAPH_RDLOCK holder_copy_some(BlockDriverState *bs)
     /* Another copier may have been here */
     if (replication_changes_is_lacking(s->changes, offset, bytes,
                                        &bytes)) {
-        replication_changes_supply(s->changes, offset, bytes);
         ret = holder_copy_range(bs, offset, bytes);
         if (ret == 0) {
+            /* Only now, lest it seem to be nowhere and not to be missing */
+            replication_changes_supply(s->changes, offset, bytes);
             stat64_add(&s->copied_bytes, bytes);
         }
     }
     holder_unlock_range(bs, &range);
 
-    return ret < 0 ? ret : bytes;
+    return ret < 0 && ret != -EAGAIN ? ret : bytes;
 }
 
 static bool holder_may_copy(BlockDriverState *bs)
@@ -1144,7 +1150,11 @@ static void holder_get_stats(BlockDriverState *bs,
     BlockStatsReplicationPrimary *p = &stats->u.primary;
     ReplicaState state = holder_replica_state(bs);
     WriteBehindStats q = {};
+    uint64_t behind;
 
+    /* In the order in which a write goes from one to the next */
+    behind = replication_changes_lacking_bytes(s->changes);
+    behind += stat64_get(&s->changing_bytes);
     if (s->queue) {
         write_behind_get_stats(s->queue, &q);
     }
@@ -1160,9 +1170,7 @@ static void holder_get_stats(BlockDriverState *bs,
         p->out_of_sync_bytes =
             replication_changes_changed_bytes(s->changes);
     } else {
-        p->out_of_sync_bytes =
-            replication_changes_lacking_bytes(s->changes) +
-            q.pending_span + stat64_get(&s->changing_bytes);
+        p->out_of_sync_bytes = behind + q.pending_span;
     }
 }
 
