@@ -97,14 +97,14 @@ class SecondaryChain:
     def attach_next(self) -> None:
         """The promoted secondary becomes a primary."""
         disk, host = self.disk, self.disk.disk_host
-        image = disk.image('spare')
+        image = disk.image('fresh')
         disk.images.disk(image.path, bytes(self.model.view.data))
         target = Target(bytes(self.model.view.data))
         self.next = PrimaryNode(disk.node('next'), self.model.view, target,
                                 disk.layout.write_behind != 0)
         host.add(
-            nodes.image('raw', disk.node('spare'), image.options()),
-            nodes.primary(self.next.name, disk.node('spare'),
+            nodes.image('raw', disk.node('fresh'), image.options()),
+            nodes.primary(self.next.name, disk.node('fresh'),
                           **disk.layout.behind()))
         host.cmd('x-blockdev-change', parent=disk.node(VIEW),
                  node=self.next.name)
@@ -127,7 +127,7 @@ class SecondaryChain:
         disk, host = self.disk, self.disk.disk_host
         host.cmd('x-blockdev-change', parent=disk.node(VIEW),
                  child='children.1')
-        host.delete(self.next.name, disk.node('spare'))
+        host.delete(self.next.name, disk.node('fresh'))
         host.nodes.remove(self.next)
         self.next = None
 

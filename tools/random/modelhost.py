@@ -12,7 +12,8 @@ from nbdio import Client
 SECONDS = 30.0
 # Of the filters whose speed can be set, one for each image of two disks
 THROTTLE_GROUPS = [f'{kind}{number}' for number in range(2)
-                   for kind in ('active', 'hidden', 'disk', 'local', 'spare')]
+                   for kind in ('active', 'hidden', 'disk', 'local', 'spare',
+                                'fresh')]
 
 
 class Difference(Exception):
