@@ -555,6 +555,45 @@ static void replication_get_error(ReplicationState *rs, Error **errp)
     }
 }
 
+/* Whether @bs takes itself out of the graph when its job ends */
+static bool replication_is_job_filter(BlockDriverState *bs)
+{
+    return bs->never_freeze ||
+           (bs->drv && bs->drv->is_filter && !bdrv_op_blocker_is_empty(bs));
+}
+
+GSList *replication_freeze_below(BlockDriverState *bs, GSList *frozen)
+{
+    BdrvChild *c;
+
+    GLOBAL_STATE_CODE();
+
+    QLIST_FOREACH(c, &bs->children, next) {
+        if (replication_is_job_filter(c->bs)) {
+            continue;
+        }
+        if (!c->frozen) {
+            bdrv_freeze_child(c);
+            frozen = g_slist_prepend(frozen, c);
+        }
+        frozen = replication_freeze_below(c->bs, frozen);
+    }
+
+    return frozen;
+}
+
+static void replication_unfreeze(gpointer data)
+{
+    bdrv_unfreeze_child(data);
+}
+
+void replication_unfreeze_below(GSList *frozen)
+{
+    GLOBAL_STATE_CODE();
+
+    g_slist_free_full(frozen, replication_unfreeze);
+}
+
 ReplicationOps replication_ops = {
     .start      = replication_start,
     .undo_start = replication_undo_start,
