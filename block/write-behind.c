@@ -814,7 +814,7 @@ static void write_behind_progress(WriteBehind *wb, WriteBehindType type,
 static void
 write_behind_adjust_limit(WriteBehind *wb, const WriteBehindReq *req)
 {
-    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t now = qemu_clock_get_ns(wb->opts.clock);
     double took = MAX(now - req->since_ns, 1);
     double may_take = wb->opts.max_ms * (double)SCALE_MS;
     uint64_t limit = (wb->carried - req->carried) * (may_take / took);
@@ -1036,7 +1036,7 @@ write_behind_add(WriteBehind *wb, WriteBehindReq *req)
     req->place.seq = ++wb->last_seq;
     req->place.is_request = true;
     req->requests = 1;
-    req->since_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    req->since_ns = qemu_clock_get_ns(wb->opts.clock);
     req->carried = wb->carried;
 
     if (!wb->error && write_behind_absorb(wb, req)) {

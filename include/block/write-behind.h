@@ -25,6 +25,7 @@
 
 #include "block/block-common.h"
 #include "block/graph-lock.h"
+#include "qemu/timer.h"
 
 typedef struct WriteBehind WriteBehind;
 
@@ -79,7 +80,7 @@ typedef struct WriteBehindStats {
     /* Bytes of the disk that they are about, not of memory */
     uint64_t pending_span;
 
-    /* When the oldest of them was queued, in QEMU_CLOCK_REALTIME ns, or 0 */
+    /* When the oldest of them was queued, in ns of the queue's clock, or 0 */
     int64_t oldest_ns;
 } WriteBehindStats;
 
@@ -103,6 +104,9 @@ typedef struct WriteBehindOptions {
      * child lately completed in this time.
      */
     uint64_t max_ms;
+
+    /* What tells the time; if not set, QEMU_CLOCK_REALTIME */
+    QEMUClockType clock;
 } WriteBehindOptions;
 
 /*
