@@ -35,6 +35,11 @@
  *   link                          filter above the secondary disk, for
  *                                 what the primary does there
  *
+ * A primary with a replica of its own is a role beside these: -holder.c, with
+ * -changes.c, which knows what changed and what the replica lacks, and -sync.c,
+ * the job that brings it in step.  -watch.c ends what hangs at the other side,
+ * for both kinds of primary.
+ *
  * On the way back a role tells -ops.c of a stage that the node enters, of an
  * error, and that its checkpoint is lost.  All ask it what the stage allows.
  *
@@ -44,6 +49,9 @@
  *   checkpoint  the state that a failover goes back to, and making it so
  *   in sync     all that the primary's guest wrote has arrived
  *   missed      what the guest wrote and was not forwarded
+ *   replica     the node behind which the secondary is, of a node that holds both
+ *   lack        what the replica does not have and is going to be copied
+ *   in step     it lacks nothing, and gets what the guest writes
  *   lose        the checkpoint: the overlays do not stand for one any more
  *   bypass      write above a node without the writes coming to it
  *   cut off     the primary cannot write to the secondary disk any more
