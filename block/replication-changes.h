@@ -4,8 +4,8 @@
  * Three sets of blocks, in memory:
  *
  *   current   changed since the last checkpoint began
- *   closing   changed before that, and perhaps not yet on stable storage of both
- *             sides as it was at a checkpoint
+ *   closing   changed before that, and perhaps not yet on stable storage of
+ *             both sides as it was at a checkpoint
  *   lacking   what the replica that is attached now does not have
  *
  * As long as a disk and its last replica were not changed by others, whoever

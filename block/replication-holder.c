@@ -76,8 +76,13 @@ struct ReplicationHolder {
     int lost;
     /* It has had everything at some time since it was attached */
     bool caught_up;
-    /* Some replica has: what this node knows of is all that it may lack */
+    /*
+     * The last replica has, on stable storage: what this node knows of is all
+     * that it may lack
+     */
     bool had_replica;
+    /* A job is bringing the replica in step.  BQL. */
+    bool has_job;
     /* A read from the local disk failed */
     bool read_failed;
 
@@ -85,7 +90,6 @@ struct ReplicationHolder {
     unsigned int copiers;
     int copy_bytes;
     bool copy_paused;
-    int copy_error;
     bool copy_limited;
     RateLimit copy_limit;
     QEMUTimer *copy_timer;
@@ -158,8 +162,9 @@ static void holder_forward_failed(BlockDriverState *bs, WriteBehindType type,
     holder_lose(bs, write_request_name(type), ret);
 }
 
-static void coroutine_fn holder_lock_range(BlockDriverState *bs, BlockReq *range,
-                                           int64_t offset, int64_t bytes)
+static void coroutine_fn
+holder_lock_range(BlockDriverState *bs, BlockReq *range, int64_t offset,
+                  int64_t bytes)
 {
     ReplicationHolder *s = holder_state(bs);
 
@@ -253,8 +258,8 @@ holder_queue_data(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
 /*
  * Forward what the local disk has, in a part of a range that is locked and not
- * lacking.  Returns how much of it, or a negative errno: -EAGAIN if there was no
- * room for it.
+ * lacking.  Returns how much of it, or a negative errno: -EAGAIN if there was
+ * no room for it.
  */
 static int64_t coroutine_fn GRAPH_RDLOCK
 holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
@@ -327,7 +332,9 @@ holder_forward(BlockDriverState *bs, const WriteRequest *w, int ret)
                                            end - part.offset, &part.bytes)) {
             /* To be copied */
         } else if (ret < 0) {
-            holder_copy_range(bs, part.offset, part.bytes);
+            if (holder_copy_range(bs, part.offset, part.bytes) < 0) {
+                holder_kick_copiers(bs);
+            }
         } else {
             holder_queue(bs, &part);
         }
@@ -371,7 +378,6 @@ static bool holder_may_copy(BlockDriverState *bs)
     ReplicationHolder *s = holder_state(bs);
 
     return holder_forwards(bs) && !qatomic_read(&s->copy_paused) &&
-           !qatomic_read(&s->copy_error) &&
            !qatomic_read(&bs->quiesce_counter) &&
            replication_changes_lacking_bytes(s->changes);
 }
@@ -393,10 +399,8 @@ static void coroutine_fn holder_copy_entry(void *opaque)
         bdrv_graph_co_rdunlock();
 
         if (ret < 0) {
-            error_report("Replication node '%s' failed to read what its "
-                         "replica lacks: %s", bdrv_get_node_name(bs),
-                         strerror(-ret));
-            qatomic_set(&s->copy_error, ret);
+            /* What cannot be read here, the replica cannot get */
+            holder_lose(bs, "copy", ret);
             break;
         }
         if (qatomic_read(&s->copy_limited)) {
@@ -439,18 +443,30 @@ static void holder_copy_timer(void *opaque)
     holder_kick_copiers(opaque);
 }
 
+/* Whether zeroes may free space there, and not take some */
+static bool GRAPH_RDLOCK holder_can_unmap(BlockDriverState *node)
+{
+    for (; node; node = bdrv_primary_bs(node)) {
+        if (!(node->open_flags & BDRV_O_UNMAP) ||
+            !(node->supported_zero_flags & BDRV_REQ_MAY_UNMAP)) {
+            return false;
+        }
+    }
+
+    return true;
+}
+
 /*
  * A discarded block may read as anything, and on another disk as something
- * else.  With a replica it becomes zeroes, if the local disk takes no space for
+ * else.  With a replica it becomes zeroes, if both disks may free space for
  * these; else it is not worth it.
  */
 static bool GRAPH_RDLOCK
 holder_take_discard(BlockDriverState *bs, WriteRequest *w)
 {
-    BlockDriverState *disk = bs->file->bs;
+    ReplicationHolder *s = holder_state(bs);
 
-    if (!(disk->open_flags & BDRV_O_UNMAP) ||
-        !(disk->supported_zero_flags & BDRV_REQ_MAY_UNMAP)) {
+    if (!holder_can_unmap(bs->file->bs) || !holder_can_unmap(s->replica->bs)) {
         return false;
     }
     w->type = WRITE_BEHIND_ZEROES;
@@ -479,8 +495,8 @@ holder_co_write(BlockDriverState *bs, const WriteRequest *guest)
     holder_lock_range(bs, &range, w.offset, w.bytes);
     replication_changes_note(s->changes, w.offset, w.bytes);
     ret = write_request_co_do(bs->file, &w);
-    /* What is not supported was not done either */
-    if (holder_forwards(bs) && ret != -ENOTSUP) {
+    /* Whatever it says, a part may have been done */
+    if (holder_forwards(bs)) {
         holder_forward(bs, &w, ret);
     }
     holder_unlock_range(bs, &range);
@@ -606,8 +622,8 @@ static bool holder_in_sync(BlockDriverState *bs, Error **errp)
         error_setg_errno(errp, -lost, "The replica of replication node '%s' "
                          "was lost", name);
     } else if (!holder_is_in_step(bs)) {
-        error_setg(errp, "The replica of replication node '%s' lacks %" PRId64
-                   " bytes", name,
+        error_setg(errp, "The replica of replication node '%s' is not in step: "
+                   "it lacks %" PRId64 " bytes", name,
                    replication_changes_lacking_bytes(s->changes));
         error_append_hint(errp, "Wait until it is synced.\n");
         return false;
@@ -735,12 +751,11 @@ static bool holder_take_replica(BlockDriverState *bs, BdrvChild *replica,
     s->frozen = replication_freeze_below(replica->bs,
                                          g_slist_prepend(NULL, replica));
     s->lost = 0;
-    s->copy_error = 0;
     s->flushed = false;
     s->queue = write_behind_new(bs, replica, &s->queue_options,
-                                       holder_forward_failed);
-    s->watch = replication_watch_new(bs, s->timeout_ms,
-                                            holder_link, holder_hang_up);
+                                holder_forward_failed);
+    s->watch = replication_watch_new(bs, s->timeout_ms, holder_link,
+                                     holder_hang_up);
 
     return true;
 }
@@ -749,7 +764,7 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
 {
     GLOBAL_STATE_CODE();
 
-    if (strcmp(bs->drv->format_name, "replication") ||
+    if (!bs->drv || strcmp(bs->drv->format_name, "replication") ||
         ((BDRVReplicationState *)bs->opaque)->role !=
         &replication_holder_role) {
         error_setg(errp, "Node '%s' is not a replication node with a replica "
@@ -777,6 +792,12 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
 
     GLOBAL_STATE_CODE();
 
+    if (s->has_job) {
+        error_setg(errp, "Replication node '%s' has a job that brings its "
+                   "replica in step", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Wait until it has ended, or cancel it.\n");
+        return false;
+    }
     if (s->replica && !s->lost) {
         error_setg(errp, "Replication node '%s' has a replica",
                    bdrv_get_node_name(bs));
@@ -791,9 +812,11 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
         return false;
     }
 
+    /* One that was lost may be the same node, and have no other user */
+    bdrv_ref(replica);
     replication_replica_detach(bs, true);
-    bdrv_drained_begin(bs);
-    bdrv_drained_begin(replica);
+    /* Everything: where nodes meet, some are moved to another AioContext */
+    bdrv_drain_all_begin();
     bdrv_ref(replica);
     bdrv_graph_wrlock();
     child = bdrv_attach_child(bs, replica, "replica", &child_of_bds,
@@ -801,10 +824,13 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
     bdrv_graph_wrunlock();
     ok = child && holder_take_replica(bs, child, errp);
     if (ok) {
+        s->has_job = true;
         s->caught_up = false;
         if (changed) {
             replication_changes_lack_changed(s->changes);
         } else {
+            /* Until it has everything, nobody knows what it lacks */
+            s->had_replica = false;
             replication_changes_lack_all(s->changes);
         }
         replication_report_replica(bs, REPLICA_STATE_SYNCING, NULL);
@@ -813,8 +839,8 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
         bdrv_unref_child(bs, child);
         bdrv_graph_wrunlock();
     }
-    bdrv_drained_end(replica);
-    bdrv_drained_end(bs);
+    bdrv_drain_all_end();
+    bdrv_unref(replica);
 
     return ok;
 }
@@ -852,19 +878,29 @@ void replication_replica_detach(BlockDriverState *bs, bool force)
     if (force && s->replica) {
         holder_abandon(bs);
     }
-    bdrv_drained_begin(bs);
+    bdrv_drain_all_begin();
     if (s->replica) {
         holder_drop_replica(bs);
     }
-    bdrv_drained_end(bs);
+    bdrv_drain_all_end();
+}
+
+void replication_replica_job_ended(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    GLOBAL_STATE_CODE();
+
+    s->has_job = false;
+    replication_replica_set_speed(bs, 0);
+    replication_replica_pause(bs, false);
 }
 
 ReplicaState replication_replica_state(BlockDriverState *bs, int *error)
 {
     ReplicationHolder *s = holder_state(bs);
 
-    *error = qatomic_read(&s->lost) ?:
-             qatomic_read(&s->copy_error);
+    *error = qatomic_read(&s->lost);
 
     return holder_replica_state(bs);
 }
@@ -881,7 +917,6 @@ void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
 void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
 {
     ReplicationHolder *s = holder_state(bs);
-
     int64_t bytes = speed ? speed * COPY_SLICE_NS / NANOSECONDS_PER_SECOND :
                             COPY_BYTES;
 
@@ -914,7 +949,8 @@ bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs)
         return false;
     }
     write_behind_co_await(s->queue, 0, BDRV_MAX_LENGTH);
-    if (!holder_forwards(bs) ||
+    /* What was copied, a crash there must not take back: it is in no set */
+    if (write_behind_co_flush(s->queue, true) < 0 || !holder_forwards(bs) ||
         replication_changes_lacking_bytes(s->changes)) {
         return false;
     }
@@ -1153,8 +1189,8 @@ static void holder_get_stats(BlockDriverState *bs,
     uint64_t behind;
 
     /* In the order in which a write goes from one to the next */
-    behind = replication_changes_lacking_bytes(s->changes);
-    behind += stat64_get(&s->changing_bytes);
+    behind = stat64_get(&s->changing_bytes);
+    behind += replication_changes_lacking_bytes(s->changes);
     if (s->queue) {
         write_behind_get_stats(s->queue, &q);
     }
@@ -1164,13 +1200,13 @@ static void holder_get_stats(BlockDriverState *bs,
     p->has_copied_bytes = true;
     p->copied_bytes = stat64_get(&s->copied_bytes);
     p->has_out_of_sync_bytes = true;
-    if (!s->had_replica && state == REPLICA_STATE_NONE) {
-        p->out_of_sync_bytes = bs->total_sectors * BDRV_SECTOR_SIZE;
-    } else if (state == REPLICA_STATE_NONE || state == REPLICA_STATE_LOST) {
+    if (state == REPLICA_STATE_SYNCING || state == REPLICA_STATE_SYNCED) {
+        p->out_of_sync_bytes = behind + q.pending_span;
+    } else if (s->had_replica) {
         p->out_of_sync_bytes =
             replication_changes_changed_bytes(s->changes);
     } else {
-        p->out_of_sync_bytes = behind + q.pending_span;
+        p->out_of_sync_bytes = bs->total_sectors * BDRV_SECTOR_SIZE;
     }
 }
 

@@ -21,8 +21,11 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp);
 bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                                 bool changed, Error **errp);
 
-/* Let go of the replica, if there is one; with @force, without waiting for it */
+/* Let go of the replica, if there is one, and with @force do not wait for it */
 void replication_replica_detach(BlockDriverState *bs, bool force);
+
+/* To be called once for each replica that was attached */
+void replication_replica_job_ended(BlockDriverState *bs);
 
 /* @error is a negative errno if copying ended before it was done, else 0 */
 ReplicaState replication_replica_state(BlockDriverState *bs, int *error);
@@ -31,7 +34,10 @@ ReplicaState replication_replica_state(BlockDriverState *bs, int *error);
 void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
                                       uint64_t *remaining);
 
-/* If nothing is lacking any more, wait until it has arrived, and say so */
+/*
+ * If nothing is lacking any more, wait until it has arrived and is flushed, and
+ * say so
+ */
 bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs);
 
 /* Bytes per second, or 0 for no limit */

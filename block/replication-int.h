@@ -49,7 +49,7 @@
  *   checkpoint  the state that a failover goes back to, and making it so
  *   in sync     all that the primary's guest wrote has arrived
  *   missed      what the guest wrote and was not forwarded
- *   replica     the node behind which the secondary is, of a node that holds both
+ *   replica     the way to the other disk, of a node that holds both
  *   lack        what the replica does not have and is going to be copied
  *   in step     it lacks nothing, and gets what the guest writes
  *   lose        the checkpoint: the overlays do not stand for one any more
@@ -249,7 +249,7 @@ struct ReplicationRole {
     bool (*has_pending_writes)(BlockDriverState *bs, int64_t offset,
                                int64_t bytes);
 
-    /* Whether nothing of the guest's data is missing here.  NULL: nothing is. */
+    /* Whether none of the guest's data is missing here.  NULL: none is. */
     bool (*has_data)(BlockDriverState *bs);
 
     /* In every stage */

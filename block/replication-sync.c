@@ -73,8 +73,7 @@ static void replica_sync_clean(Job *job)
 {
     ReplicaSyncJob *s = replica_sync_job(job);
 
-    replication_replica_set_speed(s->bs, 0);
-    replication_replica_pause(s->bs, false);
+    replication_replica_job_ended(s->bs);
     bdrv_unref(s->bs);
 }
 
@@ -135,6 +134,7 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
     BlockDriverState *bs = replica_lookup(node_name, errp);
     BlockDriverState *replica_bs;
     ReplicaSyncJob *s;
+    uint64_t remaining;
     int flags = JOB_DEFAULT;
 
     if (!bs) {
@@ -167,6 +167,7 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
         return;
     }
     s->bs = bs;
+    replication_replica_get_progress(bs, &s->copied_before, &remaining);
     if (has_speed) {
         replication_replica_set_speed(bs, speed);
     }

@@ -294,9 +294,20 @@ static int replication_snapshot_goto(BlockDriverState *bs,
     ret = bdrv_snapshot_goto(child_bs, snapshot_id, &local_err);
     if (ret < 0) {
         error_report_err(local_err);
+    } else if (s->role->resized) {
+        /* All of the disk is another one */
+        s->role->resized(bs, MAX(bdrv_getlength(bs), 0));
     }
 
     return ret;
+}
+
+/* As for any filter, but it says that other children may have the data, too */
+static bool GRAPH_RDLOCK
+replication_recurse_can_replace(BlockDriverState *bs,
+                                BlockDriverState *to_replace)
+{
+    return bdrv_recurse_can_replace(bs->file->bs, to_replace);
 }
 
 /* The other children come and go with start and stop, and are no options */
@@ -529,6 +540,7 @@ static BlockDriver bdrv_replication = {
     .bdrv_co_getlength          = replication_co_getlength,
     .bdrv_co_truncate           = replication_co_truncate,
     .bdrv_snapshot_goto         = replication_snapshot_goto,
+    .bdrv_recurse_can_replace   = replication_recurse_can_replace,
 
     .bdrv_rely_on               = replication_rely_on,
     .bdrv_leave_behind          = replication_leave_behind,

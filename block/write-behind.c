@@ -1177,7 +1177,7 @@ write_behind_co_cut(WriteBehind *wb, const WriteRequest *w, bool wait)
     int64_t offset, next;
     int ret = 0;
 
-    assert(!w->qiov == (w->type != WRITE_BEHIND_WRITE));
+    assert(!w->bytes || !w->qiov == (w->type != WRITE_BEHIND_WRITE));
 
     for (offset = w->offset; offset < end && ret == 0; offset = next) {
         WriteBehindReq req = {
