@@ -120,7 +120,8 @@ class Story:
     def _protect(self, pair: ColoPair) -> None:
         self.say('sync', 'copying the disks while the guest writes')
         began = time.time()
-        pair.sync(self._show_sync)
+        pair.begin_sync()
+        pair.finish_sync(self._show_sync)
         self._sync = (began, time.time())
         self.say('sync', 'disks equal, every write is forwarded')
         self.say('guest', str(pair.primary.beat))
