@@ -250,6 +250,11 @@ class GuestHost(Host):
         self._killed_at = time.time()
         self.send_signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        super().kill()
+        # a host that is replaced is not to be watched
+        self.path('top.sock').unlink(missing_ok=True)
+
     @property
     def died(self) -> float:
         """When QEMU was killed."""

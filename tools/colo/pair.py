@@ -8,7 +8,7 @@ start_secondary(), sync() and protect() are called again.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import nodes
 from forms import Form, Holder, Progress, Synced
@@ -21,7 +21,7 @@ BANDWIDTH = 1 << 40
 # What a replica lacks is known in blocks of so many bytes
 NOTED = 64 * 1024
 # How often the primary is asked how far the secondary is behind, in seconds.
-LAG_EVERY = 0.2
+LOOK_EVERY = 0.1
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,16 @@ class Failover:
     beat: Beat
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the primary told at a time, in bytes of all disks."""
+    when: float
+    # on the way to the secondary
+    pending: int
+    # what the secondary does not have
+    lacking: int
+
+
 class ColoPair:
     """A protected VM: the host that runs it and the one that stands by."""
 
@@ -61,8 +71,7 @@ class ColoPair:
         # what each QEMU gets besides
         self.host_args: List[str] = []
         self._exporting = False
-        # when, and how many bytes the secondary did not have then
-        self.lag: List[Tuple[float, int]] = []
+        self.looks: List[Look] = []
         # when, and how many bytes were merged, of how many
         self.merge: List[Tuple[float, int, int]] = []
 
@@ -147,11 +156,11 @@ class ColoPair:
 
         They are those of the last one, if it is known what these lack.
         """
-        images = []
-        if self._lost and self._knows and self.form.keeps_disk:
-            # it may be dying yet
-            self._lost.kill()
-            images = self._lost.images
+        for dead in self.hosts:
+            if dead is not self.primary:
+                dead.kill()
+        images = self._lost.images if (
+            self._lost and self._knows and self.form.keeps_disk) else []
         host = self._secondary = self._new_host(images, True)
         host.serve()
         for disk in self.disks:
@@ -173,12 +182,17 @@ class ColoPair:
 
         At most so many bytes a second are copied, if there is a limit.
         """
+        self.look()
         self.form.begin_sync(self.primary, self.secondary.socket,
                              self._knows and self.form.keeps_disk, speed)
 
     def finish_sync(self, progress: Progress) -> Synced:
         """Wait until they are, and will be from now on."""
-        synced = self.form.finish_sync(self.primary, progress)
+        def look(done: Sequence[float]) -> None:
+            self.look()
+            progress(done)
+
+        synced = self.form.finish_sync(self.primary, look)
         self._knows = True
         return synced
 
@@ -197,6 +211,7 @@ class ColoPair:
                 raise HostError(f'{host.name}: migration failed: '
                                 f'{state.get("error-desc", "no reason")}')
             self.secondary.pump()
+            self.look()
             return (state['status'] == 'colo'
                     and bool(host.seen('RESUME', start)))
 
@@ -233,14 +248,17 @@ class ColoPair:
             for checkpoint in done[told:]:
                 tell(checkpoint)
             told = len(done)
-            self._look_at_lag()
+            self.look()
             self.primary.console.wait(POLL)
 
-    def _look_at_lag(self) -> None:
+    def look(self) -> None:
+        """Note what the primary tells, unless that was noted just now."""
         now = time.time()
-        if not self.lag or now >= self.lag[-1][0] + LAG_EVERY:
-            self.lag.append((now, sum(stats['pending-memory'] for stats
-                                      in self.primary.statistics())))
+        if not self.looks or now >= self.looks[-1].when + LOOK_EVERY:
+            told = self.primary.statistics()
+            self.looks.append(Look(
+                now, *(sum(stats.get(name, 0) for stats in told)
+                       for name in ('pending-memory', 'out-of-sync-bytes'))))
 
     # One host dies
 
@@ -285,6 +303,12 @@ class ColoPair:
         self._lost, self._secondary = self.secondary, None
         self.form.let_go(self.primary)
 
+    def unprotect(self) -> None:
+        """End the protection while both are well."""
+        other = self.secondary
+        self.fail_over_to_primary(time.time())
+        other.kill()
+
     def _wait_for_failover(self, host: GuestHost, since: float,
                            merge: bool) -> Failover:
         def running() -> bool:
@@ -325,11 +349,17 @@ class ColoPair:
         """
         def merged() -> bool:
             self._look_at_merge(host)
-            return all(host.children(f'replication{disk}').get('file')
-                       == f'disk{disk}' for disk in self.disks)
+            return len(done()) == len(self.disks)
+
+        def done() -> List[float]:
+            return [event['when'] for event
+                    in host.seen('REPLICATION_STAGE_CHANGE')
+                    if event['data']['stage'] == 'done']
 
         host.wait_until(merged, 'the merge of the overlays')
-        return time.time()
+        # how much it was is known for sure when it has ended
+        self._look_at_merge(host)
+        return max(done())
 
     # What the guest does, and finds
 
