@@ -34,6 +34,7 @@ class Moment(Enum):
     PRIMARY_RESUMES = 'a checkpoint is complete'
     SLOW_MERGE = 'between two; the merge is slow'
     COPYING = 'the disks are being copied'
+    MIGRATING = 'the memory is being migrated'
 
 
 class Cut(Enum):
@@ -43,7 +44,7 @@ class Cut(Enum):
     YANK = 'yank'
 
 
-# Who loses the primary while the disks are being copied has lost the VM.
+# Who loses the primary before the guest is protected has lost the guest.
 DECK: List[Tuple[Kind, Moment]] = [
     (Kind.PRIMARY, Moment.BETWEEN),
     (Kind.PRIMARY, Moment.SECONDARY_STOPS),
@@ -57,6 +58,7 @@ DECK: List[Tuple[Kind, Moment]] = [
     (Kind.SECONDARY, Moment.SECONDARY_RESUMES),
     (Kind.SECONDARY, Moment.PRIMARY_RESUMES),
     (Kind.SECONDARY, Moment.COPYING),
+    (Kind.SECONDARY, Moment.MIGRATING),
     (Kind.MUTE_PRIMARY, Moment.BETWEEN),
     (Kind.MUTE_PRIMARY, Moment.PRIMARY_STOPS),
     (Kind.MUTE_PRIMARY, Moment.PRIMARY_RESUMES),
@@ -132,7 +134,8 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
         moment = Moment.BETWEEN
     rng = random.Random(f'{seed}/round/{index}')
     period = guest.checkpoint_ms / 1000
-    if moment in (Moment.BETWEEN, Moment.SLOW_MERGE, Moment.COPYING):
+    if moment in (Moment.BETWEEN, Moment.SLOW_MERGE, Moment.COPYING,
+                  Moment.MIGRATING):
         delay = rng.uniform(0, 0.6 * period)
     else:
         delay = rng.choice((0, 1)) * rng.uniform(0, 0.04)

@@ -116,6 +116,9 @@ class Round:
         self.result.synced = pair.finish_sync(lambda _parts: None)
         self.result.notes.append(f'{self.result.synced.copied // 1024} KiB '
                                  'copied')
+        if self.plan.moment is Moment.MIGRATING:
+            self._break_migration()
+            return
         pair.protect()
         self._await_checkpoints()
         self._reach_moment()
@@ -144,13 +147,38 @@ class Round:
             self.result.notes.append(str(exc))
         pair.lose_secondary()
         victim.kill()
-        console = pair.primary.console
-        pair.primary.wait_until(
+        self._await_sign(since)
+
+    def _break_migration(self) -> None:
+        """Lose the secondary when only its disks are in step."""
+        pair, host = self.pair, self.pair.primary
+        kill = threading.Timer(self.plan.delay, pair.secondary.sigkill)
+        kill.start()
+        try:
+            pair.protect()
+        except HostError as exc:
+            self.result.notes.append(str(exc))
+        finally:
+            kill.join()
+        since = pair.secondary.died
+        host.wait_until(lambda: host.cmd('query-migrate')['status']
+                        in ('failed', 'colo'), 'the end of the migration')
+        if host.cmd('query-migrate')['status'] == 'colo':
+            self.result.notes.append('COLO had begun')
+            pair.fail_over_to_primary()
+        else:
+            pair.lose_secondary()
+        self._await_sign(since)
+
+    def _await_sign(self, since: float) -> None:
+        """The guest has to go on, with all that it had."""
+        host, console = self.pair.primary, self.pair.primary.console
+        host.wait_until(
             lambda: console.beat is not None and console.beat.when > since,
             'a sign of the guest')
         first = next(beat for beat in console.beats() if beat.when > since)
         self.result.running_ms = (first.when - since) * 1000
-        self._look_at(pair.primary, first)
+        self._look_at(host, first)
 
     # Up to the blow
 
