@@ -255,10 +255,15 @@ class ColoPair:
         """Note what the primary tells, unless that was noted just now."""
         now = time.time()
         if not self.looks or now >= self.looks[-1].when + LOOK_EVERY:
-            told = self.primary.statistics()
-            self.looks.append(Look(
-                now, *(sum(stats.get(name, 0) for stats in told)
-                       for name in ('pending-memory', 'out-of-sync-bytes'))))
+            self.looks.append(Look(now, self._sum('pending-memory'),
+                                   self.lacking()))
+
+    def lacking(self) -> int:
+        """How many bytes the secondary may lack, as far as that is told."""
+        return self._sum('out-of-sync-bytes')
+
+    def _sum(self, name: str) -> int:
+        return sum(stats.get(name, 0) for stats in self.primary.statistics())
 
     # One host dies
 
