@@ -13,7 +13,8 @@ disks:
                                 '------------------------------^
 
 guest0 is there for the day on which the secondary is promoted and is to be
-protected itself: then colo-disk0 takes the place of replication0 below it.
+protected itself.  Then colo-disk0 is put between it and replication0, which
+serves the guest whether or not the merge has ended.
 
 And with quorum, as before there was such a node:
 
@@ -23,7 +24,7 @@ And with quorum, as before there was such a node:
               |                              |
             link0 (nbd) ------------------> as above
 
-A secondary that was promoted keeps replication0 below its quorum.
+Here, colo-disk0 of a secondary that was promoted gets another child.
 """
 
 import time
@@ -168,11 +169,10 @@ class Holder(Form):
 
     def promoted(self, host: GuestHost) -> None:
         for disk in self.disks:
-            host.add(self.primary_root(disk))
+            host.add(nodes.holder(top(disk), f'replication{disk}',
+                                  **self.options))
             host.cmd('blockdev-reopen', {'options': [
                 {**self.secondary_root(disk), 'file': top(disk)}]})
-            host.delete(f'replication{disk}', f'active{disk}',
-                        f'hidden{disk}')
 
 
 class Quorum(Form):

@@ -286,9 +286,7 @@ class ColoPair:
         host.cmd('x-colo-lost-heartbeat')
         self._primary, self._secondary = host, None
         self._lost, self._knows = None, False
-        result = self._wait_for_failover(host, since or dead.died, merge=True)
-        self.form.promoted(host)
-        return result
+        return self._wait_for_failover(host, since or dead.died, merge=True)
 
     def fail_over_to_primary(self, since: Optional[float] = None) -> Failover:
         """Go on with the primary after the secondary's death.
@@ -337,6 +335,7 @@ class ColoPair:
         beat = next(b for b in host.console.beats() if b.when > resumed)
         merged_ms = None
         if merge:
+            self.form.promoted(host)
             merged_ms = (self._wait_for_merge(host) - since) * 1000
         return Failover((resumed - since) * 1000,
                         (beat.when - since) * 1000, merged_ms, beat)
