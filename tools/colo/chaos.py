@@ -24,6 +24,7 @@ import command
 from autopsy import stacks
 from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
 from chaos_round import ChaosPair, RoundResult, Round
+from forms import Holder, Quorum
 from guest import GuestError, get_guest
 from guesthost import MIB, Setup, accelerator
 from host import HostError
@@ -117,13 +118,17 @@ class Campaign:
         self.guests += 1
         folder = self.folder / f'g{self.guests}'
         folder.mkdir()
-        self._pair = ChaosPair(Setup(
-            self.options.build_dir, self._guest, folder, plan.disks,
-            accelerator(), plan.checkpoint_ms))
+        options = {} if plan.behind else {'write-behind': 0}
+        self._pair = ChaosPair(
+            Setup(self.options.build_dir, self._guest, folder, plan.disks,
+                  accelerator(), plan.checkpoint_ms),
+            (Quorum if plan.quorum else Holder)(
+                plan.disks.count, plan.disks.size, **options))
         self._pair.start_primary()
         say(f'guest {self.guests}: {plan.disks.count} x '
             f'{plan.disks.size // MIB} MiB, a checkpoint every '
-            f'{plan.checkpoint_ms} ms')
+            f'{plan.checkpoint_ms} ms{", quorum" if plan.quorum else ""}'
+            f'{"" if plan.behind else ", write-behind=0"}')
 
     def _finish_guest(self) -> None:
         """Have the guest checked in full; it has survived all its rounds."""
@@ -154,7 +159,7 @@ class Campaign:
         try:
             this.run()
         finally:
-            this.note_wrong()
+            this.result.wrong = self._pair.wrong
             say(str(this.result))
         if this.result.problems or this.result.wrong:
             self._fail('\n'.join(this.result.problems)
@@ -192,6 +197,11 @@ class Campaign:
             print(f'guest running again: median {times[len(times) // 2]:.0f} '
                   f'ms, longest {times[-1]:.0f} ms (with the time that a '
                   'silent host was waited for)')
+        synced = [r.synced for r in self.results
+                  if r.synced and r.synced.lacking < r.synced.size]
+        print(f'{len(synced)} secondaries got an old disk: '
+              f'{sum(s.copied for s in synced) // 1024} KiB copied for '
+              f'{sum(s.lacking for s in synced) // 1024} KiB that had changed')
         blocks = self.blocks + sum(r.blocks for r in self.results)
         print(f'{self.guests} guests; {blocks} blocks checked; '
               f'seed {self.options.seed}')

@@ -9,7 +9,9 @@ from typing import List, Tuple
 from guesthost import Disks, MIB
 
 # Rounds that one guest lives through: a survivor gets a new secondary.
-GENERATIONS = 6
+GENERATIONS = 5
+# Of so many guests one has its disks below quorum.
+QUORUM_EVERY = 4
 
 
 class Kind(Enum):
@@ -31,6 +33,8 @@ class Moment(Enum):
     SECONDARY_RESUMES = 'the secondary has loaded a checkpoint'
     PRIMARY_RESUMES = 'a checkpoint is complete'
     SLOW_MERGE = 'between two; the merge is slow'
+    COPYING = 'the disks are being copied'
+    MIGRATING = 'the memory is being migrated'
 
 
 class Cut(Enum):
@@ -40,6 +44,7 @@ class Cut(Enum):
     YANK = 'yank'
 
 
+# Who loses the primary before the guest is protected has lost the guest.
 DECK: List[Tuple[Kind, Moment]] = [
     (Kind.PRIMARY, Moment.BETWEEN),
     (Kind.PRIMARY, Moment.SECONDARY_STOPS),
@@ -52,16 +57,20 @@ DECK: List[Tuple[Kind, Moment]] = [
     (Kind.SECONDARY, Moment.PRIMARY_STOPS),
     (Kind.SECONDARY, Moment.SECONDARY_RESUMES),
     (Kind.SECONDARY, Moment.PRIMARY_RESUMES),
+    (Kind.SECONDARY, Moment.COPYING),
+    (Kind.SECONDARY, Moment.MIGRATING),
     (Kind.MUTE_PRIMARY, Moment.BETWEEN),
     (Kind.MUTE_PRIMARY, Moment.PRIMARY_STOPS),
     (Kind.MUTE_PRIMARY, Moment.PRIMARY_RESUMES),
     (Kind.MUTE_SECONDARY, Moment.BETWEEN),
     (Kind.MUTE_SECONDARY, Moment.SECONDARY_STOPS),
     (Kind.MUTE_SECONDARY, Moment.PRIMARY_STOPS),
+    (Kind.MUTE_SECONDARY, Moment.COPYING),
     (Kind.LINK, Moment.BETWEEN),
     (Kind.LINK, Moment.SECONDARY_STOPS),
     (Kind.LINK, Moment.PRIMARY_STOPS),
     (Kind.LINK, Moment.PRIMARY_RESUMES),
+    (Kind.LINK, Moment.COPYING),
     (Kind.LINK_THEN_PRIMARY, Moment.BETWEEN),
     (Kind.LINK_THEN_PRIMARY, Moment.SECONDARY_STOPS),
     (Kind.LINK_THEN_PRIMARY, Moment.PRIMARY_STOPS),
@@ -76,6 +85,10 @@ class GuestPlan:
     """The guest that a group of rounds shares."""
     disks: Disks
     checkpoint_ms: int
+    # Whether its writes do not wait for the secondary.
+    behind: bool
+    # Whether a quorum has its disks, not a node that holds both.
+    quorum: bool
 
 
 @dataclass(frozen=True)
@@ -99,8 +112,6 @@ class RoundPlan:
     disk: int
     # From the cut to the death of the primary.
     gap: float
-    # Whether the guest's writes do not wait for the secondary.
-    behind: bool
 
 
 def plan_guest(seed: int, group: int) -> GuestPlan:
@@ -108,7 +119,9 @@ def plan_guest(seed: int, group: int) -> GuestPlan:
     rng = random.Random(f'{seed}/guest/{group}')
     disks = Disks(count=rng.choice((1, 2, 2, 3)),
                   size=rng.choice((40, 48, 64)) * MIB, fs_size=32 * MIB)
-    return GuestPlan(disks, rng.choice((400, 800, 1200)))
+    return GuestPlan(disks, rng.choice((400, 800, 1200)),
+                     behind=rng.random() < 0.7,
+                     quorum=group % QUORUM_EVERY == 1)
 
 
 def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
@@ -117,9 +130,12 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
     deck = list(DECK)
     random.Random(f'{seed}/deck/{lap}').shuffle(deck)
     kind, moment = deck[card]
+    if guest.quorum and moment is Moment.COPYING:
+        moment = Moment.BETWEEN
     rng = random.Random(f'{seed}/round/{index}')
     period = guest.checkpoint_ms / 1000
-    if moment in (Moment.BETWEEN, Moment.SLOW_MERGE):
+    if moment in (Moment.BETWEEN, Moment.SLOW_MERGE, Moment.COPYING,
+                  Moment.MIGRATING):
         delay = rng.uniform(0, 0.6 * period)
     else:
         delay = rng.choice((0, 1)) * rng.uniform(0, 0.04)
@@ -128,5 +144,4 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
                      silence=rng.uniform(0.1, 2), wakes=rng.random() < 0.5,
                      cut=rng.choice(list(Cut)), held_up=rng.random() < 0.5,
                      disk=rng.randrange(guest.disks.count),
-                     gap=rng.uniform(0.1, 1) * period,
-                     behind=rng.random() < 0.5)
+                     gap=rng.uniform(0.1, 1) * period)

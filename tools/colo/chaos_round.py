@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from chaos_plan import Cut, Kind, Moment, RoundPlan
-from guesthost import (CHECK_SECONDS, MIB, STEP_SECONDS, Beat, GuestHost,
-                       Setup, fields)
+from forms import Form, Synced, SyncError
+from guesthost import MIB, STEP_SECONDS, Beat, GuestHost, Setup
 from host import HostError, Json
 from pair import ColoPair, Failover
 
@@ -25,19 +25,21 @@ AWAKE = 1.0
 # dirties the overlays faster than that, so that it would never end.
 SLOW = 4 * MIB
 SLOW_FOR = 4.0
+# A copy that is broken off is slow, too; no part of it takes a second.
+COPY_SPEED = 16 * MIB
 
 
 class ChaosPair(ColoPair):
     """A pair whose merge can be slowed down."""
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
+    def __init__(self, setup: Setup, form: Form) -> None:
+        super().__init__(setup, form)
         self.merge_slowly = False
         for disk in self.disks:
             self.host_args += ['-object', f'throttle-group,id=speed{disk}']
 
-    def _own_disk(self, folder: Path, disk: int) -> Json:
-        node = super()._own_disk(folder, disk)
+    def _local_disk(self, image: Path, disk: int) -> Json:
+        node = super()._local_disk(image, disk)
         node['file'] = {'driver': 'throttle', 'throttle-group': f'speed{disk}',
                         'file': node['file']}
         return node
@@ -69,6 +71,7 @@ class RoundResult:
     plan: RoundPlan
     checkpoints: int = 0
     running_ms: Optional[float] = None
+    synced: Optional[Synced] = None
     wrong: int = 0
     blocks: int = 0
     notes: List[str] = field(default_factory=list)
@@ -105,17 +108,77 @@ class Round:
             Kind.LINK_EXIT_PRIMARY: self._kill_primary_at_exit,
         }
         pair = self.pair
-        pair.write_behind = None if self.plan.behind else 0
-        self.result.notes.append('write-behind' if self.plan.behind
-                                 else 'write-behind=0')
         pair.start_secondary()
-        pair.sync(lambda _parts: None)
+        if self.plan.moment is Moment.COPYING:
+            self._break_copy()
+            return
+        pair.begin_sync()
+        self.result.synced = pair.finish_sync(lambda _parts: None)
+        self.result.notes.append(f'{self.result.synced.copied // 1024} KiB '
+                                 'copied')
+        if self.plan.moment is Moment.MIGRATING:
+            self._break_migration()
+            return
         pair.protect()
         self._await_checkpoints()
         self._reach_moment()
         failover = blows[self.plan.kind]()
         self.result.running_ms = failover.running_ms
         self._look_at(pair.primary, failover.beat)
+
+    def _break_copy(self) -> None:
+        """Lose the secondary before the guest is protected."""
+        pair, victim = self.pair, self.pair.secondary
+        pair.begin_sync(COPY_SPEED)
+        let_pass(self.plan.delay, pair.primary, victim)
+        since = time.time()
+        if self.plan.kind is Kind.SECONDARY:
+            victim.sigkill()
+        elif self.plan.kind is Kind.LINK:
+            self._cut()
+        else:
+            victim.send_signal(signal.SIGSTOP)
+            let_pass(self.plan.silence, pair.primary)
+            self._yank_links()
+        try:
+            pair.finish_sync(lambda _parts: None)
+            self.result.notes.append('copied before')
+        except SyncError as exc:
+            self.result.notes.append(str(exc))
+        pair.lose_secondary()
+        victim.kill()
+        self._await_sign(since)
+
+    def _break_migration(self) -> None:
+        """Lose the secondary when only its disks are in step."""
+        pair, host = self.pair, self.pair.primary
+        kill = threading.Timer(self.plan.delay, pair.secondary.sigkill)
+        kill.start()
+        try:
+            pair.protect()
+        except HostError as exc:
+            self.result.notes.append(str(exc))
+        finally:
+            kill.join()
+        since = pair.secondary.died
+        host.wait_until(lambda: host.cmd('query-migrate')['status']
+                        in ('failed', 'colo'), 'the end of the migration')
+        if host.cmd('query-migrate')['status'] == 'colo':
+            self.result.notes.append('COLO had begun')
+            pair.fail_over_to_primary()
+        else:
+            pair.lose_secondary()
+        self._await_sign(since)
+
+    def _await_sign(self, since: float) -> None:
+        """The guest has to go on, with all that it had."""
+        host, console = self.pair.primary, self.pair.primary.console
+        host.wait_until(
+            lambda: console.beat is not None and console.beat.when > since,
+            'a sign of the guest')
+        first = next(beat for beat in console.beats() if beat.when > since)
+        self.result.running_ms = (first.when - since) * 1000
+        self._look_at(host, first)
 
     # Up to the blow
 
@@ -155,6 +218,8 @@ class Round:
 
     def _note_state(self) -> None:
         """Note in which state the blow met the two guests."""
+        if self.plan.moment is Moment.COPYING:
+            return
         states = []
         for name, host in (('primary', self.pair.primary),
                            ('secondary', self.pair.secondary)):
@@ -232,11 +297,14 @@ class Round:
         let_pass(self.plan.silence, pair.primary)
         # Its connections are alive: without this the guest's writes would
         # wait for it.
-        pair.primary.yank(
-            [{'type': 'block-node', 'node-name': f'link{disk}'}
-             for disk in pair.disks] + [{'type': 'migration'}])
+        self._yank_links({'type': 'migration'})
         return self._take_over_from_silent(
             victim, lambda: self._to_primary(since))
+
+    def _yank_links(self, *more: Json) -> None:
+        self.pair.primary.yank(
+            [{'type': 'block-node', 'node-name': f'link{disk}'}
+             for disk in self.pair.disks] + list(more))
 
     def _take_over_from_silent(
             self, victim: GuestHost, take_over: Callable[[], Failover]
@@ -349,37 +417,12 @@ class Round:
 
     def _look_at(self, host: GuestHost, first: Beat) -> None:
         """Have the survivor's guest check all that it ever wrote."""
-        console = host.console
-        before = len(console.lines('CHECKED'))
-        console.send('check')
-        host.wait_until(lambda: len(console.lines('CHECKED')) > before,
-                        "the guest's check", CHECK_SECONDS)
-        report = fields(console.lines('CHECKED')[-1])
-        self.result.blocks = int(report['blocks'])
+        self.result.blocks = self.pair.check()
         # It must be able to write, too.
         host.wait_until(lambda: bool(
-            console.beat and console.beat.writes > first.writes
-            and console.beat.tx > first.tx + 1), "the survivor's work")
-        self.result.problems += [
-            f'{each.name}: the guest says: {line}' for each in self.pair.hosts
-            for line in complaints(each)]
-
-    def note_wrong(self) -> None:
-        """Count the wrong blocks that any guest of the pair has seen.
-
-        A guest tells of the first few and counts the rest.
-        """
-        consoles = [host.console for host in self.pair.hosts]
-        told = sum(len(console.lines('WRONG')) for console in consoles)
-        self.result.wrong = max([told, *(
-            beat.wrong for console in consoles for beat in console.beats())])
-
-
-def complaints(host: GuestHost) -> List[str]:
-    """Return the lines in which a guest says that something is wrong."""
-    bad_sql = [line for line in host.console.lines('SQL')
-               if fields(line).get('integrity') != 'ok']
-    return host.console.lines('FAIL', 'WRONG') + bad_sql
+            host.console.beat and host.console.beat.writes > first.writes
+            and host.console.beat.tx > first.tx + 1), "the survivor's work")
+        self.result.problems += self.pair.complaints()
 
 
 def let_pass(seconds: float, *hosts: GuestHost) -> None:

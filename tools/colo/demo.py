@@ -1,19 +1,21 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Protect a running VM, kill one of its two hosts, and look for damage."""
+"""Protect a running VM, kill a host of it, protect it again, and check it."""
 
 import argparse
+import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence
+from typing import List, Sequence, Tuple
 
 import command
-from guest import GuestError, get_guest
+from forms import Synced
+from guest import GuestError, get_guest, run_tool
 from guesthost import Beat, Disks, GuestHost, MIB, Setup, accelerator
 from pair import Checkpoint, ColoPair, Failover
-from picture import Timeline, Work, draw
+from picture import Look, Protection, Timeline, Work, draw
 from verify import Findings, judge
 
 PROBLEMS = 8
@@ -28,8 +30,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--seconds', type=float, default=15, metavar='N',
                         help='time under protection before the kill '
                         '(default: %(default)s)')
-    parser.add_argument('--after', type=int, default=3, metavar='N',
-                        help="the guest's time after the failover "
+    parser.add_argument('--after', type=float, default=5, metavar='N',
+                        help='time under protection again, after the kill '
                         '(default: %(default)s)')
     parser.add_argument('--disks', type=int, default=2, metavar='N',
                         choices=range(1, 9),
@@ -57,12 +59,23 @@ class Kill:
     failover: Failover
     before: Beat
     safe: Beat
-    checkpoints: List[Checkpoint]
 
     @property
     def kept(self) -> bool:
         """Whether the survivor knows all that the last checkpoint held."""
         return self.failover.beat.tx >= self.safe.tx
+
+    @property
+    def gone(self) -> int:
+        """How many transactions came too late for the survivor."""
+        return max(self.before.tx - self.failover.beat.tx, 0)
+
+
+def version(build: Path) -> str:
+    """Return what a built QEMU calls itself."""
+    found = re.search(r'version (\S+)', run_tool([
+        str(build / 'qemu-system-x86_64'), '--version']))
+    return f'QEMU {found[1] if found else "of an unknown version"}'
 
 
 class Story:
@@ -73,7 +86,7 @@ class Story:
         self.folder = folder
         self.screen = command.Progress()
         self._began = time.time()
-        self._sync = (0.0, 0.0)
+        self._checkpoints: List[Checkpoint] = []
         self.pair = ColoPair(self._setup())
 
     def say(self, topic: str, text: str) -> None:
@@ -83,14 +96,22 @@ class Story:
     def run(self) -> bool:
         """Tell it all; return whether nothing was lost."""
         pair = self.pair
-        self._boot(pair)
-        self._protect(pair)
+        self.say('primary', 'booting the guest, not protected yet')
+        pair.start_primary()
+        self.say('guest', 'at work: SQLite on ext4, numbered blocks beside it')
+        first = self._protect(pair, self.options.seconds)
         outcome = self._kill(pair)
-        self._go_on(pair)
+        again = self._protect(pair, self.options.after)
         ended = time.time()
+        after = again.protected - outcome.victim.died
+        self.say('AGAIN', f'protected again after {after:.1f} s, '
+                 f'{again.copied / MIB:.1f} of {again.size / MIB:.0f} MiB '
+                 'copied')
+        pair.unprotect()
+        self.say('guest', 'alone, told to check all it wrote and shut down')
         found = self._judge(pair, outcome)
-        self._draw(pair, found, outcome, ended)
-        self._show(found, outcome)
+        self._draw(pair, found, outcome, (first, again, ended))
+        self._show(found, outcome, again)
         return not found.problems
 
     def _setup(self) -> Setup:
@@ -98,17 +119,14 @@ class Story:
         guest = get_guest(options.cache, lambda text: self.say('guest', text))
         accel = options.accel if options.accel != 'auto' else accelerator()
         disks = Disks(count=options.disks)
+        self._footer = (
+            f'{version(options.build_dir)} ({accel.upper()}), Linux '
+            f'{guest.version} in the guest. All hosts are processes of this '
+            'machine, joined by unix sockets: a network is slower.')
         self.say('setup', f'two QEMUs ({accel.upper()}), {disks.count} x '
                  f'{disks.size // MIB} MiB disk, Linux {guest.version}')
         return Setup(options.build_dir, guest, self.folder, disks, accel,
                      options.checkpoint_ms)
-
-    def _boot(self, pair: ColoPair) -> None:
-        self.say('primary', 'booting the guest, not protected yet')
-        pair.start_primary()
-        self.say('guest', 'at work: SQLite on ext4, numbered blocks beside it')
-        pair.start_secondary()
-        self.say('secondary', 'up, exports its disks by NBD')
 
     def _show_sync(self, parts: Sequence[float]) -> None:
         done = sum(parts) / len(parts)
@@ -117,27 +135,37 @@ class Story:
                          + ' '.join(f'{100 * part:.0f} %'
                                     for part in parts[:6]))
 
-    def _protect(self, pair: ColoPair) -> None:
+    def _protect(self, pair: ColoPair, seconds: float) -> Protection:
+        """Protect the guest for so long."""
+        pair.look()
+        pair.start_secondary()
+        name = pair.secondary.name
+        old = '' if pair.secondary.images[0].parent.name == name else \
+            ', with the disks of the last one'
+        self.say('secondary', f'{name} is up, exports its disks by NBD{old}')
         self.say('sync', 'copying the disks while the guest writes')
-        began = time.time()
-        pair.sync(self._show_sync)
-        self._sync = (began, time.time())
-        self.say('sync', 'disks equal, every write is forwarded')
+        pair.begin_sync()
+        synced: Synced = pair.finish_sync(self._show_sync)
+        self.say('sync', f'disks equal, {synced.copied / MIB:.1f} of '
+                 f'{synced.size / MIB:.0f} MiB copied; every write is '
+                 'forwarded')
         self.say('guest', str(pair.primary.beat))
         switch = pair.protect()
         self.say('memory', 'migrated with x-colo, pause '
                  f'{switch.pause_ms:.0f} ms; protected from now on')
-        pair.watch(self.options.seconds, lambda checkpoint: self.say(
+        pair.watch(seconds, lambda checkpoint: self.say(
             'checkpoint', f'{len(pair.checkpoints()):3}  pause '
             f'{checkpoint.pause_ms:4.0f} ms   {pair.primary.beat}'))
+        self._checkpoints += pair.checkpoints()
+        return Protection(name, (synced.began, synced.ended),
+                          pair.protected_at, synced.copied, synced.size)
 
     def _kill(self, pair: ColoPair) -> Kill:
         victim, other = pair.primary, pair.secondary
         if self.options.kill == 'secondary':
             victim, other = other, victim
-        done = pair.checkpoints()
-        before = pair.primary.beat
-        safe = pair.primary.console.last_before(done[-1].stopped) or before
+        runs = pair.primary.console
+        safe = runs.last_before(self._checkpoints[-1].stopped)
         victim.sigkill()
         self.say('KILL',
                  f'SIGKILL to the {self.options.kill} ({victim.name})')
@@ -151,15 +179,9 @@ class Story:
         if failover.merged_ms is not None:
             self.say('failover', 'overlays merged into the disk within '
                      f'{failover.merged_ms:.0f} ms of the kill')
-        return Kill(victim, failover, before, safe, done)
-
-    def _go_on(self, pair: ColoPair) -> None:
-        host = pair.primary
-        enough: int = host.beat.number + 10 * self.options.after
-        host.wait_until(lambda: host.beat.number >= enough,
-                        'the time after the failover')
-        self.say('guest', str(host.beat))
-        self.say('guest', 'told to check all it wrote and shut down')
+        before = runs.last_before(victim.died)
+        assert before
+        return Kill(victim, failover, before, safe or before)
 
     def _judge(self, pair: ColoPair, outcome: Kill) -> Findings:
         report = pair.finish()
@@ -171,10 +193,11 @@ class Story:
         return found
 
     def _draw(self, pair: ColoPair, found: Findings, outcome: Kill,
-              ended: float) -> None:
+              spans: Tuple[Protection, Protection, float]) -> None:
         """Leave a picture of it."""
         failover = outcome.failover
         killed = outcome.victim.died
+        first, again, ended = spans
 
         def after(milliseconds: float) -> float:
             return killed + milliseconds / 1000
@@ -182,29 +205,33 @@ class Story:
         timeline = Timeline(
             victim=outcome.victim.name, survivor=pair.primary.name,
             killed_side=self.options.kill, began=self._began,
-            sync=self._sync, protected=pair.protected_at, killed=killed,
+            first=first, killed=killed,
             running=after(failover.running_ms),
-            first_output=after(failover.output_ms), ended=ended,
+            first_output=after(failover.output_ms), again=again, ended=ended,
             merged=None if failover.merged_ms is None
             else after(failover.merged_ms),
-            checkpoints=[(c.stopped, c.resumed) for c in outcome.checkpoints],
+            checkpoints=[(c.stopped, c.resumed) for c in self._checkpoints],
             work={host.name: [Work(beat.when, beat.tx)
                               for beat in host.console.beats()
                               if beat.when <= ended] for host in pair.hosts},
-            lag=pair.lag, merge=pair.merge, safe=outcome.safe.tx,
+            looks=[Look(look.when, look.pending, look.lacking)
+                   for look in pair.looks if look.when <= ended],
+            merge=pair.merge, safe=outcome.safe.tx, at_kill=outcome.before.tx,
             taken_over=failover.beat.tx, at_end=found.rows,
             checked=found.blocks, host_checked=found.host_blocks,
-            wrong=found.all_wrong, problems=found.problems)
+            wrong=found.all_wrong, footer=self._footer,
+            problems=found.problems)
         self.options.picture.write_text(draw(timeline), encoding='utf-8')
 
-    def _show(self, found: Findings, outcome: Kill) -> None:
+    def _show(self, found: Findings, outcome: Kill,
+              again: Protection) -> None:
         """Show the verdict.
 
         The secondary's guest runs by itself between two checkpoints.  So it
         may take over with fewer or more transactions than the primary had at
         the kill, but never with fewer than at the last checkpoint.
         """
-        pauses = sorted(c.pause_ms for c in outcome.checkpoints)
+        pauses = sorted(c.pause_ms for c in self._checkpoints)
         failover = outcome.failover
         self.screen.say('\nVerdict')
         for name, text, good in (
@@ -213,10 +240,17 @@ class Story:
                  f'{pauses[-1]:.0f} ms', True),
                 ('guest running again', f'after {failover.running_ms:.0f} ms '
                  f'(first output {failover.output_ms:.0f} ms)', True),
-                ('transactions', f'{outcome.before.tx} at the kill, '
-                 f'{outcome.safe.tx} at the last checkpoint', True),
-                ('', f'{failover.beat.tx} when the survivor took over, '
-                 f'{found.committed} at the end', outcome.kept),
+                ('protected again', f'after '
+                 f'{again.protected - outcome.victim.died:.1f} s, '
+                 f'{again.copied / MIB:.1f} of {again.size / MIB:.0f} MiB '
+                 'copied', True),
+                ('transactions', f'{outcome.safe.tx} at the last checkpoint: '
+                 'guaranteed', True),
+                ('', f'{outcome.before.tx} at the kill', True),
+                ('', f'{failover.beat.tx} when the survivor took over'
+                 + (f', {outcome.gone} newer ones are gone' if outcome.gone
+                    else ''), outcome.kept),
+                ('', f'{found.committed} at the end', True),
                 ('PRAGMA integrity_check', f'{found.integrity}, {found.rows} '
                  f'of {found.committed} rows', found.integrity == 'ok'
                  and found.rows == found.committed),
@@ -232,6 +266,10 @@ class Story:
             f'\nFAIL: {len(found.problems)} problems' if found.problems else
             f'\nPASS: the VM survived the {self.options.kill}, its memory and '
             'its disks agree.')
+        if self.options.kill == 'primary':
+            self.screen.say(
+                'Without colo-compare, what the guest has told the outside '
+                'since the\nlast checkpoint may be gone.')
 
 
 def run(options: argparse.Namespace, folder: Path) -> bool:

@@ -187,12 +187,13 @@ def fields(line: str) -> Dict[str, str]:
 class GuestHost(Host):
     """A QEMU with the guest."""
 
-    def __init__(self, setup: Setup, name: str, nodes: List[Json],
-                 incoming: bool, args: List[str]) -> None:
-        """Start it with these block nodes and a device on each quorum."""
+    def __init__(self, setup: Setup, name: str, nodes: List[List[Json]],
+                 images: List[Path], incoming: bool, args: List[str]) -> None:
+        """Start it with the nodes of each disk; the guest uses the last."""
         folder = setup.folder / name
         super().__init__(setup.build, folder, name, *args,
                          seconds=STEP_SECONDS)
+        self.images = images
         self._killed_at: Optional[float] = None
         self.add_args(
             '-no-user-config', '-nodefaults', '-name', name,
@@ -208,11 +209,11 @@ class GuestHost(Host):
             '-serial', 'chardev:work',
             # for ./run top
             *self._socket('top'), '-mon', 'chardev=top,mode=control')
-        for node in nodes:
-            self.add_args('-blockdev', json.dumps(node))
-        for disk in range(setup.disks.count):
-            self.add_args('-device',
-                          f'virtio-blk-pci,id=vd{disk},drive={top(disk)}')
+        for disk, chain in enumerate(nodes):
+            for node in chain:
+                self.add_args('-blockdev', json.dumps(node))
+            self.add_args('-device', f'virtio-blk-pci,id=vd{disk},'
+                          f'drive={chain[-1]["node-name"]}')
         if incoming:
             self.add_args('-incoming', 'defer')
         self.launch()
@@ -249,6 +250,11 @@ class GuestHost(Host):
         self._killed_at = time.time()
         self.send_signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        super().kill()
+        # a host that is replaced is not to be watched
+        self.path('top.sock').unlink(missing_ok=True)
+
     @property
     def died(self) -> float:
         """When QEMU was killed."""
@@ -269,8 +275,3 @@ class GuestHost(Host):
             if lines:
                 shown += [f'{self.path(name)}, its end:', *lines[-LOG_TAIL:]]
         return '\n'.join(shown)
-
-
-def top(disk: int) -> str:
-    """The name of the root node, which the guest's device uses."""
-    return f'colo-disk{disk}'

@@ -1,19 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two QEMU processes with COLO between them, and what one does with them.
 
-The graph of one disk, with its node names:
-
-    primary                                secondary
-    colo-disk0 (quorum)                    colo-disk0 (quorum)
-      |      \\                               |
-    disk0   forward0 (replication)         replication0
-              |                              |
-            link0 (nbd) -- unix socket --> active0 -> hidden0 -> disk0
-                                           NBD server ------------^
-
-A secondary that was promoted keeps replication0 below its quorum; it can be
-the primary of the next pair, for which start_secondary(), sync() and
-protect() are called again.
+The survivor of one pair is the primary of the next, for which
+start_secondary(), sync() and protect() are called again.
 """
 
 import time
@@ -22,14 +11,17 @@ from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import nodes
+from forms import Form, Holder, Progress, Synced
 from guesthost import (CHECK_SECONDS, POLL, STEP_SECONDS, Beat, GuestHost,
-                       Setup, top)
+                       Setup, fields)
 from host import HostError, Json
 
 # Unlimited: the guest must not wait for a migration that is throttled.
 BANDWIDTH = 1 << 40
+# What a replica lacks is known in blocks of so many bytes
+NOTED = 64 * 1024
 # How often the primary is asked how far the secondary is behind, in seconds.
-LAG_EVERY = 0.2
+LOOK_EVERY = 0.1
 
 
 @dataclass(frozen=True)
@@ -53,24 +45,33 @@ class Failover:
     beat: Beat
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the primary told at a time, in bytes of all disks."""
+    when: float
+    # on the way to the secondary
+    pending: int
+    # what the secondary does not have
+    lacking: int
+
+
 class ColoPair:
     """A protected VM: the host that runs it and the one that stands by."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, form: Optional[Form] = None) -> None:
         self.setup = setup
+        self.form = form or Holder(setup.disks.count, setup.disks.size)
         self.hosts: List[GuestHost] = []
         self._primary: Optional[GuestHost] = None
         self._secondary: Optional[GuestHost] = None
+        # The last secondary, if the primary knows what its disks lack
+        self._lost: Optional[GuestHost] = None
+        self._knows = False
         self.protected_at = 0.0
-        # Memory for writes that are not on the secondary yet, unless it is
-        # the default; sync() takes it
-        self.write_behind: Optional[int] = None
         # what each QEMU gets besides
         self.host_args: List[str] = []
-        self._sync_began = 0.0
         self._exporting = False
-        # when, and how many bytes the secondary did not have then
-        self.lag: List[Tuple[float, int]] = []
+        self.looks: List[Look] = []
         # when, and how many bytes were merged, of how many
         self.merge: List[Tuple[float, int, int]] = []
 
@@ -98,46 +99,51 @@ class ColoPair:
 
     # Both hosts, before protection
 
-    def _new_host(self, own: Callable[[Path, int], List[Json]],
-                  incoming: bool) -> GuestHost:
-        """Start a host, with the nodes that each disk has in its folder."""
+    def _new_host(self, images: List[Path], secondary: bool) -> GuestHost:
+        """Start a host, with images of another or new ones."""
         name = f'host{len(self.hosts) + 1}'
         folder = self.setup.folder / name
         folder.mkdir()
-        made = [node for disk in self.disks for node in own(folder, disk)]
-        self.hosts.append(GuestHost(self.setup, name, made, incoming,
-                                    self.host_args))
+        images = images or [self._new_image(folder, disk)
+                            for disk in self.disks]
+        made = [self._nodes(folder, image, disk, secondary)
+                for disk, image in enumerate(images)]
+        self.hosts.append(GuestHost(self.setup, name, made, images,
+                                    secondary, self.host_args))
         return self.hosts[-1]
 
-    def _own_disk(self, folder: Path, disk: int) -> Json:
+    def _new_image(self, folder: Path, disk: int) -> Path:
         path = folder / f'disk{disk}.raw'
         with path.open('wb') as image:
             image.truncate(self.setup.disks.size)
-        return nodes.image('raw', f'disk{disk}', nodes.file(path))
+        return path
+
+    def _local_disk(self, image: Path, disk: int) -> Json:
+        return nodes.image('raw', f'disk{disk}', nodes.file(image))
 
     def _overlay(self, path: Path, name: str, backing: str,
                  options: str = '') -> Json:
         nodes.create(self.setup.build, path, self.setup.disks.size, options)
         return nodes.image('qcow2', name, nodes.file(path), backing=backing)
 
-    def _primary_nodes(self, folder: Path, disk: int) -> List[Json]:
-        return [self._own_disk(folder, disk),
-                nodes.quorum(top(disk), f'disk{disk}')]
-
-    def _secondary_nodes(self, folder: Path, disk: int) -> List[Json]:
-        return [self._own_disk(folder, disk),
+    def _nodes(self, folder: Path, image: Path, disk: int,
+               secondary: bool) -> List[Json]:
+        local = self._local_disk(image, disk)
+        if not secondary:
+            return [local, self.form.primary_root(disk)]
+        root = self.form.secondary_root(disk)
+        return [local,
                 self._overlay(folder / f'hidden{disk}.qcow2',
                               f'hidden{disk}', f'disk{disk}'),
                 self._overlay(folder / f'active{disk}.qcow2',
                               f'active{disk}', f'hidden{disk}',
                               nodes.RECOMMENDED_ACTIVE),
-                nodes.secondary(f'replication{disk}', top(disk),
-                                f'active{disk}'),
-                nodes.quorum(top(disk), f'replication{disk}')]
+                nodes.secondary(f'replication{disk}', root['node-name'],
+                                f'active{disk}'), root]
 
     def start_primary(self) -> None:
         """Boot the guest, not protected yet, and wait for it to work."""
-        host = self._primary = self._new_host(self._primary_nodes, False)
+        host = self._primary = self._new_host([], False)
 
         def works() -> bool:
             beat = host.console.beat
@@ -146,8 +152,16 @@ class ColoPair:
         host.wait_until(works, "the guest's start", CHECK_SECONDS)
 
     def start_secondary(self) -> None:
-        """Start the host that stands by, with its disks exported."""
-        host = self._secondary = self._new_host(self._secondary_nodes, True)
+        """Start the host that stands by, with its disks exported.
+
+        They are those of the last one, if it is known what these lack.
+        """
+        for dead in self.hosts:
+            if dead is not self.primary:
+                dead.kill()
+        images = self._lost.images if (
+            self._lost and self._knows and self.form.keeps_disk) else []
+        host = self._secondary = self._new_host(images, True)
         host.serve()
         for disk in self.disks:
             host.export(f'disk{disk}')
@@ -163,80 +177,24 @@ class ColoPair:
 
     # From a running guest to a protected one
 
-    def sync(self, progress: Callable[[Sequence[float]], None]) -> None:
-        """Fill the secondary's disks and leave forwarding behind.
+    def begin_sync(self, speed: int = 0) -> None:
+        """Begin to bring the secondary's disks in step while the guest writes.
 
-        The guest writes all the time; no block may end up old.  Why none
-        does:
-
-        1. The mirror's filter sits between the guest's device and the
-           quorum, so it sees every guest write.  With
-           copy-mode=write-blocking a write is done when it is on both
-           disks, and what it overtakes is copied before it, never after.
-        2. Once the job is ready and actively-synced, nothing is left to
-           copy: from here on the mirror writes to the secondary only what
-           a guest's write carries.
-        3. Now the forwarding node joins the quorum.  QEMU drains the graph
-           for that, so each write is either done on both disks already, or
-           goes by both ways.  By both ways it carries the same data, and
-           the guest is told that it is done when the mirror's is, and the
-           other is in the queue of the forwarding, which keeps the order:
-           a later write to the same block cannot be overtaken there.
-        4. Only then the mirror ends.  Cancelling a ready job (not by force)
-           lets it finish in sync, drained again.  What is left is the
-           forwarding, which has missed nothing.
-
-        The other order of 3 and 4 would lose what is written in between.
-        The mirror's target shares its node with no other writer, so that
-        mirror and forwarding have a connection each.
+        At most so many bytes a second are copied, if there is a limit.
         """
-        host = self.primary
-        self._sync_began = time.time()
-        socket = self.secondary.socket
-        for disk in self.disks:
-            host.add(nodes.link(f'sync-link{disk}', socket, f'disk{disk}'))
-            host.cmd('blockdev-mirror', job_id=f'sync{disk}',
-                     device=top(disk), target=f'sync-link{disk}',
-                     sync='full', copy_mode='write-blocking',
-                     filter_node_name=f'sync-filter{disk}')
-        host.wait_until(lambda: self._mirrored(progress), 'the disk sync')
-        options = {} if self.write_behind is None else {
-            'write-behind': self.write_behind}
-        for disk in self.disks:
-            host.add(nodes.link(f'link{disk}', socket, f'disk{disk}'),
-                     nodes.primary(f'forward{disk}', f'link{disk}',
-                                   **options))
-            host.cmd('x-blockdev-change', parent=top(disk),
-                     node=f'forward{disk}')
-        self._end_mirrors(host)
+        self.look()
+        self.form.begin_sync(self.primary, self.secondary.socket,
+                             self._knows and self.form.keeps_disk, speed)
 
-    def _mirrored(self, progress: Callable[[Sequence[float]], None]) -> bool:
-        jobs = {job['device']: job
-                for job in self.primary.cmd('query-block-jobs')}
-        self._check_mirrors(self.primary)
-        if len(jobs) != len(self.disks):
-            # One is gone: its event, still on the way, says why.
-            return False
-        ordered = [jobs[f'sync{disk}'] for disk in self.disks]
-        progress([job['offset'] / (job['len'] or 1) for job in ordered])
-        return all(job['ready'] and job['actively-synced']
-                   for job in ordered)
+    def finish_sync(self, progress: Progress) -> Synced:
+        """Wait until they are, and will be from now on."""
+        def look(done: Sequence[float]) -> None:
+            self.look()
+            progress(done)
 
-    def _check_mirrors(self, host: GuestHost) -> None:
-        for event in host.seen('BLOCK_JOB_COMPLETED', self._sync_began):
-            if 'error' in event['data']:
-                raise HostError(f'{host.name}: the disk sync failed: '
-                                f'{event["data"]["error"]}')
-
-    def _end_mirrors(self, host: GuestHost) -> None:
-        for disk in self.disks:
-            host.cmd('block-job-cancel', device=f'sync{disk}')
-        host.wait_until(lambda: not host.cmd('query-block-jobs'),
-                        'the end of the disk sync')
-        host.pump()
-        self._check_mirrors(host)
-        for disk in self.disks:
-            host.delete(f'sync-link{disk}')
+        synced = self.form.finish_sync(self.primary, look)
+        self._knows = True
+        return synced
 
     def protect(self) -> Checkpoint:
         """Migrate the memory and start COLO; return the pause it took."""
@@ -253,6 +211,7 @@ class ColoPair:
                 raise HostError(f'{host.name}: migration failed: '
                                 f'{state.get("error-desc", "no reason")}')
             self.secondary.pump()
+            self.look()
             return (state['status'] == 'colo'
                     and bool(host.seen('RESUME', start)))
 
@@ -289,14 +248,22 @@ class ColoPair:
             for checkpoint in done[told:]:
                 tell(checkpoint)
             told = len(done)
-            self._look_at_lag()
+            self.look()
             self.primary.console.wait(POLL)
 
-    def _look_at_lag(self) -> None:
+    def look(self) -> None:
+        """Note what the primary tells, unless that was noted just now."""
         now = time.time()
-        if not self.lag or now >= self.lag[-1][0] + LAG_EVERY:
-            self.lag.append((now, sum(stats['pending-memory'] for stats
-                                      in self.primary.statistics())))
+        if not self.looks or now >= self.looks[-1].when + LOOK_EVERY:
+            self.looks.append(Look(now, self._sum('pending-memory'),
+                                   self.lacking()))
+
+    def lacking(self) -> int:
+        """How many bytes the secondary may lack, as far as that is told."""
+        return self._sum('out-of-sync-bytes')
+
+    def _sum(self, name: str) -> int:
+        return sum(stats.get(name, 0) for stats in self.primary.statistics())
 
     # One host dies
 
@@ -318,6 +285,7 @@ class ColoPair:
         self.stop_exports()
         host.cmd('x-colo-lost-heartbeat')
         self._primary, self._secondary = host, None
+        self._lost, self._knows = None, False
         return self._wait_for_failover(host, since or dead.died, merge=True)
 
     def fail_over_to_primary(self, since: Optional[float] = None) -> Failover:
@@ -328,24 +296,21 @@ class ColoPair:
         host, dead = self.primary, self.secondary
         # First the guest: a checkpoint that will never end may hold it.
         host.cmd('x-colo-lost-heartbeat')
-        self._secondary = None
         result = self._wait_for_failover(host, since or dead.died,
                                          merge=False)
-        self._cut_links(host)
+        self.lose_secondary()
         return result
 
-    def _cut_links(self, host: GuestHost) -> None:
-        """Take the secondary out of the primary's graph."""
-        known = [node['node-name'] for node in
-                 host.cmd('query-named-block-nodes', flat=True)]
-        for disk in self.disks:
-            for name, node in host.children(top(disk)).items():
-                if node == f'forward{disk}':
-                    host.cmd('x-blockdev-change', parent=top(disk),
-                             child=name)
-            for node in (f'forward{disk}', f'link{disk}', f'sync-link{disk}'):
-                if node in known:
-                    host.delete(node)
+    def lose_secondary(self) -> None:
+        """Let go of a secondary."""
+        self._lost, self._secondary = self.secondary, None
+        self.form.let_go(self.primary)
+
+    def unprotect(self) -> None:
+        """End the protection while both are well."""
+        other = self.secondary
+        self.fail_over_to_primary(time.time())
+        other.kill()
 
     def _wait_for_failover(self, host: GuestHost, since: float,
                            merge: bool) -> Failover:
@@ -370,6 +335,7 @@ class ColoPair:
         beat = next(b for b in host.console.beats() if b.when > resumed)
         merged_ms = None
         if merge:
+            self.form.promoted(host)
             merged_ms = (self._wait_for_merge(host) - since) * 1000
         return Failover((resumed - since) * 1000,
                         (beat.when - since) * 1000, merged_ms, beat)
@@ -387,11 +353,59 @@ class ColoPair:
         """
         def merged() -> bool:
             self._look_at_merge(host)
-            return all(host.children(f'replication{disk}').get('file')
-                       == f'disk{disk}' for disk in self.disks)
+            return len(done()) == len(self.disks)
+
+        def done() -> List[float]:
+            return [event['when'] for event
+                    in host.seen('REPLICATION_STAGE_CHANGE')
+                    if event['data']['stage'] == 'done']
 
         host.wait_until(merged, 'the merge of the overlays')
-        return time.time()
+        # how much it was is known for sure when it has ended
+        self._look_at_merge(host)
+        return max(done())
+
+    # What the guest does, and finds
+
+    def wrote(self) -> int:
+        """How much of the disks the guest has written so far, at most.
+
+        In bytes, in the blocks in which is noted what a replica lacks.
+        """
+        told = [device['stats']
+                for device in self.primary.cmd('query-blockstats')]
+        return sum(stats['wr_bytes'] + 2 * NOTED * stats['wr_operations']
+                   for stats in told)
+
+    def check(self) -> int:
+        """Have the guest check all that it ever wrote, and go on.
+
+        Returns how many blocks that were.
+        """
+        host, console = self.primary, self.primary.console
+        before = len(console.lines('CHECKED'))
+        console.send('check')
+        host.wait_until(lambda: len(console.lines('CHECKED')) > before,
+                        "the guest's check", CHECK_SECONDS)
+        return int(fields(console.lines('CHECKED')[-1])['blocks'])
+
+    def complaints(self) -> List[str]:
+        """Return the lines in which a guest says that something is wrong."""
+        return [f'{host.name}: the guest says: {line}' for host in self.hosts
+                for line in host.console.lines('FAIL', 'WRONG', 'SQL')
+                if not line.startswith('SQL')
+                or fields(line).get('integrity') != 'ok']
+
+    @property
+    def wrong(self) -> int:
+        """The wrong blocks that any guest of the pair has seen.
+
+        A guest tells of the first few and counts the rest.
+        """
+        consoles = [host.console for host in self.hosts]
+        told = sum(len(console.lines('WRONG')) for console in consoles)
+        return max([told, *(beat.wrong for console in consoles
+                            for beat in console.beats())])
 
     # The end
 
@@ -413,7 +427,7 @@ class ColoPair:
 
     def images(self) -> List[Path]:
         """Return the survivor's disk images."""
-        return [self.primary.path(f'disk{disk}.raw') for disk in self.disks]
+        return self.primary.images
 
 
 def pauses(host: GuestHost, since: float) -> List[Checkpoint]:

@@ -233,6 +233,11 @@ class Host(QEMUMachine):
                      nodes[edge['parent']]['type'])
                 for edge in graph['edges']]
 
+    def node_names(self) -> List[str]:
+        """The names of all nodes."""
+        return [node['node-name'] for node in
+                self.cmd('query-named-block-nodes', flat=True)]
+
     def children(self, node: str) -> Dict[str, str]:
         """The node names of a node's children, by child name."""
         return {edge.name: edge.node for edge in self.edges()

@@ -2,11 +2,17 @@
 """The nodes of a replicated disk, as blockdev-add wants them.
 
     primary                       secondary
-    quorum                        quorum
+    replication                   any node
       |    +------+                 |
-    disk      replication         replication
-                  |                 |
-              NBD client          active -> hidden -> disk
+    disk      NBD client          replication
+                                    |
+    or, without a replica of its    |
+    own:                          active -> hidden -> disk
+    quorum
+      |    +------+
+    disk      replication
+                  |
+              NBD client
 """
 
 import subprocess
@@ -43,6 +49,11 @@ def primary(name: str, target: Below, **options: Any) -> Json:
     """What forwards the guest's writes to a target."""
     return {'driver': 'replication', 'mode': 'primary', 'node-name': name,
             'file': target, **options}
+
+
+def holder(name: str, local: Below, **options: Any) -> Json:
+    """The guest's node of a primary that holds both disks; alone at first."""
+    return primary(name, local, **{'replica': None, **options})
 
 
 def secondary(name: str, top: str, active: Below, **options: Any) -> Json:

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The two ways to put a pair's disks together.
+
+The graph of one disk, with its node names, where the primary's node holds both
+disks:
+
+    primary                                secondary
+    colo-disk0 (replication)               guest0 (raw)
+      |      \\                               |
+    disk0   link0 (nbd) -- unix socket --> replication0
+                            NBD server       |
+                                |          active0 -> hidden0 -> disk0
+                                '------------------------------^
+
+guest0 is there for the day on which the secondary is promoted and is to be
+protected itself.  Then colo-disk0 is put between it and replication0, which
+serves the guest whether or not the merge has ended.
+
+And with quorum, as before there was such a node:
+
+    colo-disk0 (quorum)                    colo-disk0 (quorum)
+      |      \\                               |
+    disk0   forward0 (replication)         replication0
+              |                              |
+            link0 (nbd) ------------------> as above
+
+Here, colo-disk0 of a secondary that was promoted gets another child.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, List, Sequence, Tuple
+
+import nodes
+from guesthost import GuestHost
+from host import HostError, Json
+
+Progress = Callable[[Sequence[float]], None]
+
+
+def top(disk: int) -> str:
+    """The name of the primary's root node."""
+    return f'colo-disk{disk}'
+
+
+class SyncError(HostError):
+    """The secondary's disks could not be made equal."""
+
+
+@dataclass(frozen=True)
+class Synced:
+    """How the secondary's disks came to be equal; all in bytes."""
+    began: float
+    ended: float
+    lacking: int
+    copied: int
+    size: int
+
+
+class Form(ABC):
+    """What is done to the disks of a pair, the same on all of them."""
+
+    # Whether a new secondary needs no more than what the last one's disk lacks
+    keeps_disk = True
+
+    def __init__(self, count: int, size: int, **options: Any) -> None:
+        """The options are those of the primary's replication nodes."""
+        self.disks = range(count)
+        self.size = count * size
+        self.options = options
+        self._began = 0.0
+        self._before = (0, 0)
+
+    @abstractmethod
+    def primary_root(self, disk: int) -> Json:
+        """What the guest of a primary uses."""
+
+    @abstractmethod
+    def secondary_root(self, disk: int) -> Json:
+        """What the guest of a secondary uses."""
+
+    @abstractmethod
+    def begin_sync(self, host: GuestHost, socket: Path, changed: bool,
+                   speed: int) -> None:
+        """Begin to make the disks behind a socket equal to the host's."""
+
+    @abstractmethod
+    def finish_sync(self, host: GuestHost, progress: Progress) -> Synced:
+        """Wait until they are, and will be from now on."""
+
+    @abstractmethod
+    def let_go(self, host: GuestHost) -> None:
+        """Take a secondary that was lost out of the host's graph."""
+
+    @abstractmethod
+    def promoted(self, host: GuestHost) -> None:
+        """Have a secondary that was promoted be like a primary."""
+
+    def _check_jobs(self, host: GuestHost) -> None:
+        host.pump()
+        for event in host.seen('BLOCK_JOB_COMPLETED', self._began):
+            if 'error' in event['data']:
+                raise SyncError(f'{host.name}: the disk sync failed: '
+                                f'{event["data"]["error"]}')
+
+
+def part(job: Json) -> float:
+    """How far a job is."""
+    return float(job['offset'] / (job['len'] or 1))
+
+
+class Holder(Form):
+    """A primary whose node holds both disks."""
+
+    def primary_root(self, disk: int) -> Json:
+        return nodes.holder(top(disk), f'disk{disk}', **self.options)
+
+    def secondary_root(self, disk: int) -> Json:
+        return nodes.image('raw', f'guest{disk}', f'replication{disk}')
+
+    @staticmethod
+    def _counts(host: GuestHost) -> Tuple[int, int]:
+        """How many bytes replicas lack, and have been copied so far."""
+        told = [stats for stats in host.statistics()
+                if stats['mode'] == 'primary']
+        return (sum(stats['out-of-sync-bytes'] for stats in told),
+                sum(stats['copied-bytes'] for stats in told))
+
+    def begin_sync(self, host: GuestHost, socket: Path, changed: bool,
+                   speed: int) -> None:
+        self._began = time.time()
+        self._before = self._counts(host)
+        for disk in self.disks:
+            host.add(nodes.link(f'link{disk}', socket, f'disk{disk}'))
+            host.cmd('x-block-replica-sync', job_id=f'sync{disk}',
+                     node_name=top(disk), replica=f'link{disk}', speed=speed,
+                     sync='changed' if changed else 'full')
+
+    def finish_sync(self, host: GuestHost, progress: Progress) -> Synced:
+        def ended() -> bool:
+            jobs = {job['device']: job
+                    for job in host.cmd('query-block-jobs')}
+            self._check_jobs(host)
+            # one that has ended has done all
+            progress([part(jobs[f'sync{disk}']) if f'sync{disk}' in jobs
+                      else 1.0 for disk in self.disks])
+            return not jobs
+
+        host.wait_until(ended, 'the disk sync')
+        self._check_jobs(host)
+        return Synced(self._began, time.time(), self._before[0],
+                      self._counts(host)[1] - self._before[1], self.size)
+
+    def let_go(self, host: GuestHost) -> None:
+        for job in host.cmd('query-block-jobs'):
+            # it may end by itself in this moment
+            host.attempt('block-job-cancel', device=job['device'], force=True)
+        host.wait_until(lambda: not host.cmd('query-block-jobs'),
+                        'the end of the disk sync')
+        known = host.node_names()
+        for disk in self.disks:
+            if 'replica' in host.children(top(disk)):
+                host.cmd('x-block-replica-detach', node_name=top(disk),
+                         force=True)
+            if f'link{disk}' in known:
+                host.delete(f'link{disk}')
+
+    def promoted(self, host: GuestHost) -> None:
+        for disk in self.disks:
+            host.add(nodes.holder(top(disk), f'replication{disk}',
+                                  **self.options))
+            host.cmd('blockdev-reopen', {'options': [
+                {**self.secondary_root(disk), 'file': top(disk)}]})
+
+
+class Quorum(Form):
+    """A primary whose replication node stands beside its disk."""
+
+    keeps_disk = False
+
+    def primary_root(self, disk: int) -> Json:
+        return nodes.quorum(top(disk), f'disk{disk}')
+
+    def secondary_root(self, disk: int) -> Json:
+        return nodes.quorum(top(disk), f'replication{disk}')
+
+    def begin_sync(self, host: GuestHost, socket: Path, changed: bool,
+                   speed: int) -> None:
+        """Fill the secondary's disks.
+
+        The guest writes all the time; no block may end up old.  Why none
+        does, with finish_sync():
+
+        1. The mirror's filter sits between the guest's device and the
+           quorum, so it sees every guest write.  With
+           copy-mode=write-blocking a write is done when it is on both
+           disks, and what it overtakes is copied before it, never after.
+        2. Once the job is ready and actively-synced, nothing is left to
+           copy: from here on the mirror writes to the secondary only what
+           a guest's write carries.
+        3. Now the forwarding node joins the quorum.  QEMU drains the graph
+           for that, so each write is either done on both disks already, or
+           goes by both ways.  By both ways it carries the same data, and
+           the guest is told that it is done when the mirror's is, and the
+           other is in the queue of the forwarding, which keeps the order:
+           a later write to the same block cannot be overtaken there.
+        4. Only then the mirror ends.  Cancelling a ready job (not by force)
+           lets it finish in sync, drained again.  What is left is the
+           forwarding, which has missed nothing.
+
+        The other order of 3 and 4 would lose what is written in between.
+        The mirror's target shares its node with no other writer, so that
+        mirror and forwarding have a connection each.
+        """
+        self._began = time.time()
+        for disk in self.disks:
+            host.add(nodes.link(f'sync-link{disk}', socket, f'disk{disk}'),
+                     nodes.link(f'link{disk}', socket, f'disk{disk}'))
+            host.cmd('blockdev-mirror', job_id=f'sync{disk}',
+                     device=top(disk), target=f'sync-link{disk}',
+                     sync='full', copy_mode='write-blocking', speed=speed,
+                     filter_node_name=f'sync-filter{disk}')
+
+    def finish_sync(self, host: GuestHost, progress: Progress) -> Synced:
+        jobs: List[Json] = []
+
+        def mirrored() -> bool:
+            jobs[:] = sorted(host.cmd('query-block-jobs'),
+                             key=lambda job: str(job['device']))
+            self._check_jobs(host)
+            progress([part(job) for job in jobs])
+            # if one is gone, its event, still on the way, says why
+            return len(jobs) == len(self.disks) and all(
+                job['ready'] and job['actively-synced'] for job in jobs)
+
+        host.wait_until(mirrored, 'the disk sync')
+        for disk in self.disks:
+            host.add(nodes.primary(f'forward{disk}', f'link{disk}',
+                                   **self.options))
+            host.cmd('x-blockdev-change', parent=top(disk),
+                     node=f'forward{disk}')
+        for disk in self.disks:
+            host.cmd('block-job-cancel', device=f'sync{disk}')
+        host.wait_until(lambda: not host.cmd('query-block-jobs'),
+                        'the end of the disk sync')
+        self._check_jobs(host)
+        for disk in self.disks:
+            host.delete(f'sync-link{disk}')
+        return Synced(self._began, time.time(), self.size,
+                      sum(job['offset'] for job in jobs), self.size)
+
+    def let_go(self, host: GuestHost) -> None:
+        known = host.node_names()
+        for disk in self.disks:
+            for name, node in host.children(top(disk)).items():
+                if node == f'forward{disk}':
+                    host.cmd('x-blockdev-change', parent=top(disk),
+                             child=name)
+            for node in (f'forward{disk}', f'link{disk}', f'sync-link{disk}'):
+                if node in known:
+                    host.delete(node)
+
+    def promoted(self, host: GuestHost) -> None:
+        """Nothing: replication0 serves what is below it."""
