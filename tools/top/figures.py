@@ -22,9 +22,9 @@ DEMO_SOCKET = 'top.sock'
 # checkpoint: they become pauses.
 EVENTS = ('REPLICATION_STAGE_CHANGE', 'REPLICATION_ERROR',
           'REPLICATION_REPLICA_CHANGE', 'COLO_EXIT', 'QUORUM_FAILURE',
-          'QUORUM_REPORT_BAD', 'BLOCK_IO_ERROR', 'BLOCK_JOB_READY', 'BLOCK_JOB_COMPLETED', 'BLOCK_JOB_CANCELLED',
-          'BLOCK_JOB_ERROR', 'MIGRATION', 'SHUTDOWN', 'RESET',
-          'GUEST_PANICKED')
+          'QUORUM_REPORT_BAD', 'BLOCK_IO_ERROR', 'BLOCK_JOB_READY',
+          'BLOCK_JOB_COMPLETED', 'BLOCK_JOB_CANCELLED', 'BLOCK_JOB_ERROR',
+          'MIGRATION', 'SHUTDOWN', 'RESET', 'GUEST_PANICKED')
 
 
 class Rate:
@@ -145,8 +145,8 @@ def describe(event: Json) -> Event:
     name = event['event']
     data = event.get('data', {})
     who = data.get('node-name') or data.get('device') or data.get('id')
-    words = [str(data[key]) for key in ('stage', 'state', 'reason', 'status',
-                                         'error')
+    words = [str(data[key])
+             for key in ('stage', 'state', 'reason', 'status', 'error')
              if data.get(key)]
     stamp = event['timestamp']
     bad = bool('error' in data or data.get('stage') in ('broken',

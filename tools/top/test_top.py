@@ -112,12 +112,10 @@ class FiguresTest(unittest.TestCase):
                          'does not answer: it hangs$')
         self.assertEqual(verdict([], 60)[0], UNPROTECTED)
         # one that was promoted stays below the next primary's node
-        west.take_nodes(0, [
-            {'node-name': name, 'driver-specific': {
-                'driver': 'replication', 'mode': 'secondary', 'checkpoints': 0,
-                'copied-bytes': 0, 'top-node': top, **stats}}
-            for name, top, stats in (('done', 't', bad), ('new', 't', good))])
-        self.assertEqual(verdict([west], 60), (PROTECTED, last))
+        both = self.side('west', **good, **{'top-node': 'top'})
+        both.nodes['done'] = self.side(
+            'west', **bad, **{'top-node': 'top'}).nodes['n']
+        self.assertEqual(verdict([both], 60), (PROTECTED, last))
 
     def test_texts(self) -> None:
         """Three digits are enough, and fit."""
@@ -228,7 +226,8 @@ class TopTest(unittest.TestCase):
         for _ in range(2):
             host.cmd('xen-colo-do-checkpoint')
         lines = self.once(self.top(host), status=PROTECTED)
-        self.assertRegex(lines[0], r'^PROTECTED, last checkpoint [\d.]+ s ago$')
+        self.assertRegex(lines[0],
+                         r'^PROTECTED, last checkpoint [\d.]+ s ago$')
         name, stage, behind, _, took = self.row(lines, 'forward0')
         self.assertEqual([name, stage, behind],
                          ['forward0', 'running', 'nothing'])
@@ -240,8 +239,9 @@ class TopTest(unittest.TestCase):
         host.qemu_io('guest', f'write {DISK_MIB - 1}M 512')
         self.assertTrue(host.attempt('xen-colo-do-checkpoint'))
         lines = self.once(self.top(host))
-        self.assertRegex(' '.join(lines[:4]), 'NOT PROTECTED since .*: a request '
-                         'could not be forwarded: No space left on device')
+        self.assertRegex(' '.join(lines[:4]), 'NOT PROTECTED since .*: a '
+                         'request could not be forwarded: No space left on '
+                         'device')
         done = self.snapshot('--check', self.top(host))
         self.assertEqual(done.returncode, UNPROTECTED)
         self.assertEqual(done.stdout.splitlines(),
