@@ -14,6 +14,8 @@ STEP=install
 
 programs=(qemu-system-x86_64 qemu-img qemu-io qemu-nbd
           storage-daemon/qemu-storage-daemon)
+# gives QEMU a command, for docs/protect-a-vm.txt
+qmp=$(dirname "$(readlink -f "$0")")/../guide/qmp.py
 helpers=(qemu-bridge-helper qemu-pr-helper)
 # seabios, ipxe-qemu, whose files Debian 13 has moved, and what
 # qemu-system-data has for x86
@@ -56,6 +58,7 @@ assemble() {
     for name in "${programs[@]}"; do
         install -m 755 "$build/$name" "$new/bin/"
     done
+    install -m 755 "$qmp" "$new/bin/qmp"
     for name in "${helpers[@]}"; do
         install -m 755 "$build/$name" "$new/libexec/"
     done
