@@ -73,6 +73,7 @@
 #include "block/block_int.h"
 #include "block/replication.h"
 #include "block/write-behind.h"
+#include "qemu/timer.h"
 
 /* What is asked of a node, and its stage may refuse */
 typedef enum ReplicationOp {
@@ -131,16 +132,24 @@ typedef struct BDRVReplicationState {
     uint64_t failed_checkpoints;
     int64_t last_checkpoint_ns;
     int64_t longest_checkpoint_ns;
+    /* When the last one was, of QEMU_CLOCK_REALTIME; 0 if there was none */
+    int64_t checkpoint_time_ns;
+    /* When the stage was entered, of the host's clock */
+    int64_t stage_time_ns;
 
     /* The first error since open or start, or NULL */
     BlockStatsReplicationError *first_error;
+    /* Why the last replica was lost, or NULL since another is in step */
+    BlockStatsReplicationCause *replica_lost;
+    /* When the replica got into the state that it is in */
+    int64_t replica_time_ns;
     /*
      * Where the node stands in the graph, or stood when it was started: the
      * root above it or NULL, and the device of the root or NULL
      */
     char *top_node;
     char *device;
-    QemuMutex error_lock; /* protects @first_error, @top_node and @device */
+    QemuMutex error_lock; /* protects @first_error and what follows it */
 
     /* What only the node's role knows */
     union {
@@ -278,6 +287,12 @@ static inline ReplicationNodeStage replication_stage(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     return qatomic_read(&s->stage);
+}
+
+/* The host's clock, since the epoch */
+static inline int64_t replication_time_ns(void)
+{
+    return g_get_real_time() * SCALE_US;
 }
 
 /* Whether the present stage of @bs allows @op.  replication_stages[] says. */

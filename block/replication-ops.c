@@ -70,6 +70,7 @@ static const struct {
     },
     [REPLICATION_STAGE_FAILOVER] = {
         { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE },
+        .reason = "it has failed over, and this host has the only copy",
     },
     [REPLICATION_STAGE_FAILOVER_FAILED] = {
         { REFUSE, REFUSE, REFUSE, ACCEPT, ACCEPT, ACCEPT, REFUSE, REFUSE },
@@ -80,6 +81,7 @@ static const struct {
     [REPLICATION_STAGE_DONE] = {
         { IGNORE, IGNORE, IGNORE, IGNORE, SECONDARY, SECONDARY, ACCEPT,
           ACCEPT },
+        .reason = "it has failed over, and this host has the only copy",
     },
 };
 
@@ -154,6 +156,7 @@ void replication_set_stage(BlockDriverState *bs, ReplicationNodeStage stage)
     replication_update_place(bs);
     bdrv_graph_rdunlock_main_loop();
     qatomic_set(&s->stage, stage);
+    s->stage_time_ns = replication_time_ns();
     trace_replication_stage(bs, bdrv_get_node_name(bs),
                             ReplicationNodeStage_str(stage));
 
@@ -169,8 +172,10 @@ void replication_report_error(BlockDriverState *bs,
 
     IO_CODE();
 
-    /* The end of QEMU removes all exports */
-    if (reason == REPLICATION_ERROR_REASON_CUT_OFF && s->quitting) {
+    /* The end of QEMU removes all exports, and so may who has failed over */
+    if (reason == REPLICATION_ERROR_REASON_CUT_OFF &&
+        (s->quitting ||
+         replication_stage(bs) != REPLICATION_STAGE_RUNNING)) {
         return;
     }
 
@@ -185,9 +190,21 @@ void replication_report_error(BlockDriverState *bs,
         *s->first_error = (BlockStatsReplicationError) {
             .reason     = reason,
             .error      = g_strdup(text),
-            .time_ns    = g_get_real_time() * 1000,
+            .time_ns    = replication_time_ns(),
         };
     }
+}
+
+static BlockStatsReplicationCause *replication_cause(const char *text,
+                                                     int64_t time_ns)
+{
+    BlockStatsReplicationCause *cause = g_new0(BlockStatsReplicationCause, 1);
+
+    cause->text = g_strdup(text);
+    cause->has_time_ns = time_ns > 0;
+    cause->time_ns = time_ns;
+
+    return cause;
 }
 
 void replication_report_replica(BlockDriverState *bs, ReplicaState state,
@@ -198,6 +215,13 @@ void replication_report_replica(BlockDriverState *bs, ReplicaState state,
     IO_CODE();
 
     QEMU_LOCK_GUARD(&s->error_lock);
+    s->replica_time_ns = replication_time_ns();
+    if (state == REPLICA_STATE_SYNCED) {
+        g_clear_pointer(&s->replica_lost, qapi_free_BlockStatsReplicationCause);
+    } else if (state == REPLICA_STATE_LOST) {
+        qapi_free_BlockStatsReplicationCause(s->replica_lost);
+        s->replica_lost = replication_cause(error, s->replica_time_ns);
+    }
     qapi_event_send_replication_replica_change(bdrv_get_node_name(bs),
                                                s->top_node, s->device, state,
                                                error);
@@ -331,6 +355,7 @@ static bool replication_do_checkpoint(BlockDriverState *bs, Error **errp)
     if (s->role->checkpointed) {
         s->role->checkpointed(bs);
     }
+    s->checkpoint_time_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
 
     return true;
 }
@@ -417,10 +442,31 @@ static void replication_end_in_peace(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_STOPPED);
 }
 
+/*
+ * Part of a failover may be to remove the export before it, and to give up a
+ * replica that has not failed as far as we know.
+ */
+static void replication_expect_end(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+
+    if (s->first_error &&
+        s->first_error->reason == REPLICATION_ERROR_REASON_CUT_OFF) {
+        g_clear_pointer(&s->first_error, qapi_free_BlockStatsReplicationError);
+    }
+    if (s->role->holds_disk && !s->replica_lost) {
+        s->replica_lost = replication_cause("it was given up by a failover",
+                                            replication_time_ns());
+    }
+}
+
 static void replication_go_on_alone(BlockDriverState *bs, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
 
+    replication_expect_end(bs);
     if (s->role->failover) {
         s->role->failover(bs, errp);
     } else {
@@ -608,6 +654,77 @@ ReplicationOps replication_ops = {
     .finish     = replication_finish,
 };
 
+/* The node has a disk of its own, and replication does not run */
+static BlockStatsReplicationCause *
+replication_why_replica(BlockDriverState *bs, ReplicaState state)
+{
+    BDRVReplicationState *s = bs->opaque;
+    g_autofree char *text = NULL;
+
+    switch (state) {
+    case REPLICA_STATE_SYNCED:
+        return replication_cause("its replica is in step, but replication is "
+                                 "not running", s->stage_time_ns);
+    case REPLICA_STATE_SYNCING:
+        return replication_cause("its replica is being brought in step",
+                                 s->replica_time_ns);
+    default:
+        break;
+    }
+    if (!s->replica_lost) {
+        return replication_cause("it has no replica", s->replica_time_ns ?:
+                                                      s->stage_time_ns);
+    }
+    text = g_strdup_printf("its replica was lost: %s", s->replica_lost->text);
+
+    return replication_cause(text, s->replica_lost->time_ns);
+}
+
+/* Why a node that runs does not protect its disk, or NULL if it does */
+static BlockStatsReplicationCause *replication_why_error(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BlockStatsReplicationError *first = s->first_error;
+    BlockStatsReplicationCause *cause = NULL;
+    Error *err = NULL;
+
+    s->role->get_error(bs, &err);
+    if (err) {
+        cause = replication_cause(error_get_pretty(err),
+                                  first ? first->time_ns : 0);
+        error_free(err);
+    } else if (first) {
+        cause = replication_cause(first->error, first->time_ns);
+    } else if (qatomic_read(&s->relied_on)) {
+        cause = replication_cause("the local disk has failed, and only the "
+                                  "secondary has all data", 0);
+    }
+
+    return cause;
+}
+
+static BlockStatsReplicationCause *
+replication_why_unprotected(BlockDriverState *bs,
+                            BlockStatsSpecificReplication *stats)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    QEMU_LOCK_GUARD(&s->error_lock);
+
+    if (s->stage == REPLICATION_STAGE_RUNNING) {
+        return replication_why_error(bs);
+    }
+    if (s->error) {
+        return replication_cause(error_get_pretty(s->error), s->stage_time_ns);
+    }
+    if (s->role->holds_disk) {
+        return replication_why_replica(bs, stats->u.primary.replica_state);
+    }
+
+    return replication_cause(replication_stages[s->stage].reason,
+                             s->stage_time_ns);
+}
+
 BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
@@ -625,12 +742,23 @@ BlockStatsSpecific *replication_get_specific_stats(BlockDriverState *bs)
         .last_checkpoint_ns     = s->last_checkpoint_ns,
         .longest_checkpoint_ns  = s->longest_checkpoint_ns,
     };
+    s->role->get_stats(bs, stats);
+    stats->unprotected = replication_why_unprotected(bs, stats);
+    stats->protects = !stats->unprotected;
+    if (s->checkpoint_time_ns) {
+        stats->has_checkpoint_age_ns = true;
+        stats->checkpoint_age_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) -
+                                   s->checkpoint_time_ns;
+    }
     WITH_QEMU_LOCK_GUARD(&s->error_lock) {
         stats->error = QAPI_CLONE(BlockStatsReplicationError, s->first_error);
         stats->top_node = g_strdup(s->top_node);
         stats->device = g_strdup(s->device);
+        if (s->role->holds_disk) {
+            stats->u.primary.replica_lost =
+                QAPI_CLONE(BlockStatsReplicationCause, s->replica_lost);
+        }
     }
-    s->role->get_stats(bs, stats);
 
     return specific;
 }

@@ -446,6 +446,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
     if (!s->role->init(bs, opts, errp)) {
         goto out;
     }
+    s->stage_time_ns = replication_time_ns();
     qemu_mutex_init(&s->error_lock);
     ret = 0;
 
@@ -461,6 +462,7 @@ static void replication_cleanup(BlockDriverState *bs)
     s->role->cleanup(bs);
     replication_set_error(bs, NULL);
     replication_forget_first_error(bs);
+    qapi_free_BlockStatsReplicationCause(s->replica_lost);
     g_free(s->top_node);
     g_free(s->device);
     qemu_mutex_destroy(&s->error_lock);

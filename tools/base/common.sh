@@ -20,13 +20,45 @@ say() {
     echo "[$STEP] $*" >&2
 }
 
+# Nothing, if nobody says where it is.
 default_cache() {
     if [ -n "${QEMU_REPLICATION_CACHE:-}" ]; then
-        echo "$QEMU_REPLICATION_CACHE"
-    else
-        : "${HOME:?is not set: set HOME or QEMU_REPLICATION_CACHE}"
-        echo "${XDG_CACHE_HOME:-$HOME/.cache}/qemu-replication"
+        readlink -m -- "$QEMU_REPLICATION_CACHE"
+    elif [ -n "${XDG_CACHE_HOME:-${HOME:-}}" ]; then
+        readlink -m -- "${XDG_CACHE_HOME:-$HOME/.cache}/qemu-replication"
     fi
+}
+
+# The nearest folder above $1, or $1, that there is.
+existing() {
+    local folder=$1
+    until [ -d "$folder" ]; do
+        folder=$(dirname "$folder")
+    done
+    echo "$folder"
+}
+
+# cannot_use PATH WHY: of the cache
+cannot_use() {
+    die "$1 $2: name another folder for the cache in QEMU_REPLICATION_CACHE"
+}
+
+# Make the cache, or say in a line why it is of no use.
+use_cache() {
+    [ -n "$CACHE" ] || die "HOME is not set: set that, or" \
+        "QEMU_REPLICATION_CACHE to a folder for downloads and builds"
+    # configure takes none of them, and a colon separates paths
+    [[ $CACHE != *[[:space:]:]* ]] ||
+        cannot_use "$CACHE" "has a space or a colon"
+    mkdir -p "$CACHE" 2>/dev/null || cannot_use "$CACHE" "cannot be made"
+    has_room || cannot_use "$CACHE" "cannot be written to, or is full"
+}
+
+has_room() {
+    local probe=$CACHE/probe.$$ status=0
+    { head -c 1M /dev/zero >"$probe"; } 2>/dev/null || status=$?
+    rm -f "$probe"
+    return $status
 }
 
 # Pass the output of a command through, and say how far it is: ninja's
@@ -64,9 +96,10 @@ show_progress() {
 logged() {
     local log=$1 title=$2 start=$SECONDS
     shift 2
-    mkdir -p "$(dirname "$log")"
+    mkdir -p "${log%/*}"
     if ! "$@" 2>&1 </dev/null | tee "$log" | show_progress "$title"; then
         tail -n 40 "$log" >&2
+        [ -z "${CACHE:-}" ] || has_room || cannot_use "$CACHE" "is full"
         die "$title failed; all of its output is in $log"
     fi
     say "$title: done in $((SECONDS - start)) s"

@@ -1,21 +1,22 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# install.sh BUILD TREE PREFIX
+# install.sh --check PREFIX      refuse a folder that has anything else in it
+# install.sh BUILD TREE PREFIX   install what was built in BUILD from TREE
 #
-# Install what was built in BUILD from TREE. QEMU finds its files by where
-# its program is, so PREFIX may be moved later. Firmware comes from Debian's
-# packages, through links.
+# It is put together beside PREFIX, tried out, and takes its place. QEMU finds
+# its files by where its program is, so PREFIX may be moved later. Firmware
+# comes from Debian's packages, through links.
 
 set -euo pipefail
 . "$(dirname "$(readlink -f "$0")")/common.sh"
 STEP=install
 
-build=$1 tree=$2 prefix=$3
 programs=(qemu-system-x86_64 qemu-img qemu-io qemu-nbd
           storage-daemon/qemu-storage-daemon)
+# gives QEMU a command, for docs/protect-a-vm.txt
+qmp=$(dirname "$(readlink -f "$0")")/../guide/qmp.py
 helpers=(qemu-bridge-helper qemu-pr-helper)
-share=$prefix/share/qemu
 # seabios, ipxe-qemu, whose files Debian 13 has moved, and what
 # qemu-system-data has for x86
 firmware=(
@@ -25,40 +26,74 @@ firmware=(
     /usr/share/qemu/{multiboot_dma,pvh}.bin
     /usr/share/qemu/qboot.rom
 )
+# By its first line we know what we have installed.
+note=README
+title='QEMU with block replication, a folder of its own: remove it to uninstall'
 
-# Refuse to write over files of packages.
-refuse_packaged() {
-    local name package
-    for name in "${programs[@]}"; do
-        name=$prefix/bin/${name##*/}
-        package=$(dpkg-query -S "$name" 2>/dev/null) || continue
-        die "$name is a file of package ${package%%:*}: choose another prefix"
-    done
+# Refuse whatever is more than an installation of ours, by its real path.
+check_prefix() {
+    local above
+    ! dpkg-query -S "$prefix" >/dev/null 2>&1 ||
+        die "$prefix belongs to Debian's packages: choose another prefix"
+    [ ! -e "$prefix" ] || [ -d "$prefix" ] ||
+        die "$prefix is not a folder: choose another prefix"
+    [ ! -d "$prefix" ] || [ -z "$(ls -A "$prefix")" ] ||
+        [ "$(head -n 1 "$prefix/$note" 2>/dev/null)" = "$title" ] ||
+        die "$prefix has other files: choose a folder for this alone"
+    above=$(existing "$(dirname "$prefix")")
+    [ -w "$above" ] || die "cannot write to $above: choose another prefix"
 }
 
 # The machine is set up, for which it needs its firmware, and quits.
 try_out() {
     local output
-    output=$(timeout 60 "$prefix/bin/qemu-system-x86_64" -machine q35 -S \
+    output=$(timeout 60 "$new/bin/qemu-system-x86_64" -machine q35 -S \
                  -display none -monitor stdio <<<quit 2>&1) ||
-        die "$prefix/bin/qemu-system-x86_64 does not run: $output"
+        die "what was built does not run: $output"
 }
 
-refuse_packaged
-mkdir -p "$prefix"/{bin,libexec} "$share/keymaps"
-for name in "${programs[@]}"; do
-    install -m 755 "$build/$name" "$prefix/bin/"
-done
-for name in "${helpers[@]}"; do
-    install -m 755 "$build/$name" "$prefix/libexec/"
-done
-for name in "$tree"/pc-bios/keymaps/*; do
-    [[ $name == */meson.build ]] || install -m 644 "$name" "$share/keymaps/"
-done
-for name in "${firmware[@]}"; do
-    # an older package has less
-    [ ! -e "$name" ] || ln -sfn "$name" "$share/"
-done
+assemble() {
+    local name share=$new/share/qemu
+    mkdir -p "$new"/{bin,libexec} "$share/keymaps"
+    for name in "${programs[@]}"; do
+        install -m 755 "$build/$name" "$new/bin/"
+    done
+    install -m 755 "$qmp" "$new/bin/qmp"
+    for name in "${helpers[@]}"; do
+        install -m 755 "$build/$name" "$new/libexec/"
+    done
+    for name in "$tree"/pc-bios/keymaps/*; do
+        [[ $name == */meson.build ]] ||
+            install -m 644 "$name" "$share/keymaps/"
+    done
+    for name in "${firmware[@]}"; do
+        # an older package has less
+        [ ! -e "$name" ] || ln -sfn "$name" "$share/"
+    done
+    printf '%s\n\nQEMU %s, %s\n' "$title" "$(cat "$tree/VERSION")" \
+        'see docs/block-replication.txt where it came from' >"$new/$note"
+}
+
+case $1 in
+    --check)
+        prefix=$2
+        check_prefix
+        exit ;;
+esac
+build=$1 tree=$2 prefix=$3
+check_prefix
+mkdir -p "$(dirname "$prefix")"
+new=$(mktemp -d "$prefix.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+chmod 755 "$new"
+assemble
 try_out
+# who runs a program of an older installation goes on with it
+[ ! -e "$prefix" ] || mv "$prefix" "$new/old"
+mv -T "$new" "$prefix" || {
+    [ ! -e "$new/old" ] || mv "$new/old" "$prefix"
+    die "cannot make $prefix: nothing has changed"
+}
+rm -rf "$prefix/old"
 say "installed: programs in $prefix/bin, helpers in $prefix/libexec," \
-    "keymaps and links to firmware in $share"
+    "keymaps and links to firmware in $prefix/share/qemu"

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
 # source.sh qemu CACHE BASE  print the folder of an unpacked QEMU source; if
-#                            it cannot be had, print why; exit status 3
+#                            it cannot be had, print why; exit status 3 if
+#                            Debian does not have it
 # source.sh mirror CACHE     print the address of the mirror
 # source.sh meson CACHE      print the folder of a meson new enough for QEMU,
 #                            for PYTHONPATH; an empty line: Debian's is
@@ -23,6 +24,9 @@ UNAVAILABLE=3
 
 what=$1
 cache=$2
+# common.sh wants it
+# shellcheck disable=SC2034
+CACHE=$cache
 base=${3:-$REFERENCE}
 # lists of suites that are newer than this machine are kept apart
 lists=$cache/apt
@@ -133,33 +137,39 @@ cached_qemu() {
         tail -n 1
 }
 
-# Why no version could be had.
-why_no_qemu() {
-    if [ ! -e "$lists/updated" ]; then
+# Say why no version could be had; exit status 3 if Debian has none.
+no_qemu() {
+    if ! has_room; then
+        echo "the cache $cache cannot be written to, or is full"
+        return 1
+    elif [ ! -e "$lists/updated" ]; then
         echo "cannot read the lists of Debian's archive:" \
              "$(tail -n 1 "$cache/log/apt-update.log")"
+        return 1
     elif [ -z "$(listed_versions)" ]; then
         echo "${SUITES[*]} of Debian's archive has no QEMU $PREFIX any more"
-    else
-        echo "cannot download QEMU $PREFIX, which Debian's archive lists:" \
-             "$(grep '^E: ' "$cache/log/source.log" | head -n 1)"
+        return $UNAVAILABLE
     fi
+    echo "cannot download QEMU $PREFIX, which Debian's archive lists:" \
+         "$(grep '^E: ' "$cache/log/source.log" | head -n 1)"
+    ! grep -q '^E: .* 404 ' "$cache/log/source.log" || return $UNAVAILABLE
+    return 1
 }
 
 qemu() {
-    local tree why
+    local tree why status=0
     mkdir -p "$cache/source"
     if refresh_lists && tree=$(newest_qemu); then
         echo "$tree"
         return
     fi
-    why=$(why_no_qemu)
+    why=$(no_qemu) || status=$?
     # what the lists name may be gone: read them again next time
     rm -f "$lists/updated"
     tree=$(cached_qemu)
     if [ -z "$tree" ]; then
         echo "$why"
-        exit $UNAVAILABLE
+        exit "$status"
     fi
     say "$why: using the cached $(basename "$tree")"
     echo "$tree"
@@ -182,7 +192,6 @@ meson() {
     ! is_debian_12 || echo "$dir/usr/lib/python3/dist-packages"
 }
 
-mkdir -p "$cache"
 exec 8>"$cache/source.lock"
 flock 8
 "$what"

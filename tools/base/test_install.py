@@ -12,7 +12,7 @@ import unittest
 from typing import Dict, List, Set
 
 import nodes
-from host import Host
+from host import Host, HostError
 
 INSTALL = Path(__file__).with_name('install.sh')
 PROGRAMS = {'qemu-system-x86_64', 'qemu-img', 'qemu-io', 'qemu-nbd',
@@ -58,8 +58,11 @@ class InstallTest(unittest.TestCase):
         cls.env = dict(os.environ, HOME=str(cls.homes[0]),
                        TMPDIR=str(cls.homes[1]))
         first = cls.top / 'first'
-        cls.run_in_homes(str(INSTALL), str(OPTIONS.build), str(OPTIONS.tree),
-                         str(first))
+        # the second time in the place of the first
+        for _ in range(2):
+            cls.run_in_homes(str(INSTALL), str(OPTIONS.build),
+                             str(OPTIONS.tree), str(first))
+            assert names(cls.top) == {'home', 'tmp', 'cwd', 'first'}
         cls.prefix = first.rename(cls.top / 'moved')
 
     @classmethod
@@ -83,8 +86,9 @@ class InstallTest(unittest.TestCase):
     def test_contents(self) -> None:
         """Programs, helpers, keymaps and links to firmware; nothing else."""
         share = self.prefix / 'share/qemu'
-        self.assertEqual(names(self.prefix), {'bin', 'libexec', 'share'})
-        self.assertEqual(names(self.prefix / 'bin'), PROGRAMS)
+        self.assertEqual(names(self.prefix),
+                         {'bin', 'libexec', 'share', 'README'})
+        self.assertEqual(names(self.prefix / 'bin'), PROGRAMS | {'qmp'})
         self.assertEqual(names(self.prefix / 'libexec'), HELPERS)
         self.assertEqual(names(self.prefix / 'share'), {'qemu'})
         self.assertIn('en-us', names(share / 'keymaps'))
@@ -128,22 +132,92 @@ class InstallTest(unittest.TestCase):
             host.end()
         self.assertEqual(stats['mode'], 'primary')
 
+    def host(self, folder: str, name: str, *args: str) -> Host:
+        """A QEMU of those installed."""
+        return Host(self.prefix / 'bin', Path(folder), name, '-machine', 'q35',
+                    '-accel', 'tcg', '-nodefaults', *args)
+
+    def test_features(self) -> None:
+        """What VMs of x86 are run with."""
+        with tempfile.TemporaryDirectory(dir=self.top) as folder, self.host(
+                folder, 'features', '-S', '-sandbox', 'on', '-vnc',
+                f'unix:{folder}/vnc', '-netdev', 'user,id=net0', '-device',
+                'virtio-net-pci,netdev=net0', '-object',
+                'memory-backend-memfd,id=m0,size=1M,policy=default') as host:
+            host.cmd('migrate-set-parameters',
+                     {'multifd-compression': 'zstd'})
+            host.end()
+        devices = self.program('qemu-system-x86_64', '-device', 'help')
+        for device in ('usb-redir', 'usb-host', 'vhost-vsock-pci',
+                       'vhost-user-fs-pci', 'tpm-crb'):
+            self.assertIn(f'"{device}"', devices)
+
+    def test_tls(self) -> None:
+        """On NBD and migration; who does not have the key is refused."""
+        with tempfile.TemporaryDirectory(dir=self.top) as folder:
+            for name in ('right', 'wrong'):
+                Path(folder, name).mkdir()
+                Path(folder, name, 'keys.psk').write_text(
+                    f'qemu:{os.urandom(32).hex()}\n', 'utf-8')
+            with Path(folder, 'disk').open('wb') as disk:
+                disk.truncate(SIZE)
+            self.assert_tls(folder)
+
+    def assert_tls(self, folder: str) -> None:
+        """From one QEMU to another."""
+        def key(name: str, end: str) -> str:
+            return (f'tls-creds-psk,id={name},dir={folder}/{name},'
+                    f'endpoint={end}')
+
+        with self.host(folder, 'east', '-object', key('right', 'client'),
+                       '-object', key('wrong', 'client')) as east, \
+             self.host(folder, 'west', '-object', key('right', 'server'),
+                       '-incoming', 'defer', '-blockdev',
+                       f'raw,node-name=disk0,file.driver=file,'
+                       f'file.filename={folder}/disk') as west:
+            socket = f'{folder}/nbd'
+            west.cmd('nbd-server-start', {'tls-creds': 'right', 'addr': {
+                'type': 'unix', 'data': {'path': socket}}})
+            west.export('disk0')
+            link = nodes.link('link', Path(socket), 'disk0')
+            with self.assertRaises(HostError):
+                east.add(link)
+            with self.assertRaises(HostError):
+                east.add({**link, 'tls-creds': 'wrong'})
+            east.add({**link, 'tls-creds': 'right'})
+            east.qemu_io('link', 'write -P 90 0 64k')
+            east.delete('link')
+            for host in (east, west):
+                host.cmd('migrate-set-parameters', {
+                    'tls-creds': 'right', 'tls-hostname': 'west'})
+            uri = f'unix:{folder}/migration'
+            west.cmd('migrate-incoming', uri=uri)
+            east.cmd('migrate', uri=uri)
+            east.wait_until(lambda: bool(
+                east.cmd('query-migrate')['status'] == 'completed'),
+                'the migration')
+            for host in (east, west):
+                host.end()
+        self.assertEqual(Path(folder, 'disk').read_bytes(),
+                         b'Z' * 65536 + bytes(SIZE - 65536))
+
     def test_refusal(self) -> None:
-        """A folder with programs of a package is left alone."""
-        fake = self.top / 'fake'
-        fake.mkdir()
-        query = fake / 'dpkg-query'
-        query.write_text('#!/bin/sh\necho "qemu-utils: $2"\n', 'utf-8')
-        query.chmod(0o755)
-        env = dict(self.env, PATH=f'{fake}:{os.environ["PATH"]}')
-        target = self.top / 'packaged'
-        result = subprocess.run(
-            [INSTALL, OPTIONS.build, OPTIONS.tree, target], env=env,
-            timeout=SECONDS, check=False, text=True, cwd=self.homes[2],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.assertNotEqual(result.returncode, 0)
-        self.assertIn('is a file of package qemu-utils', result.stdout)
-        self.assertFalse(target.exists())
+        """Only a folder that is empty, or that it has made, is changed."""
+        other = self.top / 'other'
+        other.mkdir()
+        (other / 'file').touch()
+        for target, why in ((str(other), 'has other files'),
+                            ('/usr', "belongs to Debian's packages"),
+                            ('/bin', "/usr/bin belongs to"),
+                            ('/', 'has other files'),
+                            (f'{other}/file', 'is not a folder')):
+            result = subprocess.run(
+                [INSTALL, '--check', os.path.realpath(target)], check=False,
+                env=self.env, timeout=SECONDS, text=True, cwd=self.homes[2],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertNotEqual(result.returncode, 0)
+            self.assertIn(why, result.stdout)
+        self.assertEqual(names(other), {'file'})
 
 
 if __name__ == '__main__':

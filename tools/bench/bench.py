@@ -49,15 +49,6 @@ GROUPS: Dict[str, Callable[[Setting], List[Cell]]] = {
     'failover': secondary.failover_cells, 'direct': direct_cells}
 
 
-class ListGroups(argparse.Action):
-    """An option that prints the groups and ends."""
-
-    def __call__(self, *_args: object) -> None:
-        for name, cells in GROUPS.items():
-            print(f'{name:<12}{cells.__doc__}')
-        sys.exit()
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, prog='./run bench')
@@ -75,8 +66,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--match', nargs='+', metavar='TEXT', default=[],
                         help='only what has all these texts in its name, as '
                         'the progress shows it, and what it is compared with')
-    parser.add_argument('--list', action=ListGroups, nargs=0,
-                        help='print the groups')
     parser.add_argument('--quick', action='store_true',
                         help='few and short measurements, to see that they '
                         'work')

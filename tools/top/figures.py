@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is known of each side, and what follows from it: rates, time left."""
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Optional, Tuple
+from typing import Any, Deque, Dict, Iterable, List, Optional, Tuple
 
 Json = Dict[str, Any]
 
@@ -13,13 +15,16 @@ RATE_SECONDS = 3.0
 # As many pauses as the widest sparkline has room for.
 PAUSES = 60
 
+SILENT_SECONDS = 2.0
+DEMO_SOCKET = 'top.sock'
+
 # Those that a person wants to read.  STOP and RESUME come with every
 # checkpoint: they become pauses.
-EVENTS = ('REPLICATION_STAGE_CHANGE', 'REPLICATION_ERROR', 'COLO_EXIT',
-          'QUORUM_FAILURE', 'QUORUM_REPORT_BAD', 'BLOCK_IO_ERROR',
-          'BLOCK_JOB_READY', 'BLOCK_JOB_COMPLETED', 'BLOCK_JOB_CANCELLED',
-          'BLOCK_JOB_ERROR', 'MIGRATION', 'SHUTDOWN', 'RESET',
-          'GUEST_PANICKED')
+EVENTS = ('REPLICATION_STAGE_CHANGE', 'REPLICATION_ERROR',
+          'REPLICATION_REPLICA_CHANGE', 'COLO_EXIT', 'QUORUM_FAILURE',
+          'QUORUM_REPORT_BAD', 'BLOCK_IO_ERROR', 'BLOCK_JOB_READY',
+          'BLOCK_JOB_COMPLETED', 'BLOCK_JOB_CANCELLED', 'BLOCK_JOB_ERROR',
+          'MIGRATION', 'SHUTDOWN', 'RESET', 'GUEST_PANICKED')
 
 
 class Rate:
@@ -110,6 +115,11 @@ class NodeFigures:
         return bool(self.stats['mode'] == 'primary')
 
     @property
+    def disk(self) -> str:
+        """The guest's disk: after a failover, two nodes may be below it."""
+        return str(self.stats.get('top-node', self.name))
+
+    @property
     def failover(self) -> Optional[Portion]:
         """How far a failover is, if there was one."""
         told = self.stats.get('failover')
@@ -135,7 +145,8 @@ def describe(event: Json) -> Event:
     name = event['event']
     data = event.get('data', {})
     who = data.get('node-name') or data.get('device') or data.get('id')
-    words = [str(data[key]) for key in ('stage', 'reason', 'status', 'error')
+    words = [str(data[key])
+             for key in ('stage', 'state', 'reason', 'status', 'error')
              if data.get(key)]
     stamp = event['timestamp']
     bad = bool('error' in data or data.get('stage') in ('broken',
@@ -170,8 +181,10 @@ class Watched:
     _stopped: Optional[float] = None
 
     def __post_init__(self) -> None:
-        # as the demo has it: a folder for each host
-        self.name = self.path.absolute().parent.name
+        # the demo has a folder for each host
+        path = self.path.absolute()
+        self.name = path.parent.name if path.name == DEMO_SOCKET \
+            else path.name
 
     def connected(self, name: Optional[str]) -> None:
         """There is a connection, maybe to another QEMU than before."""
@@ -186,6 +199,22 @@ class Watched:
             self.since = when
         self.trouble = why
         self.silent_since = None
+
+    @property
+    def silence(self) -> float:
+        """For how long it has owed an answer, if that is too long."""
+        if self.silent_since is None:
+            return 0
+        silence = time.monotonic() - self.silent_since
+        return silence if silence > SILENT_SECONDS else 0
+
+    def unprotected(self) -> List[NodeFigures]:
+        """Return a node of each disk that no node of it protects."""
+        nodes = sorted(self.nodes.values(), key=lambda node: node.disk)
+        disks = [list(group) for _, group
+                 in groupby(nodes, key=lambda node: node.disk)]
+        return [disk[0] for disk in disks
+                if not any(node.stats['protects'] for node in disk)]
 
     def take_nodes(self, when: float, blockstats: List[Json]) -> None:
         """Take in what query-blockstats has told."""
@@ -221,3 +250,47 @@ class Watched:
             return None
         told.side = self.name
         return told
+
+
+# For monitors, as exit statuses
+PROTECTED, DOUBTFUL, UNPROTECTED = 0, 1, 2
+
+
+def clock(time_ns: int) -> str:
+    """Say when something was, with the date if that was not today."""
+    then = time.localtime(time_ns / 1e9)
+    today = then[:3] == time.localtime()[:3]
+    return time.strftime('%H:%M:%S' if today else '%F %H:%M:%S', then)
+
+
+def verdict(sides: Iterable[Watched], max_age: float) -> Tuple[int, str]:
+    """Tell whether the VM is protected, in a line."""
+    sides = list(sides)
+    if not sides:
+        return UNPROTECTED, 'NOT PROTECTED: no QEMU is there'
+    whys = []
+    for side in sides:
+        if side.trouble is not None:
+            when = int(side.since * 1e9) if side.heard else None
+            whys.append((when, f'{side.name} does not answer: '
+                               f'{side.trouble}'))
+        elif not side.nodes:
+            whys.append((None, f'there is no replication node on {side.name}'))
+        else:
+            whys += [(why.get('time-ns'),
+                      f'of {node.name} on {side.name}: {why["text"]}')
+                     for node in side.unprotected()
+                     for why in [node.stats['unprotected']]]
+    if whys:
+        when, why = min(whys, key=lambda why: why[0] or float('inf'))
+        since = f' since {clock(when)}' if when else ''
+        return UNPROTECTED, f'NOT PROTECTED{since}, because {why}'
+    ages = [node.stats['checkpoint-age-ns'] / 1e9 for side in sides
+            for node in side.nodes.values() if node.stats['protects']]
+    age = max(ages)
+    text = f'PROTECTED, last checkpoint {age:.1f} s ago'
+    for side in sides:
+        if side.silence:
+            return DOUBTFUL, (f'{text}, but {side.name} does not answer for '
+                              f'{side.silence:.0f} s')
+    return DOUBTFUL if age > max_age else PROTECTED, text

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, List, Tuple
 
 import nodes
-from figures import NodeFigures, Rate, Watched
+from figures import (DOUBTFUL, PROTECTED, UNPROTECTED, NodeFigures, Rate,
+                     Watched, verdict)
 from host import Host, guestless
 from view import COLUMNS, View, duration, size, sparkline
 
@@ -81,6 +82,40 @@ class FiguresTest(unittest.TestCase):
         self.assertEqual([round(p * 1000) for p in side.pauses], [3, 1])
         self.assertEqual(side.pause_count, 2)
         self.assertAlmostEqual(side.longest_pause, 0.003, places=4)
+
+    @staticmethod
+    def side(name: str, **stats: Any) -> Watched:
+        """Return one with a node of these statistics."""
+        side = Watched(Path(f'/x/{name}'))
+        side.connected(name)
+        node = {'driver': 'replication', 'mode': 'secondary', 'checkpoints': 0,
+                'copied-bytes': 0, 'stage': 'running', **stats}
+        side.take_nodes(0, [{'node-name': 'n', 'driver-specific': node}])
+        return side
+
+    def test_verdict(self) -> None:
+        """Protected, if all that is known says so."""
+        good = {'protects': True, 'checkpoint-age-ns': 12 * 10**8}
+        bad = {'protects': False, 'unprotected': {'text': 'it is over'}}
+        west = self.side('west', **good)
+        last = 'PROTECTED, last checkpoint 1.2 s ago'
+        self.assertEqual(verdict([west], 60), (PROTECTED, last))
+        self.assertEqual(verdict([west], 1), (DOUBTFUL, last))
+        self.assertEqual(
+            verdict([west, self.side('east', **bad)], 60),
+            (UNPROTECTED, 'NOT PROTECTED, because of n on east: it is over'))
+        dead = self.side('east', **good)
+        dead.lost('it hangs', time.time())
+        status, text = verdict([west, dead], 60)
+        self.assertEqual(status, UNPROTECTED)
+        self.assertRegex(text, '^NOT PROTECTED since [0-9:]+, because east '
+                         'does not answer: it hangs$')
+        self.assertEqual(verdict([], 60)[0], UNPROTECTED)
+        # one that was promoted stays below the next primary's node
+        both = self.side('west', **good, **{'top-node': 'top'})
+        both.nodes['done'] = self.side(
+            'west', **bad, **{'top-node': 'top'}).nodes['n']
+        self.assertEqual(verdict([both], 60), (PROTECTED, last))
 
     def test_texts(self) -> None:
         """Three digits are enough, and fit."""
@@ -155,10 +190,11 @@ class TopTest(unittest.TestCase):
                               capture_output=True, timeout=WAIT_SECONDS,
                               check=False)
 
-    def once(self, *sockets: Path, width: int = 80) -> List[str]:
+    def once(self, *sockets: Path, width: int = 80,
+             status: int = UNPROTECTED) -> List[str]:
         """Return the lines of a snapshot."""
         done = self.snapshot('--interval', '0.1', '--width', width, *sockets)
-        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.returncode, status, done.stderr)
         self.assertNotIn('\033', done.stdout)
         return done.stdout.splitlines()
 
@@ -174,7 +210,9 @@ class TopTest(unittest.TestCase):
         """Behind, caught up, checkpointed, failed."""
         host = self.primary()
         lines = self.once(self.top(host))
-        self.assertRegex(lines[0], '^east  prelaunch .*east.top$')
+        self.assertRegex(lines[0], '^NOT PROTECTED since [0-9:]+, because of '
+                         'forward0 on east: it is not running$')
+        self.assertRegex(lines[2], '^east  prelaunch .*east.top$')
         self.assertEqual(self.row(lines, 'forward0'),
                          ('forward0', 'none', 'nothing', '0 B/s 0/s', '0'))
 
@@ -187,18 +225,27 @@ class TopTest(unittest.TestCase):
         host.cmd('xen-set-replication', enable=True, primary=True)
         for _ in range(2):
             host.cmd('xen-colo-do-checkpoint')
-        name, stage, behind, _, took = self.row(self.once(self.top(host)),
-                                                'forward0')
+        lines = self.once(self.top(host), status=PROTECTED)
+        self.assertRegex(lines[0],
+                         r'^PROTECTED, last checkpoint [\d.]+ s ago$')
+        name, stage, behind, _, took = self.row(lines, 'forward0')
         self.assertEqual([name, stage, behind],
                          ['forward0', 'running', 'nothing'])
         self.assertRegex(took, r'^2 [\d.]+/[\d.]+ ms$')
-        wide = self.once(self.top(host), width=120)
+        wide = self.once(self.top(host), width=120, status=PROTECTED)
         self.assertIn('    1 MiB in 1 requests forwarded, 0 B superseded, at '
                       'most 1 MiB behind', wide)
 
         host.qemu_io('guest', f'write {DISK_MIB - 1}M 512')
         self.assertTrue(host.attempt('xen-colo-do-checkpoint'))
         lines = self.once(self.top(host))
+        self.assertRegex(' '.join(lines[:4]), 'NOT PROTECTED since .*: a '
+                         'request could not be forwarded: No space left on '
+                         'device')
+        done = self.snapshot('--check', self.top(host))
+        self.assertEqual(done.returncode, UNPROTECTED)
+        self.assertEqual(done.stdout.splitlines(),
+                         [' '.join(lines[:lines.index('')])])
         self.assertIn('    1 failed: the secondary is out of date', lines)
         self.assertTrue(any(re.fullmatch(
             r'    \d\d:\d\d:\d\d forward: No space left on device', line)
@@ -214,6 +261,7 @@ class TopTest(unittest.TestCase):
         west.qemu_io('disk0', 'write 8M 1')
         for width in (80, 120):
             lines = self.once(self.top(east), self.top(west), width=width)
+            self.assertIn('forward0 on east: it is not running', lines[0])
             self.assertLessEqual(max(map(len, lines)), width, lines)
             self.assertEqual(
                 self.row(lines, 'replication0'),
@@ -228,14 +276,18 @@ class TopTest(unittest.TestCase):
         self.assertTrue(any(re.fullmatch(
             r'    failed over in [\d.]+ m?s, 256 KiB merged', line)
             for line in lines), lines)
+        # that it ended as it should is no error, and no protection
+        self.assertNotIn('cut-off', ' '.join(lines))
+        self.assertIn('this host has the only copy', ' '.join(lines))
 
     def test_nobody_there(self) -> None:
-        """A snapshot needs every QEMU that it was told of."""
+        """The side that answers is shown."""
         host = self.primary()
-        done = self.snapshot(self.top(host), self.folder / 'none')
-        self.assertEqual(done.returncode, 1)
-        self.assertEqual(done.stdout, '')
-        self.assertIn('none: no QEMU at this socket', done.stderr)
+        host.cmd('xen-set-replication', enable=True, primary=True)
+        lines = self.once(self.top(host), self.folder / 'none')
+        self.assertEqual(lines[0], 'NOT PROTECTED, because none does not '
+                         'answer: no QEMU at this socket')
+        self.assertEqual(self.row(lines, 'forward0')[1], 'running')
 
     def test_live(self) -> None:
         """It goes on when QEMU dies, and finds the next one."""
@@ -257,7 +309,7 @@ class TopTest(unittest.TestCase):
         self.read_until(terminal, 'REPLICATION_STAGE_CHANGE forward0 running')
         host.kill()
         self.read_until(terminal, 'gone since')
-        self.read_until(terminal, 'no QEMU at this socket; trying again')
+        self.read_until(terminal, 'no QEMU at this socket')
         host.launch()
         self.read_until(terminal, 'prelaunch')
         os.write(terminal, b'q')
@@ -278,6 +330,22 @@ class TopTest(unittest.TestCase):
 class ViewTest(unittest.TestCase):
     """What a person sees."""
 
+    def test_replica(self) -> None:
+        """What a primary with both disks has of the other one."""
+        side = FiguresTest.side('east', **{
+            'mode': 'primary', 'stage': 'none', 'protects': False,
+            'unprotected': {'text': 'its replica was lost: Broken pipe'},
+            'replica-state': 'lost', 'out-of-sync-bytes': 3 * MIB,
+            'copied-bytes': 64 * MIB, 'failed-checkpoints': 0,
+            'forwarded-requests': 0, 'forwarded-bytes': 0,
+            'pending-requests': 0,
+            'replica-lost': {'text': 'Broken pipe',
+                             'time-ns': time.time_ns()}})
+        lines = [line.show(80, False)
+                 for line in View(80, 60).lines([side], [])]
+        self.assertRegex('\n'.join(lines), r'(?m)^    replica lost, 3 MiB out '
+                         r'of sync, 64 MiB copied, lost [0-9:]+: Broken pipe$')
+
     def test_bar(self) -> None:
         """The sync, half done, at a known speed."""
         side = Watched(Path('/x/host/qmp'))
@@ -285,7 +353,7 @@ class ViewTest(unittest.TestCase):
         for when, done in ((0, 0), (1, 25 * MIB), (2, 50 * MIB)):
             side.take_jobs(when, [{'device': 'sync0', 'type': 'mirror',
                                    'offset': done, 'len': 100 * MIB}])
-        lines = [line.show(80, False) for line in View(80).side(side)]
+        lines = [line.show(80, False) for line in View(80, 60).side(side)]
         self.assertIn('  sync sync0   [##########..........]  50 %  50 MiB of '
                       '100 MiB, 2 s left', lines)
 

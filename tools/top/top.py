@@ -21,11 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
+from figures import DEMO_SOCKET, verdict
 from view import PLAIN_SPARKS, SPARKS, View
 from watch import TROUBLES, Watch, reason
 
 # As the demo has them: a folder for each run, in it one for each host.
-DEMO_SOCKETS = 'colo-demo-*/*/top.sock'
+DEMO_SOCKETS = f'colo-demo-*/*/{DEMO_SOCKET}'
 
 ALTERNATE_SCREEN = '\033[?1049h\033[?25l'
 NORMAL_SCREEN = '\033[?25h\033[?1049l'
@@ -42,8 +43,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--demo', action='store_true',
                         help='watch the demo that runs')
     parser.add_argument('--once', action='store_true',
-                        help='print how it is, without colours, and end; '
-                        'fail if a QEMU does not answer')
+                        help='print how it is, without colours, and end: '
+                        'with 0 if the VM is protected, 1 if that is in '
+                        'doubt, 2 if not')
+    parser.add_argument('--check', action='store_true',
+                        help='the same for monitoring: only the first line')
+    parser.add_argument('--max-age', type=float, default=60.0, metavar='S',
+                        help='when the last checkpoint is longer ago, it is '
+                        'in doubt (default: %(default)s seconds)')
     parser.add_argument('--interval', type=float, default=0.5, metavar='S',
                         help='seconds between two looks '
                         '(default: %(default)s)')
@@ -54,6 +61,11 @@ def parse() -> argparse.Namespace:
         parser.error('--demo finds the sockets by itself')
     if not 0.05 <= options.interval <= 60:
         parser.error('--interval wants 0.05 to 60 seconds')
+    if options.max_age <= 0:
+        parser.error('--max-age wants more than 0 seconds')
+    if options.width is not None and not 20 <= options.width <= 1000:
+        parser.error('--width wants 20 to 1000 columns')
+    options.once = options.once or options.check
     if not options.once and not sys.stdout.isatty():
         parser.error('this is no terminal: use --once')
     return options
@@ -82,31 +94,27 @@ def new_view(options: argparse.Namespace) -> View:
     """Return a view for the terminal as it is now."""
     width = options.width or shutil.get_terminal_size().columns
     unicode = 'utf' in (sys.stdout.encoding or '').lower()
-    return View(width, SPARKS if unicode else PLAIN_SPARKS)
+    return View(width, options.max_age, SPARKS if unicode else PLAIN_SPARKS)
 
 
 async def once(options: argparse.Namespace, watch: Watch) -> int:
     """Print a snapshot; return the exit status."""
     paths = sockets(options)
-    if not paths:
-        print('error: no demo runs, and no socket was named',
-              file=sys.stderr)
-        return 1
     results = await asyncio.gather(*map(watch.look_once, paths),
                                    return_exceptions=True)
-    failed = False
     for path, result in zip(paths, results):
         if isinstance(result, TROUBLES):
-            print(f'error: {path}: {reason(result)}', file=sys.stderr)
-            failed = True
+            watch.sides[path].lost(reason(result), time.time())
         elif isinstance(result, BaseException):
             raise result
-    if failed:
-        return 1
-    for line in new_view(options).lines(list(watch.sides.values()),
-                                        watch.events):
+    sides = list(watch.sides.values())
+    status, text = verdict(sides, options.max_age)
+    if options.check:
+        print(text)
+        return status
+    for line in new_view(options).lines(sides, watch.events):
         print(line.show(line.length, colour=False))
-    return 0
+    return status
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Lays out what is known, for a terminal of 80 columns or more."""
 
+import textwrap
 import time
 from dataclasses import dataclass, field
 from typing import Iterable, List, Optional, Sequence, Tuple
 
-from figures import Event, NodeFigures, Portion, Watched
+from figures import (PROTECTED, UNPROTECTED, Event, Json, NodeFigures,
+                     Portion, Watched, clock, verdict)
 
 SPARKS = '▁▂▃▄▅▆▇█'
 PLAIN_SPARKS = '.:-=+*#@'
@@ -14,7 +16,6 @@ COLUMNS = (15, 16, 18, 17)
 MIN_WIDTH = 80
 # From here on there is room for a sparkline in the table.
 WIDE = 100
-SILENT_SECONDS = 2.0
 # How many events a snapshot shows.
 EVENTS_SHOWN = 8
 
@@ -107,14 +108,19 @@ def bar(progress: Portion, width: int) -> str:
 class View:
     """Draws the sides."""
 
-    def __init__(self, width: int, sparks: str = SPARKS) -> None:
+    def __init__(self, width: int, max_age: float,
+                 sparks: str = SPARKS) -> None:
         self.width = max(width, MIN_WIDTH)
+        self.max_age = max_age
         self.sparks = sparks
 
     def lines(self, sides: Sequence[Watched], events: Sequence[Event],
               height: Optional[int] = None) -> List[Text]:
         """Return all lines; the last events fill what is left of height."""
-        lines: List[Text] = []
+        status, text = verdict(sides, self.max_age)
+        style = {PROTECTED: 'green', UNPROTECTED: 'red'}.get(status, 'yellow')
+        lines = [Text().add(part, style)
+                 for part in textwrap.wrap(text, self.width)] + [Text()]
         for side in sides:
             lines += self.side(side)
             lines.append(Text())
@@ -132,8 +138,9 @@ class View:
         if side.pauses:
             lines.append(self._pauses(side))
         for name, job in side.jobs.items():
-            kind = 'sync' if job.info['type'] == 'mirror' \
-                else job.info['type']
+            kind = job.info['type']
+            if kind in ('mirror', 'replica-sync'):
+                kind = 'sync'
             lines.append(self._bar(f'{kind} {name}', job.progress))
         for primary in (True, False):
             nodes = [node for node in side.nodes.values()
@@ -153,17 +160,13 @@ class View:
     def _head(self, side: Watched) -> Text:
         line = Text().add(side.name, 'bold').add('  ')
         if side.trouble is not None:
-            since = time.strftime('%H:%M:%S', time.localtime(side.since))
-            gone = f'gone since {since}: ' if side.heard else ''
-            line.add(f'{gone}{side.trouble}; trying again', 'red')
-        elif self._is_silent(side):
-            assert side.silent_since is not None
-            line.add('does not answer for '
-                     f'{time.monotonic() - side.silent_since:.0f} s',
-                     'yellow')
+            gone = f'gone since {clock(int(side.since * 1e9))}: ' \
+                if side.heard else ''
+            line.add(f'{gone}{side.trouble}', 'red')
+        elif side.silence:
+            line.add(f'does not answer for {side.silence:.0f} s', 'yellow')
         else:
-            line.add(side.status, 'green' if side.status == 'running'
-                     else 'yellow')
+            line.add(side.status)
             if side.colo not in ('', 'none'):
                 line.add(f', COLO {side.colo}')
         room = self.width - line.length - 2
@@ -172,11 +175,6 @@ class View:
             path = path if len(path) <= room else '...' + path[3 - room:]
             line.add(' ' * (room + 2 - len(path))).add(path, 'dim')
         return line
-
-    @staticmethod
-    def _is_silent(side: Watched) -> bool:
-        return (side.silent_since is not None and
-                time.monotonic() - side.silent_since > SILENT_SECONDS)
 
     def _pauses(self, side: Watched) -> Text:
         told = (f'  last {duration(side.pauses[-1])}, longest '
@@ -201,7 +199,10 @@ class View:
         cells = self._primary_cells(node) if node.is_primary \
             else self._secondary_cells(node)
         line.add(f'  {node.name}', 'bold', COLUMNS[0])
-        line.add(stats['stage'], STAGES.get(stats['stage'], ''), COLUMNS[1])
+        style = STAGES.get(stats['stage'], '')
+        if stats['stage'] == 'running' and not stats['protects']:
+            style = 'red'
+        line.add(stats['stage'], style, COLUMNS[1])
         for cell, width in zip(cells, COLUMNS[2:]):
             line.add(cell, '', width)
         line.add(f"{stats['checkpoints']} ")
@@ -247,6 +248,8 @@ class View:
                 f"{stats['forwarded-requests']} requests forwarded, "
                 f"{size(stats['superseded-bytes'])} superseded, at most "
                 f"{size(stats['max-pending-memory'])} behind", 'dim'))
+        if 'replica-state' in stats:
+            lines.append(self._replica(stats))
         failover = node.failover
         if failover and stats['stage'] == 'done':
             took = stats['failover']['elapsed-ns'] / 1e9
@@ -263,11 +266,21 @@ class View:
                 'red'))
         error = stats.get('error')
         if error:
-            when = time.strftime('%H:%M:%S',
-                                 time.localtime(error['time-ns'] / 1e9))
             lines.append(Text().add(
-                f"    {when} {error['reason']}: {error['error']}", 'red'))
+                f"    {clock(error['time-ns'])} {error['reason']}: "
+                f"{error['error']}", 'red'))
         return lines
+
+    @staticmethod
+    def _replica(stats: Json) -> Text:
+        state, lost = stats['replica-state'], stats.get('replica-lost')
+        line = Text().add(f'    replica {state}, ', '' if state == 'synced'
+                          else 'yellow')
+        line.add(f"{size(stats['out-of-sync-bytes'])} out of sync, "
+                 f"{size(stats['copied-bytes'])} copied", 'dim')
+        if lost:
+            line.add(f", lost {clock(lost['time-ns'])}: {lost['text']}", 'red')
+        return line
 
     def _bar(self, name: str, progress: Portion) -> Text:
         width = 40 if self.width >= WIDE else 20
