@@ -18,6 +18,7 @@ from typing import Callable, Dict, List, Set, Tuple
 
 import command
 import primary
+import resync
 import secondary
 from figures import Cell, Samples, Setting
 from host import HostError
@@ -43,7 +44,9 @@ def direct_cells(setting: Setting) -> List[Cell]:
 
 
 GROUPS: Dict[str, Callable[[Setting], List[Cell]]] = {
-    'primary': primary.cells, 'drain': primary.drain_cells,
+    'primary': primary.cells, 'quorum': primary.quorum_cells,
+    'drain': primary.drain_cells, 'resync': resync.cells,
+    'memory': resync.memory_cells,
     'zeroes': primary.zeroes_cells, 'secondary': secondary.cells,
     'checkpoint': secondary.checkpoint_cells,
     'failover': secondary.failover_cells, 'direct': direct_cells}

@@ -6,6 +6,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from hosts import SUBJECTS, UNPROTECTED, Place
 
+# Marks of rows: what fits in a queue, and what goes on
+BURST, STEADY = 'burst', 'steady'
 # By the name of a figure
 Values = Dict[str, float]
 
@@ -16,8 +18,9 @@ class Unit(NamedTuple):
     more_is_better: bool = False
 
 
-IOPS = Unit('IOPS', True)
-MS, BYTES, PER_BYTE = Unit('ms'), Unit('bytes'), Unit('bytes/byte')
+IOPS, MIBPS = Unit('IOPS', True), Unit('MiB/s', True)
+MS, BYTES, MIBS = Unit('ms'), Unit('bytes'), Unit('MiB')
+PER_BYTE = Unit('bytes/byte')
 
 
 class Row(NamedTuple):

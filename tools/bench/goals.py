@@ -3,7 +3,7 @@
 
 from typing import Callable, Iterator, List, NamedTuple
 
-from figures import Row, Samples
+from figures import BURST, STEADY, Row, Samples
 from hosts import OURS, STOCK, UNPROTECTED
 
 # A ratio this far from another is noise
@@ -25,9 +25,13 @@ def _checkpoint(title: str, line: str) -> Callable[[Row], bool]:
                         and row.title.endswith(title) and line in row.line)
 
 
-def _depth_1(row: Row) -> bool:
-    return (row.title == '4 KiB random, depth 1' and '1 ms' in row.line
-            and row.mark == 'burst')
+def _primary(title: str, *marks: str) -> Callable[[Row], bool]:
+    return lambda row: (row.group == 'primary' and row.title == title
+                        and row.line.endswith(' 1 ms') and row.mark in marks)
+
+
+def _resync(row: Row) -> bool:
+    return row.group == 'resync'
 
 
 def _queue_full(row: Row) -> bool:
@@ -46,8 +50,13 @@ def _arrives(row: Row) -> bool:
 
 
 GOALS: List[Goal] = [
-    Goal('primary, 1 ms, depth 1, burst: part of unprotected', _depth_1,
-         UNPROTECTED, 0.9),
+    Goal('primary, 1 ms, depth 1: part of unprotected',
+         _primary('4 KiB random, depth 1', BURST, STEADY), UNPROTECTED, 0.95),
+    Goal('primary, 1 ms, depth 16: part of unprotected',
+         _primary('4 KiB random, depth 16', BURST, STEADY), UNPROTECTED, 0.85),
+    Goal('primary, 1 ms, 64 KiB, burst: part of unprotected',
+         _primary('64 KiB sequential, depth 4', BURST), UNPROTECTED, 0.75),
+    Goal('resync: part of what there is without', _resync, UNPROTECTED, 0.8),
     Goal('primary, queue full: not slower than stock', _queue_full, STOCK, 1),
     Goal('secondary, 4 KiB fresh in step: times as fast as stock', _in_step,
          STOCK, 2),

@@ -11,7 +11,7 @@ import tempfile
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import nodes
 from host import NO_GUEST, SECONDS, Host, HostError, Json, replicate
@@ -92,12 +92,14 @@ class TimedHost(Host):
     def __init__(self, place: Place, subject: str, far: bool = False) -> None:
         name = f'host{next(_numbers)}'
         self._path = place.memory / f'{name}.qmp'
-        self._client = str(place.build(subject) / 'qemu-io')
+        self._build = place.build(subject)
+        cpu = place.far if far else place.near
+        self.pinned = [] if cpu is None else ['taskset', '-c', str(cpu)]
         super().__init__(
-            place.build(subject), place.memory, name, *NO_GUEST,
+            self._build, place.memory, name, *NO_GUEST,
             '-chardev', f'socket,id=timed,path={self._path},server=on,'
             'wait=off', '-mon', 'chardev=timed,mode=control',
-            cpu=place.far if far else place.near)
+            cpu=cpu)
 
     def __enter__(self) -> 'TimedHost':
         self.launch()
@@ -131,9 +133,14 @@ class TimedHost(Host):
         """Do a checkpoint; return how many ms it took."""
         return self.timed('xen-colo-do-checkpoint')
 
-    def do(self, export: str, command: str) -> None:
-        """Do a request of qemu-io, as a client, that has to succeed."""
-        subprocess.run([self._client, '-f', 'raw', '-c', command,
+    def tool(self, name: str) -> str:
+        """A program of the same build."""
+        return str(self._build / name)
+
+    def do(self, export: str, *commands: str) -> None:
+        """Do what qemu-io can, as a client, and nothing may fail."""
+        words = [word for each in commands for word in ('-c', each)]
+        subprocess.run([self.tool('qemu-io'), '-f', 'raw', *words,
                         self.uri(export)], check=True, capture_output=True,
                        timeout=SECONDS)
 
@@ -142,6 +149,12 @@ class TimedHost(Host):
         error = replicate(self, True, mode)
         if error:
             raise HostError(error)
+
+    @property
+    def resident(self) -> int:
+        """How many bytes it has in memory."""
+        status = Path(f'/proc/{self.get_pid()}/status').read_text()
+        return 1024 * int(status.split('RssAnon:')[1].split()[0])
 
     @property
     def moved(self) -> int:
@@ -163,6 +176,9 @@ def disk_node(name: str, path: Path, aio: Optional[str] = None) -> Json:
         path, discard='unmap', **kind, **direct), discard='unmap', **direct)
 
 
+NULL, NBD, TCP = 'null-co', 'NBD', 'NBD, TCP'
+
+
 class Remote(NamedTuple):
     """The way to a secondary that only waits, and how long."""
     kind: str
@@ -171,31 +187,42 @@ class Remote(NamedTuple):
     def __str__(self) -> str:
         return f'{self.kind} {self.ms:g} ms'
 
-    def null(self) -> Json:
+    def null(self, size: int = GIB) -> Json:
         """A disk that takes its time to forget what is written."""
-        return {'driver': 'null-co', 'node-name': 'remote', 'size': GIB,
+        return {'driver': 'null-co', 'node-name': 'remote', 'size': size,
                 'latency-ns': int(1000000 * self.ms), 'read-zeroes': True}
 
 
+def tcp_address() -> Dict[str, str]:
+    """An address that nobody uses."""
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        where, port = listener.getsockname()
+    return {'type': 'inet', 'host': where, 'port': str(port)}
+
+
 @contextmanager
-def serving(place: Place, subject: str, disk: Json) -> Iterator[TimedHost]:
+def serving(place: Place, subject: str, disk: Json, tcp: bool = False
+            ) -> Iterator[TimedHost]:
     """What stands for the other host: it has a disk that is called remote."""
     with TimedHost(place, subject, far=True) as host:
         host.add(disk)
-        host.serve()
+        host.serve(**tcp_address() if tcp else {})
         host.export('remote', iothread='iothread0')
         yield host
 
 
 @contextmanager
 def open_primary(place: Place, subject: str, local: Json,
-                 target: nodes.Below) -> Iterator[Tuple[TimedHost, str]]:
+                 target: nodes.Below, quorum: bool = False
+                 ) -> Iterator[Tuple[TimedHost, str]]:
     """A primary, and where its guest writes; unprotected, a plain disk."""
     with TimedHost(place, subject) as host:
         host.add({**local, 'node-name': 'local'})
-        guest = 'local'
-        if subject != UNPROTECTED:
-            guest = 'top'
+        guest = 'local' if subject == UNPROTECTED else 'top'
+        if subject == OURS and not quorum:
+            host.add(nodes.holder('top', 'local', replica=target,
+                                  discard='unmap'))
+        elif subject != UNPROTECTED:
             host.add(nodes.primary('forward', target, discard='unmap'),
                      nodes.quorum('top', 'local', 'forward',
                                   discard='unmap'))
@@ -208,14 +235,17 @@ def open_primary(place: Place, subject: str, local: Json,
 
 @contextmanager
 def open_remote_primary(place: Place, subject: str, local: Json,
-                        remote: Remote) -> Iterator[Tuple[TimedHost, str]]:
+                        remote: Remote, quorum: bool = False
+                        ) -> Iterator[Tuple[TimedHost, str]]:
     """The same with a way to the secondary that takes its time."""
     with ExitStack() as stack:
         target: Json = remote.null()
-        if remote.kind == 'NBD' and subject != UNPROTECTED:
-            far = stack.enter_context(serving(place, subject, target))
-            target = nodes.link('link', far.socket, 'remote', discard='unmap')
-        yield stack.enter_context(open_primary(place, subject, local, target))
+        if remote.kind != NULL and subject != UNPROTECTED:
+            far = stack.enter_context(serving(place, subject, target,
+                                              remote.kind == TCP))
+            target = nodes.link('link', far.server, 'remote', discard='unmap')
+        yield stack.enter_context(open_primary(place, subject, local, target,
+                                               quorum))
 
 
 class Replicas(NamedTuple):
@@ -234,8 +264,7 @@ class Replicas(NamedTuple):
         for number in range(self.disks):
             if not self.disk:
                 made.append(self.folder / f'disk{number}')
-                with open(made[-1], 'wb') as file:
-                    file.truncate(self.size)
+                nodes.sparse(made[-1], self.size)
             for kind, options in ('active', self.active), ('hidden', ''):
                 made.append(self.folder / f'{kind}{number}')
                 nodes.create(build, made[-1], self.size, options)

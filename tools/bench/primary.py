@@ -7,26 +7,24 @@ import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import nodes
-from figures import BYTES, IOPS, MS, Cell, Row, Setting, Values
+from figures import BURST, BYTES, IOPS, MS, STEADY, Cell, Row, Setting, Values
 from host import HostError
 from hosts import (GIB, MIB, OURS, STOCK, SUBJECTS, UNPROTECTED, Place,
-                   Remote, TimedHost, disk_node, fill, open_primary,
-                   open_remote_primary, serving)
+                   NBD, NULL, TCP, Remote, TimedHost, disk_node, fill,
+                   open_primary, open_remote_primary, serving)
 from load import Run, load
 
-BURST, STEADY = 'burst', 'steady'
 KINDS = 'native', 'io_uring'
 LATENCIES = (0.0, 0.2, 1.0, 5.0)
+FAR_MS = 20.0
 # A burst ends after this time, if need be
 BURST_MS = 400
-# It is measured this much later, if it lasts much longer: a new QEMU first
-# takes memory for requests and their stacks, which one that has been running
-# for long has
-WARM_MS = 50
 ZEROES = 256 * MIB
+# Zeroes that are written one by one
+SMALL_ZEROES = 600
 
 
 class Task(NamedTuple):
@@ -35,14 +33,12 @@ class Task(NamedTuple):
     options: Dict[str, Any]
     # what a queue of 64 MiB has room for
     burst: int
-    warm_ms: int
 
     def jobs(self, setting: Setting) -> List[Run]:
         """A burst, a load that fills any queue, and one that goes on."""
         options = {'size': GIB, **self.options}
         return [
             Run(BURST, {**options, 'io_size': self.burst,
-                        'ramp_time': f'{self.warm_ms}ms',
                         'runtime': f'{BURST_MS}ms'}),
             Run('fill', {'size': GIB, 'rw': 'write', 'bs': 65536,
                          'iodepth': 16, 'io_size': 128 * MIB,
@@ -56,23 +52,24 @@ def random_work(depth: int, more: str = '', **options: Any) -> Task:
     """Small writes all over the disk."""
     return Task(f'4 KiB random, depth {depth}{more}',
                 {'rw': 'randwrite', 'bs': 4096, 'iodepth': depth, **options},
-                32 * MIB, WARM_MS)
+                32 * MIB)
 
 
 DEPTH_1, DEPTH_16 = random_work(1), random_work(16)
 FSYNC = random_work(1, ', fsync after each', fsync=1)
 SEQUENTIAL = Task('64 KiB sequential, depth 4',
-                  {'rw': 'write', 'bs': 65536, 'iodepth': 4}, 48 * MIB, 0)
+                  {'rw': 'write', 'bs': 65536, 'iodepth': 4}, 48 * MIB)
 
 
 def measure(setting: Setting, image: Path, aio: Optional[str], work: Task,
-            remote: Remote, names: Dict[str, str], subject: str) -> Values:
+            remote: Remote, names: Dict[str, str], subject: str,
+            quorum: bool = False) -> Values:
     """Do the work on a new host."""
     jobs = [job for job in work.jobs(setting) if BURST in names or
             job.name == STEADY]
     local = disk_node('local', image, aio)
-    with open_remote_primary(setting.place, subject, local, remote) as (
-            host, guest):
+    with open_remote_primary(setting.place, subject, local, remote,
+                             quorum) as (host, guest):
         speeds = load(setting.place, host, guest, *jobs)
     return {name: speeds[job] for job, name in names.items()}
 
@@ -80,9 +77,9 @@ def measure(setting: Setting, image: Path, aio: Optional[str], work: Task,
 def cells(setting: Setting) -> List[Cell]:
     """Writes of the primary guest, by the latency of the secondary."""
     image = fill(setting.place.memory / 'image', GIB)
-    one_ms = [Remote('null-co', 1), Remote('NBD', 1)]
-    ways = [Remote(kind, ms) for kind in ('null-co', 'NBD')
-            for ms in LATENCIES]
+    one_ms = [Remote(kind, 1) for kind in (NULL, NBD, TCP)]
+    ways = [Remote(kind, ms) for kind in (NULL, NBD) for ms in LATENCIES]
+    ways.append(one_ms[-1])
     plan = {DEPTH_1.title: (DEPTH_1, one_ms), FSYNC.title: (FSYNC, one_ms)}
     if not setting.quick:
         plan = {work.title: (work, ways)
@@ -111,25 +108,60 @@ def cells(setting: Setting) -> List[Cell]:
     return result
 
 
-def drain(setting: Setting, row: Row, remote: Remote, subject: str) -> Values:
+def quorum_cells(setting: Setting) -> List[Cell]:
+    """Writes of a primary guest under quorum, as with QEMU's own driver."""
+    image = fill(setting.place.memory / 'image', GIB)
+    remote = Remote(NBD, 1)
+    result = []
+    for work in [DEPTH_1] if setting.quick else [DEPTH_1, DEPTH_16,
+                                                 SEQUENTIAL]:
+        rows = {kind: Row('quorum', work.title, str(remote), IOPS, kind)
+                for kind in (BURST, STEADY)}
+        result.append(Cell(f'{work.title}, {remote}', partial(
+            measure, setting, image, None, work, remote,
+            {kind: row.name for kind, row in rows.items()}, quorum=True),
+            tuple(rows.values())))
+    return result
+
+
+# What the guest does before a checkpoint
+Before = Callable[[Setting, TimedHost, str], None]
+
+
+def burst(setting: Setting, host: TimedHost, guest: str) -> None:
+    """As much as a queue has room for, at most."""
+    load(setting.place, host, guest, DEPTH_16.jobs(setting)[0])
+
+
+def small_zeroes(_: Setting, host: TimedHost, guest: str) -> None:
+    """Zeroes one by one, that are not side by side."""
+    host.do(guest, *(f'aio_write -z {8192 * number} 4096'
+                     for number in range(SMALL_ZEROES)), 'aio_flush')
+
+
+def drain(setting: Setting, row: Row, remote: Remote,
+          work: Before, subject: str) -> Values:
     """A checkpoint right after a burst, which has to arrive for it."""
     local = disk_node('local', setting.place.memory / 'image')
     with open_remote_primary(setting.place, subject, local, remote) as (
             host, guest):
-        load(setting.place, host, guest, DEPTH_16.jobs(setting)[0])
+        work(setting, host, guest)
         return {row.name: host.checkpoint()}
 
 
 def drain_cells(setting: Setting) -> List[Cell]:
     """A checkpoint on the primary right after a burst."""
     fill(setting.place.memory / 'image', GIB)
+    plan: List[Tuple[str, Before, float]] = [
+        ('32 MiB', burst, ms) for ms in (*LATENCIES, FAR_MS)]
+    plan.append((f'{SMALL_ZEROES} small zeroes', small_zeroes, FAR_MS))
     result = []
-    for ms in (1.0,) if setting.quick else LATENCIES:
-        remote = Remote('NBD', ms)
-        row = Row('drain', 'checkpoint on the primary after 32 MiB',
+    for what, work, ms in plan[-1:] if setting.quick else plan:
+        remote = Remote(NBD, ms)
+        row = Row('drain', f'checkpoint on the primary after {what}',
                   str(remote), MS, charted=False)
         result.append(Cell(f'{row.title}, {remote}',
-                           partial(drain, setting, row, remote), (row,),
+                           partial(drain, setting, row, remote, work), (row,),
                            (STOCK, OURS)))
     return result
 
@@ -148,7 +180,7 @@ def refusal(place: Place, image: Path, aio: str) -> Optional[str]:
 def direct_cells(setting: Setting, aio: str) -> List[Cell]:
     """On a disk without the page cache, as operators run it."""
     image = fill(setting.place.disk / 'image', GIB, sync=True)
-    remote = Remote('NBD', 1)
+    remote = Remote(NBD, 1)
     row = Row('direct', f'aio={aio}', f'primary, {DEPTH_1.title}, {remote}',
               IOPS)
     return [Cell(f'aio={aio}, {DEPTH_1.title}',

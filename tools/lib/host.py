@@ -195,10 +195,12 @@ class Host(QEMUMachine):
         for node in nodes:
             self.cmd('blockdev-del', {'node-name': node})
 
-    def serve(self) -> None:
-        """Take NBD clients."""
-        self.cmd('nbd-server-start', addr={
-            'type': 'unix', 'data': {'path': str(self.socket)}})
+    def serve(self, **server: str) -> None:
+        """Take NBD clients, at its socket or another address."""
+        self.server = server or {'type': 'unix', 'path': str(self.socket)}
+        data = dict(self.server)
+        self.cmd('nbd-server-start', addr={'type': data.pop('type'),
+                                           'data': data})
 
     def export(self, node: str, name: str = '', writable: bool = True,
                iothread: Optional[str] = None) -> None:

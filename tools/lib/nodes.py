@@ -62,10 +62,19 @@ def secondary(name: str, top: str, active: Below, **options: Any) -> Json:
             'top-id': top, 'file': active, **options}
 
 
-def link(name: str, socket: Path, export: str, **options: Any) -> Json:
+def link(name: str, server: Union[Path, Json], export: str, **options: Any
+         ) -> Json:
     """An NBD client: the way to the other host."""
+    if isinstance(server, Path):
+        server = {'type': 'unix', 'path': str(server)}
     return {'driver': 'nbd', 'node-name': name, 'export': export,
-            'server': {'type': 'unix', 'path': str(socket)}, **options}
+            'server': server, **options}
+
+
+def sparse(path: Path, size: int) -> None:
+    """Make a raw image without data."""
+    with open(path, 'wb') as file:
+        file.truncate(size)
 
 
 def create(build: Path, path: Path, size: int, options: str = '') -> None:
