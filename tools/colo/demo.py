@@ -97,7 +97,9 @@ class Story:
         """Tell it all; return whether nothing was lost."""
         pair = self.pair
         self.say('primary', 'booting the guest, not protected yet')
-        pair.start_primary()
+        pair.start_primary(lambda: self.screen.show(
+            f'guest      boots, {100 * pair.filled():.0f} % of its disks are '
+            'filled'))
         self.say('guest', 'at work: SQLite on ext4, numbered blocks beside it')
         first = self._protect(pair, self.options.seconds)
         outcome = self._kill(pair)
@@ -184,7 +186,8 @@ class Story:
         return Kill(victim, failover, before, safe or before)
 
     def _judge(self, pair: ColoPair, outcome: Kill) -> Findings:
-        report = pair.finish()
+        report = pair.finish(lambda: self.screen.show(
+            'guest      checks all it wrote'))
         self.say('host', 'checks the image of the survivor')
         found = judge(report, pair.images(), pair.setup.disks, self.folder)
         found.demand(

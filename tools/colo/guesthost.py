@@ -10,7 +10,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Dict, List, Optional
 
 from guest import Guest
 from host import Host, HostError, Json
@@ -99,7 +99,7 @@ class Console:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(str(path))
         self._news = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._lines: List[str] = []
         self._beats: List[Beat] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
@@ -114,7 +114,7 @@ class Console:
                 # QEMU is gone: there is nothing more to read.
                 pass
         with self._news:
-            self._closed = True
+            self.closed = True
             self._news.notify_all()
 
     def _take(self, line: str) -> None:
@@ -154,15 +154,6 @@ class Console:
         """Return at the next line, or after timeout seconds."""
         with self._news:
             self._news.wait(timeout)
-
-    def wait_for(self, ready: Callable[[], bool]) -> bool:
-        """Wait until ready, which is asked after every line.
-
-        False when it is not ready in time, or never can be.
-        """
-        with self._news:
-            return self._news.wait_for(lambda: self._closed or ready(),
-                                       CHECK_SECONDS) and ready()
 
     def send(self, line: str) -> None:
         """Type a line."""

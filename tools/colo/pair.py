@@ -16,6 +16,8 @@ from guesthost import (CHECK_SECONDS, POLL, STEP_SECONDS, Beat, GuestHost,
                        Setup, fields)
 from host import HostError, Json
 
+# Called again and again while something takes its time
+Tell = Callable[[], None]
 # Unlimited: the guest must not wait for a migration that is throttled.
 BANDWIDTH = 1 << 40
 # What a replica lacks is known in blocks of so many bytes
@@ -141,11 +143,12 @@ class ColoPair:
                 nodes.secondary(f'replication{disk}', root['node-name'],
                                 f'active{disk}'), root]
 
-    def start_primary(self) -> None:
+    def start_primary(self, tell: Tell = lambda: None) -> None:
         """Boot the guest, not protected yet, and wait for it to work."""
         host = self._primary = self._new_host([], False)
 
         def works() -> bool:
+            tell()
             beat = host.console.beat
             return beat is not None and beat.ready and beat.tx > 0
 
@@ -372,10 +375,18 @@ class ColoPair:
 
         In bytes, in the blocks in which is noted what a replica lacks.
         """
-        told = [device['stats']
-                for device in self.primary.cmd('query-blockstats')]
-        return sum(stats['wr_bytes'] + 2 * NOTED * stats['wr_operations']
-                   for stats in told)
+        return (self._counted('wr_bytes')
+                + 2 * NOTED * self._counted('wr_operations'))
+
+    def filled(self) -> float:
+        """How much of its disks a guest that boots has filled, at most."""
+        disks = self.setup.disks
+        return min(self._counted('wr_bytes')
+                   / (disks.count * disks.size - disks.fs_size), 1)
+
+    def _counted(self, what: str) -> int:
+        return sum(device['stats'][what]
+                   for device in self.primary.cmd('query-blockstats'))
 
     def check(self) -> int:
         """Have the guest check all that it ever wrote, and go on.
@@ -409,13 +420,20 @@ class ColoPair:
 
     # The end
 
-    def finish(self) -> List[str]:
+    def finish(self, tell: Tell = lambda: None) -> List[str]:
         """Have the guest check itself and shut down; return its report."""
         host = self.primary
         console = host.console
         console.send('finish')
-        if not console.wait_for(lambda: bool(console.lines('CLEAN', 'FAIL'))):
-            raise HostError(f'{host.name}: the guest did not report')
+        end = time.monotonic() + CHECK_SECONDS
+        over = False
+        while not console.lines('CLEAN', 'FAIL'):
+            if over:
+                raise HostError(f'{host.name}: the guest did not report')
+            tell()
+            console.wait(POLL)
+            # its last line, if there is one, comes before the end
+            over = console.closed or time.monotonic() > end
         host.wait(timeout=int(STEP_SECONDS))
         # A wrong read counts wherever and whenever it was: the secondary's
         # guest forgets its own at each checkpoint, but has said it.

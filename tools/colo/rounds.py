@@ -61,8 +61,9 @@ class Rounds:
     def run(self) -> None:
         """Run them all; what goes wrong is raised."""
         pair = self.pair
-        self.screen.show('booting the guest', True)
-        pair.start_primary()
+        pair.start_primary(lambda: self.screen.show(
+            f'the guest boots, {100 * pair.filled():.0f} % of its disks are '
+            'filled'))
         self._sync('at first')
         for number in range(self.rounds):
             pair.protect()
@@ -131,7 +132,8 @@ class Rounds:
 
     def _compare(self) -> None:
         pair = self.pair
-        report = pair.finish()
+        report = pair.finish(lambda: self.screen.show(
+            'the guest checks its disks and shuts down'))
         found = judge(report, pair.images(), pair.setup.disks,
                       pair.setup.folder)
         self._demand(not found.problems, '\n'.join(found.problems))

@@ -37,7 +37,7 @@
 #define WORDS (BLOCK / sizeof(uint64_t))
 #define MAGIC 0x4f4c4f436f6d6564ull
 #define MAX_REGIONS 64
-#define FILL_BLOCKS 64      /* first fill: 256 KiB a request */
+#define MANY_BLOCKS 64      /* first fill and check: 256 KiB a request */
 #define SLOTS 64            /* rows that SQLite updates over and over */
 #define READ_BACK_EVERY 8   /* transactions between two reads of old rows */
 #define LINE 256
@@ -187,33 +187,41 @@ static void wrong_block(struct region *r, uint32_t number,
     }
 }
 
-static void check(struct region *r, int fd, uint32_t number,
-                  uint32_t generation, uint64_t *have, uint64_t *want)
+/* Check @count blocks from @number on; @have has room for them */
+static void check(struct region *r, int fd, uint32_t number, uint32_t count,
+                  const uint32_t *generation, uint64_t *have, uint64_t *want)
 {
-    if (pread(fd, have, BLOCK, (r->first + number) * BLOCK) != BLOCK) {
-        die("read of a block");
+    if (pread(fd, have, count * BLOCK, (r->first + number) * BLOCK) !=
+        (ssize_t)count * BLOCK) {
+        die("read of blocks");
     }
-    fill(want, number, generation);
-    if (memcmp(have, want, BLOCK)) {
-        wrong_block(r, number, generation, have);
+    for (uint32_t i = 0; i < count; i++) {
+        fill(want, number + i, generation[number + i]);
+        if (memcmp(have + i * WORDS, want, BLOCK)) {
+            wrong_block(r, number + i, generation[number + i],
+                        have + i * WORDS);
+        }
     }
 }
 
 static void check_all(struct region *r, int fd, const uint32_t *generation,
                       uint64_t *have, uint64_t *want)
 {
-    for (uint32_t i = 0; i < r->blocks; i++) {
-        check(r, fd, i, generation[i], have, want);
+    for (uint32_t at = 0; at < r->blocks; at += MANY_BLOCKS) {
+        uint32_t n = r->blocks - at < MANY_BLOCKS ? r->blocks - at
+                                                  : MANY_BLOCKS;
+
+        check(r, fd, at, n, generation, have, want);
     }
 }
 
 static void first_fill(struct region *r, int fd, uint32_t *generation)
 {
-    uint64_t *buffer = aligned(FILL_BLOCKS * BLOCK);
+    uint64_t *buffer = aligned(MANY_BLOCKS * BLOCK);
 
-    for (uint32_t at = 0; at < r->blocks; at += FILL_BLOCKS) {
-        uint32_t n = r->blocks - at < FILL_BLOCKS ? r->blocks - at
-                                                  : FILL_BLOCKS;
+    for (uint32_t at = 0; at < r->blocks; at += MANY_BLOCKS) {
+        uint32_t n = r->blocks - at < MANY_BLOCKS ? r->blocks - at
+                                                  : MANY_BLOCKS;
 
         for (uint32_t i = 0; i < n; i++) {
             generation[at + i] = 1;
@@ -232,7 +240,7 @@ static void block_work(struct region *r)
 {
     const struct timespec pause = { .tv_nsec = 1000000 };
     uint32_t *generation = calloc(r->blocks, sizeof(*generation));
-    uint64_t *have = aligned(BLOCK), *want = aligned(BLOCK);
+    uint64_t *have = aligned(MANY_BLOCKS * BLOCK), *want = aligned(BLOCK);
     uint64_t random = mix(getpid());
     int fd = open(r->device, O_RDWR | O_DIRECT);
 
@@ -253,7 +261,7 @@ static void block_work(struct region *r)
             }
             atomic_fetch_add(&r->writes, 1);
         } else {
-            check(r, fd, number, generation[number], have, want);
+            check(r, fd, number, 1, generation, have, want);
             atomic_fetch_add(&r->reads, 1);
         }
         if (atomic_load(&r->checks) < atomic_load(&shared->checks_wanted)) {
