@@ -94,8 +94,9 @@ END
 
 help_of() {
     local name value text
-    echo "usage: ./run $1 [OPTION...] $(words_of "$1")"
-    fold -s -w 76 <<<"${HELP[$1]}"
+    text="usage: ./run $1 [OPTION...] $(words_of "$1")"
+    echo "${text% }"
+    fold -s -w 76 <<<"${HELP[$1]}" | sed 's/ *$//'
     for name in "${ORDER[@]}"; do
         [[ $name == "$1".* ]] || continue
         value=$(shown "${VALUE[$name]}") text=${HELP[$name]}

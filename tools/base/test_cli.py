@@ -49,7 +49,7 @@ MISTAKES = (
     ('install --prefix /', '/ has other files'),
     ('install --prefix=/usr', "/usr belongs to Debian's packages"),
     ('install --prefix /bin', "/usr/bin belongs to Debian's packages"),
-    ('install --prefix /usr/share/../local', '/usr/local has other files'),
+    ('install --prefix /usr/share/../local', '/usr/local '),
     ('fetch', 'fetch wants PACKAGE'),
     ('clean --al', 'clean has no option --al'),
 )
@@ -106,6 +106,7 @@ class CommandLineTest(unittest.TestCase):
             told = self.run_it(f'{name} --help')
             self.assertEqual((told.returncode, told.stderr), (0, ''))
             self.assertRegex(told.stdout, f'^usage: ./run {name} ')
+            self.assertNotRegex(told.stdout, r'(?m) $')
             self.assertNotIn('--build-dir', told.stdout)
         self.assertFalse(self.cache.exists())
 

@@ -209,11 +209,14 @@ class Watched:
         return silence if silence > SILENT_SECONDS else 0
 
     def unprotected(self) -> List[NodeFigures]:
-        """Return a node of each disk that no node of it protects."""
+        """Return a node of each disk that no node of it protects.
+
+        It is the primary's where a promoted secondary has got one above it.
+        """
         nodes = sorted(self.nodes.values(), key=lambda node: node.disk)
         disks = [list(group) for _, group
                  in groupby(nodes, key=lambda node: node.disk)]
-        return [disk[0] for disk in disks
+        return [max(disk, key=lambda node: node.is_primary) for disk in disks
                 if not any(node.stats['protects'] for node in disk)]
 
     def take_nodes(self, when: float, blockstats: List[Json]) -> None:
