@@ -23,7 +23,7 @@ HOLD_UP = 2.0
 AWAKE = 1.0
 # Speed of a slow merge in bytes a second, and for how many seconds: the guest
 # dirties the overlays faster than that, so that it would never end.
-SLOW = 4 * MIB
+SLOW = MIB // 16
 SLOW_FOR = 4.0
 # A copy that is broken off is slow, too; no part of it takes a second.
 COPY_SPEED = 16 * MIB

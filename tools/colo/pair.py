@@ -338,7 +338,6 @@ class ColoPair:
         beat = next(b for b in host.console.beats() if b.when > resumed)
         merged_ms = None
         if merge:
-            self.form.promoted(host)
             merged_ms = (self._wait_for_merge(host) - since) * 1000
         return Failover((resumed - since) * 1000,
                         (beat.when - since) * 1000, merged_ms, beat)
@@ -363,6 +362,8 @@ class ColoPair:
                     in host.seen('REPLICATION_STAGE_CHANGE')
                     if event['data']['stage'] == 'done']
 
+        # that it has not ended is no reason to wait
+        self.form.promoted(host)
         host.wait_until(merged, 'the merge of the overlays')
         # how much it was is known for sure when it has ended
         self._look_at_merge(host)
