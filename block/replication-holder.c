@@ -379,6 +379,7 @@ static bool holder_may_copy(BlockDriverState *bs)
 
     return holder_forwards(bs) && !qatomic_read(&s->copy_paused) &&
            !qatomic_read(&bs->quiesce_counter) &&
+           !(bs->open_flags & BDRV_O_INACTIVE) &&
            replication_changes_lacking_bytes(s->changes);
 }
 
@@ -608,6 +609,8 @@ static void GRAPH_RDLOCK holder_parents_changed(BlockDriverState *bs)
         holder_lose(bs, "request", -EIO);
     }
     s->above = replication_above_update(s->above, bs);
+    /* It may have become active */
+    holder_kick_copiers(bs);
 }
 
 static bool holder_in_sync(BlockDriverState *bs, Error **errp)
@@ -885,6 +888,25 @@ void replication_replica_detach(BlockDriverState *bs, bool force)
     bdrv_drain_all_end();
 }
 
+void replication_replica_job_cancelled(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    if (replication_stage(bs) != REPLICATION_STAGE_RUNNING) {
+        holder_abandon(bs);
+    }
+}
+
+void replication_replica_job_failed(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    /* What runs already is no business of a job whose end was put off */
+    if (replication_stage(bs) != REPLICATION_STAGE_RUNNING) {
+        replication_replica_detach(bs, true);
+    }
+}
+
 void replication_replica_job_ended(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
@@ -917,7 +939,7 @@ void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
 void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
 {
     ReplicationHolder *s = holder_state(bs);
-    int64_t bytes = speed ? speed * COPY_SLICE_NS / NANOSECONDS_PER_SECOND :
+    int64_t bytes = speed ? speed / (NANOSECONDS_PER_SECOND / COPY_SLICE_NS) :
                             COPY_BYTES;
 
     /* What is copied has to fit in the queue, and more than once */
@@ -1173,9 +1195,13 @@ holder_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
-    /* What others write to the disk does not get to the replica */
-    if (s->replica && !(bs->open_flags & BDRV_O_INACTIVE)) {
-        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    if (bs->open_flags & BDRV_O_INACTIVE) {
+        return;
+    }
+    /* What is changed past the node gets to no replica, and to no set */
+    *nshared &= ~BLK_PERM_RESIZE;
+    if (s->replica || s->had_replica) {
+        *nshared &= ~BLK_PERM_WRITE;
     }
 }
 
@@ -1184,8 +1210,8 @@ static void holder_get_stats(BlockDriverState *bs,
 {
     ReplicationHolder *s = holder_state(bs);
     BlockStatsReplicationPrimary *p = &stats->u.primary;
-    ReplicaState state = holder_replica_state(bs);
     WriteBehindStats q = {};
+    ReplicaState state;
     uint64_t behind;
 
     /* In the order in which a write goes from one to the next */
@@ -1194,6 +1220,8 @@ static void holder_get_stats(BlockDriverState *bs,
     if (s->queue) {
         write_behind_get_stats(s->queue, &q);
     }
+    /* After that, because it is lost before the queue is dropped */
+    state = holder_replica_state(bs);
     replication_primary_fill_stats(p, &q);
     p->has_replica_state = true;
     p->replica_state = state;
