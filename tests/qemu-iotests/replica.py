@@ -44,12 +44,15 @@ class ReplicaCase(PrimaryCase):
             'server': {'type': 'unix', 'path': self.socket},
             'read-only': read_only})
 
-    def new_link(self, size: int = SIZE) -> None:
-        """To another replica, in place of the one that was"""
+    def new_link(self, size: int = SIZE, keep: bool = False) -> None:
+        """To another server in place of the one that was, and another disk"""
         self.vm.cmd('blockdev-del', node_name='link')
         self.kill_server()
         os.unlink(self.socket)
-        self.serve_new(size)
+        if keep:
+            self.serve()
+        else:
+            self.serve_new(size)
         self.add_link()
 
     def sync(self, replica: str = 'link', **options: Any) -> None:
