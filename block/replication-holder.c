@@ -547,24 +547,31 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                qiov_offset, flags) < 0 ? ret : 0;
 }
 
-/* An overlay keeps the guest's writes away from both disks */
+/*
+ * An overlay keeps the guest's writes away from both disks, unless the guest
+ * does not use it: a backup may have one for what it has not read yet.
+ */
 static bool GRAPH_RDLOCK
 holder_refuse_overlays(BlockDriverState *bs, Error **errp)
 {
+    bool has_overlay = false;
     BdrvChild *c;
 
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
-            error_setg(errp, "Replication node '%s' has a replica and cannot "
-                       "be the backing node of an overlay",
-                       bdrv_get_node_name(bs));
-            error_append_hint(errp, "Detach the replica with "
-                              "x-block-replica-detach first.\n");
-            return false;
+            has_overlay = true;
+        } else if (!c->klass->stay_at_node) {
+            return true;
         }
     }
+    if (has_overlay) {
+        error_setg(errp, "Replication node '%s' cannot have a replica and be "
+                   "the backing node of an overlay", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Commit the overlay, or detach the replica "
+                          "with x-block-replica-detach first.\n");
+    }
 
-    return true;
+    return !has_overlay;
 }
 
 /* What the guest writes past the node gets to no disk of it */
@@ -806,6 +813,12 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                    bdrv_get_node_name(bs));
         error_append_hint(errp, "Detach it with x-block-replica-detach "
                           "first.\n");
+        return false;
+    }
+    bdrv_graph_rdlock_main_loop();
+    ok = holder_refuse_overlays(bs, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (!ok) {
         return false;
     }
     if (changed && !s->had_replica) {
