@@ -430,6 +430,9 @@ static void holder_kick_copiers(BlockDriverState *bs)
         return;
     }
     max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
+    if (max == 1 && timer_pending(s->copy_timer)) {
+        return;
+    }
     if (qatomic_fetch_inc(&s->copiers) >= max) {
         qatomic_dec(&s->copiers);
         return;
@@ -965,6 +968,7 @@ void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
                 CLAMP(QEMU_ALIGN_DOWN(bytes, REPLICATION_BLOCK),
                       REPLICATION_BLOCK, COPY_BYTES));
     qatomic_set(&s->copy_limited, speed > 0);
+    timer_del(s->copy_timer);
     holder_kick_copiers(bs);
 }
 
@@ -1098,9 +1102,9 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     stat64_init(&s->copied_bytes, 0);
     stat64_init(&s->changing_bytes, 0);
     ratelimit_init(&s->copy_limit);
-    replication_replica_set_speed(bs, 0);
     s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                   SCALE_NS, holder_copy_timer, bs);
+    replication_replica_set_speed(bs, 0);
 
     return true;
 }
