@@ -796,6 +796,29 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
     return true;
 }
 
+/* No replica has the length of this disk, or none that is known */
+static void holder_resized(BlockDriverState *bs, int64_t length)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    replication_changes_resize(s->changes, length);
+    s->had_replica = false;
+}
+
+/* Others may have resized the disk while the node was inactive */
+static void holder_check_length(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t length;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    length = bdrv_getlength(bs->file->bs);
+    if (length >= 0 && length != replication_changes_size(s->changes)) {
+        holder_resized(bs, length);
+    }
+}
+
 bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                                 bool changed, Error **errp)
 {
@@ -824,6 +847,7 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
     if (!ok) {
         return false;
     }
+    holder_check_length(bs);
     if (changed && !s->had_replica) {
         error_setg(errp, "Replication node '%s' has had no replica that was in "
                    "step", bdrv_get_node_name(bs));
@@ -1107,15 +1131,6 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     replication_replica_set_speed(bs, 0);
 
     return true;
-}
-
-/* No replica has the length of this disk, or none that is known */
-static void holder_resized(BlockDriverState *bs, int64_t length)
-{
-    ReplicationHolder *s = holder_state(bs);
-
-    replication_changes_resize(s->changes, length);
-    s->had_replica = false;
 }
 
 static bool holder_is_null(const QObject *option)
