@@ -11,6 +11,9 @@ from replication import CLUSTER, SIZE, Json, error_of, wait_until
 class ReplicaCase(PrimaryCase):
     """A node for the guest, and a server with its replica"""
 
+    # Many clients, one after another, some with sanitizers
+    seconds = 180
+
     def open(self, local: Optional[Json] = None,
              replica: Optional[str] = None,
              options: Optional[Json] = None) -> None:
