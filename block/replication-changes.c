@@ -68,6 +68,13 @@ void replication_changes_free(ReplicationChanges *changes)
     g_free(changes);
 }
 
+int64_t replication_changes_size(ReplicationChanges *changes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    return changes->size;
+}
+
 void replication_changes_resize(ReplicationChanges *changes, int64_t size)
 {
     QEMU_LOCK_GUARD(&changes->lock);

@@ -29,6 +29,8 @@ typedef struct ReplicationChanges ReplicationChanges;
 ReplicationChanges *replication_changes_new(int64_t size);
 void replication_changes_free(ReplicationChanges *changes);
 
+int64_t replication_changes_size(ReplicationChanges *changes);
+
 /* The disk has another length.  All sets are empty. */
 void replication_changes_resize(ReplicationChanges *changes, int64_t size);
 

@@ -379,6 +379,7 @@ static bool holder_may_copy(BlockDriverState *bs)
 
     return holder_forwards(bs) && !qatomic_read(&s->copy_paused) &&
            !qatomic_read(&bs->quiesce_counter) &&
+           !(bs->open_flags & BDRV_O_INACTIVE) &&
            replication_changes_lacking_bytes(s->changes);
 }
 
@@ -429,6 +430,9 @@ static void holder_kick_copiers(BlockDriverState *bs)
         return;
     }
     max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
+    if (max == 1 && timer_pending(s->copy_timer)) {
+        return;
+    }
     if (qatomic_fetch_inc(&s->copiers) >= max) {
         qatomic_dec(&s->copiers);
         return;
@@ -546,24 +550,31 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                qiov_offset, flags) < 0 ? ret : 0;
 }
 
-/* An overlay keeps the guest's writes away from both disks */
+/*
+ * An overlay keeps the guest's writes away from both disks, unless the guest
+ * does not use it: a backup may have one for what it has not read yet.
+ */
 static bool GRAPH_RDLOCK
 holder_refuse_overlays(BlockDriverState *bs, Error **errp)
 {
+    bool has_overlay = false;
     BdrvChild *c;
 
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
-            error_setg(errp, "Replication node '%s' has a replica and cannot "
-                       "be the backing node of an overlay",
-                       bdrv_get_node_name(bs));
-            error_append_hint(errp, "Detach the replica with "
-                              "x-block-replica-detach first.\n");
-            return false;
+            has_overlay = true;
+        } else if (!c->klass->stay_at_node) {
+            return true;
         }
     }
+    if (has_overlay) {
+        error_setg(errp, "Replication node '%s' cannot have a replica and be "
+                   "the backing node of an overlay", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Commit the overlay, or detach the replica "
+                          "with x-block-replica-detach first.\n");
+    }
 
-    return true;
+    return !has_overlay;
 }
 
 /* What the guest writes past the node gets to no disk of it */
@@ -608,6 +619,8 @@ static void GRAPH_RDLOCK holder_parents_changed(BlockDriverState *bs)
         holder_lose(bs, "request", -EIO);
     }
     s->above = replication_above_update(s->above, bs);
+    /* It may have become active */
+    holder_kick_copiers(bs);
 }
 
 static bool holder_in_sync(BlockDriverState *bs, Error **errp)
@@ -783,6 +796,29 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
     return true;
 }
 
+/* No replica has the length of this disk, or none that is known */
+static void holder_resized(BlockDriverState *bs, int64_t length)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    replication_changes_resize(s->changes, length);
+    s->had_replica = false;
+}
+
+/* Others may have resized the disk while the node was inactive */
+static void holder_check_length(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t length;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    length = bdrv_getlength(bs->file->bs);
+    if (length >= 0 && length != replication_changes_size(s->changes)) {
+        holder_resized(bs, length);
+    }
+}
+
 bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                                 bool changed, Error **errp)
 {
@@ -805,6 +841,13 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                           "first.\n");
         return false;
     }
+    bdrv_graph_rdlock_main_loop();
+    ok = holder_refuse_overlays(bs, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (!ok) {
+        return false;
+    }
+    holder_check_length(bs);
     if (changed && !s->had_replica) {
         error_setg(errp, "Replication node '%s' has had no replica that was in "
                    "step", bdrv_get_node_name(bs));
@@ -885,6 +928,25 @@ void replication_replica_detach(BlockDriverState *bs, bool force)
     bdrv_drain_all_end();
 }
 
+void replication_replica_job_cancelled(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    if (replication_stage(bs) != REPLICATION_STAGE_RUNNING) {
+        holder_abandon(bs);
+    }
+}
+
+void replication_replica_job_failed(BlockDriverState *bs)
+{
+    GLOBAL_STATE_CODE();
+
+    /* What runs already is no business of a job whose end was put off */
+    if (replication_stage(bs) != REPLICATION_STAGE_RUNNING) {
+        replication_replica_detach(bs, true);
+    }
+}
+
 void replication_replica_job_ended(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
@@ -917,7 +979,7 @@ void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
 void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
 {
     ReplicationHolder *s = holder_state(bs);
-    int64_t bytes = speed ? speed * COPY_SLICE_NS / NANOSECONDS_PER_SECOND :
+    int64_t bytes = speed ? speed / (NANOSECONDS_PER_SECOND / COPY_SLICE_NS) :
                             COPY_BYTES;
 
     /* What is copied has to fit in the queue, and more than once */
@@ -930,6 +992,7 @@ void replication_replica_set_speed(BlockDriverState *bs, int64_t speed)
                 CLAMP(QEMU_ALIGN_DOWN(bytes, REPLICATION_BLOCK),
                       REPLICATION_BLOCK, COPY_BYTES));
     qatomic_set(&s->copy_limited, speed > 0);
+    timer_del(s->copy_timer);
     holder_kick_copiers(bs);
 }
 
@@ -1063,20 +1126,11 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     stat64_init(&s->copied_bytes, 0);
     stat64_init(&s->changing_bytes, 0);
     ratelimit_init(&s->copy_limit);
-    replication_replica_set_speed(bs, 0);
     s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                   SCALE_NS, holder_copy_timer, bs);
+    replication_replica_set_speed(bs, 0);
 
     return true;
-}
-
-/* No replica has the length of this disk, or none that is known */
-static void holder_resized(BlockDriverState *bs, int64_t length)
-{
-    ReplicationHolder *s = holder_state(bs);
-
-    replication_changes_resize(s->changes, length);
-    s->had_replica = false;
 }
 
 static bool holder_is_null(const QObject *option)
@@ -1173,9 +1227,13 @@ holder_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
-    /* What others write to the disk does not get to the replica */
-    if (s->replica && !(bs->open_flags & BDRV_O_INACTIVE)) {
-        *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
+    if (bs->open_flags & BDRV_O_INACTIVE) {
+        return;
+    }
+    /* What is changed past the node gets to no replica, and to no set */
+    *nshared &= ~BLK_PERM_RESIZE;
+    if (s->replica || s->had_replica) {
+        *nshared &= ~BLK_PERM_WRITE;
     }
 }
 
@@ -1184,8 +1242,8 @@ static void holder_get_stats(BlockDriverState *bs,
 {
     ReplicationHolder *s = holder_state(bs);
     BlockStatsReplicationPrimary *p = &stats->u.primary;
-    ReplicaState state = holder_replica_state(bs);
     WriteBehindStats q = {};
+    ReplicaState state;
     uint64_t behind;
 
     /* In the order in which a write goes from one to the next */
@@ -1194,6 +1252,8 @@ static void holder_get_stats(BlockDriverState *bs,
     if (s->queue) {
         write_behind_get_stats(s->queue, &q);
     }
+    /* After that, because it is lost before the queue is dropped */
+    state = holder_replica_state(bs);
     replication_primary_fill_stats(p, &q);
     p->has_replica_state = true;
     p->replica_state = state;

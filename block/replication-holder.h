@@ -24,6 +24,12 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
 /* Let go of the replica, if there is one, and with @force do not wait for it */
 void replication_replica_detach(BlockDriverState *bs, bool force);
 
+/* Whatever the job waits for need not arrive any more */
+void replication_replica_job_cancelled(BlockDriverState *bs);
+
+/* Let go of the replica, unless the node runs already */
+void replication_replica_job_failed(BlockDriverState *bs);
+
 /* To be called once for each replica that was attached */
 void replication_replica_job_ended(BlockDriverState *bs);
 

@@ -64,9 +64,16 @@ static int coroutine_fn replica_sync_run(Job *job, Error **errp)
     return -ECANCELED;
 }
 
+static bool replica_sync_cancel(Job *job, bool force)
+{
+    replication_replica_job_cancelled(replica_sync_job(job)->bs);
+
+    return true;
+}
+
 static void replica_sync_abort(Job *job)
 {
-    replication_replica_detach(replica_sync_job(job)->bs, true);
+    replication_replica_job_failed(replica_sync_job(job)->bs);
 }
 
 static void replica_sync_clean(Job *job)
@@ -106,6 +113,7 @@ static const BlockJobDriver replica_sync_driver = {
         .run            = replica_sync_run,
         .pause          = replica_sync_pause,
         .resume         = replica_sync_resume,
+        .cancel         = replica_sync_cancel,
         .abort          = replica_sync_abort,
         .clean          = replica_sync_clean,
     },
@@ -157,6 +165,8 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
     if (!s) {
         return;
     }
+    /* It may take long, and a backup does not touch what the job needs */
+    bdrv_op_unblock(bs, BLOCK_OP_TYPE_BACKUP_SOURCE, s->common.blocker);
     bdrv_ref(bs);
     if (!replication_replica_attach(bs, replica_bs,
                                     has_sync &&

@@ -262,7 +262,8 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
 
     ret = bdrv_co_truncate(bs->file, offset, exact, prealloc, flags, errp);
     if (ret == 0 && s->role->resized) {
-        s->role->resized(bs, offset);
+        /* What it is, which may be more if a part could not be cut off */
+        s->role->resized(bs, MAX(bdrv_co_getlength(bs->file->bs), 0));
     }
 
     return ret;

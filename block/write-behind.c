@@ -596,8 +596,29 @@ write_behind_find_youngest(WriteBehind *wb, uint64_t start, uint64_t last)
 }
 
 /*
- * If @req is in the midst of a write that is queued, change the data of that.
- * It has to be the youngest there, lest another come in between.
+ * Whether @old may get the data of @req, which is in the midst of it, or all of
+ * it.  Somebody may wait for @old: it takes no longer with other data.
+ */
+static bool write_behind_may_absorb(WriteBehind *wb, const WriteBehindReq *old,
+                                    const WriteBehindReq *req)
+{
+    const IntervalTreeNode *outer = &old->place.range;
+    const IntervalTreeNode *inner = &req->place.range;
+
+    if (!old->queued || !old->room || old->type != WRITE_BEHIND_WRITE ||
+        !req->room || req->type == WRITE_BEHIND_DISCARD) {
+        return false;
+    }
+    if (old->place.seq <= wb->awaited) {
+        return outer->start <= inner->start && outer->last >= inner->last;
+    }
+
+    return outer->start < inner->start && outer->last > inner->last;
+}
+
+/*
+ * Change the data of a write that is queued, if that will do.  It has to be the
+ * youngest there, lest another come in between.
  */
 static bool coroutine_fn
 write_behind_absorb(WriteBehind *wb, WriteBehindReq *req)
@@ -608,10 +629,7 @@ write_behind_absorb(WriteBehind *wb, WriteBehindReq *req)
     WriteBehindReq *old = write_behind_find_youngest(wb, start, last);
     size_t offset;
 
-    if (!old || old->type != WRITE_BEHIND_WRITE ||
-        old->place.range.start >= start || old->place.range.last <= last ||
-        req->type == WRITE_BEHIND_DISCARD || !req->room ||
-        !write_behind_may_cut(wb, old, req)) {
+    if (!old || !write_behind_may_absorb(wb, old, req)) {
         return false;
     }
 

@@ -52,7 +52,9 @@ def nbd_server(socket: str, *args: str) -> 'subprocess.Popen[bytes]':
     # pylint: disable=consider-using-with
     server = subprocess.Popen(
         [iotests.qemu_nbd_prog, '--persistent', '--discard=unmap',
-         '--pid-file', pid_file, '-k', socket, *args])
+         '--pid-file', pid_file, '-k', socket, *args],
+        # it tells of each client that is cut off
+        stderr=subprocess.DEVNULL)
 
     def listens() -> bool:
         try:

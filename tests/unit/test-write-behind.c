@@ -1195,6 +1195,16 @@ static void test_cost_of_overlaps(void)
     }
 }
 
+/* So do twice as many readers */
+static void test_cost_of_readers(void)
+{
+    uint64_t few = cost_of_overlaps(100, 1);
+    uint64_t many = cost_of_overlaps(200, 1);
+
+    g_test_message("%" PRIu64 ", %" PRIu64, few, many);
+    g_assert_cmpuint(many, <, 3 * few);
+}
+
 /* A reader waits for many, and looks but once for each of them */
 static void test_cost_of_settle(void)
 {
@@ -1662,6 +1672,7 @@ int main(int argc, char **argv)
     g_test_add_func("/write-behind/settle-overwritten",
                     test_settle_overwritten);
     g_test_add_func("/write-behind/cost/overlaps", test_cost_of_overlaps);
+    g_test_add_func("/write-behind/cost/readers", test_cost_of_readers);
     g_test_add_func("/write-behind/cost/settle", test_cost_of_settle);
     g_test_add_func("/write-behind/bound-in-time", test_bound_in_time);
     g_test_add_func("/write-behind/abandon", test_abandon);
