@@ -72,6 +72,12 @@ class ReplicaCase(PrimaryCase):
     def detach(self, **options: Any) -> None:
         self.vm.cmd('x-block-replica-detach', {'node-name': 'top', **options})
 
+    def hurry(self) -> None:
+        """Copy without a limit what is left to copy, if there is anything"""
+        error = error_of(self.vm.qmp('block-job-set-speed', device='sync',
+                                     speed=0))
+        assert error in (None, "Block job 'sync' not found"), error
+
     def wait_synced(self) -> None:
         event = self.vm.event_wait('BLOCK_JOB_COMPLETED', timeout=20.0)
         assert event
