@@ -14,6 +14,7 @@ import command
 from forms import Synced
 from guest import GuestError, get_guest, run_tool
 from guesthost import Beat, Disks, GuestHost, MIB, Setup, accelerator
+from host import HostError
 from pair import Checkpoint, ColoPair, Failover
 from picture import (Look, Protection, Timeline, Work, copied_words,
                      draw)
@@ -173,6 +174,9 @@ class Story:
                  f'SIGKILL to the {self.options.kill} ({victim.name})')
         if self.options.kill == 'primary':
             failover = pair.fail_over_to_secondary()
+            # an ordinary end is none
+            if other.seen('REPLICATION_ERROR'):
+                raise HostError(f'{other.name}: the failover was an error')
         else:
             failover = pair.fail_over_to_primary()
         self.say('failover', f'guest runs on {other.name} '
