@@ -132,6 +132,7 @@ class CommandLineTest(unittest.TestCase):
         """A folder that is of no use is named, and so is the variable."""
         (self.folder / 'file').touch()
         for cache in ('/proc/x', f'{self.folder}/a b', f'{self.folder}/a:b',
+                      f"{self.folder}/a'b", f'{self.folder}/a$b',
                       f'{self.folder}/file', f'{self.folder}/file/x'):
             for words in ('build', 'check --base 10.2', 'demo', 'fetch x'):
                 with self.subTest(f'{words} {cache}'):
