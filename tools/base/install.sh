@@ -91,8 +91,8 @@ assemble() {
 
 # Whoever ends this leaves what was there.
 clean_up() {
-    [ -e "$prefix" ] || [ ! -e "$new/old" ] || mv -T "$new/old" "$prefix"
-    rm -rf "$new"
+    [ -e "$prefix" ] || [ ! -e "$work/old" ] || mv -T "$work/old" "$prefix"
+    rm -rf "$work"
 }
 
 case $1 in
@@ -104,14 +104,14 @@ esac
 build=$1 tree=$2 prefix=$3
 check_prefix
 mkdir -p "$(dirname "$prefix")"
-new=$(mktemp -d "$prefix.XXXXXX")
+work=$(mktemp -d "$prefix.XXXXXX")
 trap clean_up EXIT
-chmod 755 "$new"
+new=$work/new
+mkdir -m 755 "$new"
 assemble
 try_out
 # who runs a program of an older installation goes on with it
-[ ! -e "$prefix" ] || mv "$prefix" "$new/old"
+[ ! -e "$prefix" ] || mv "$prefix" "$work/old"
 mv -T "$new" "$prefix" || die "cannot make $prefix: nothing has changed"
-rm -rf "$prefix/old"
 say "installed: programs in $prefix/bin, helpers in $prefix/libexec," \
     "keymaps and links to firmware in $prefix/share/qemu"

@@ -114,6 +114,24 @@ class InstallTest(unittest.TestCase):
         self.assertIn('has other files, such as ./bin/disk.qcow2',
                       done.stderr)
 
+    def test_failed(self) -> None:
+        """What was there stays where it was."""
+        with tempfile.TemporaryDirectory(dir=self.top) as folder:
+            prefix, move = Path(folder, 'prefix'), Path(folder, 'mv')
+            shutil.copytree(self.prefix, prefix, symlinks=True)
+            # it cannot put what is new there
+            move.write_text('#!/bin/sh\ncase $2 in */new) exit 1 ;; esac\n'
+                            f'exec {shutil.which("mv")} "$@"\n', 'utf-8')
+            move.chmod(0o755)
+            done = subprocess.run(
+                [INSTALL, OPTIONS.build, OPTIONS.tree, prefix], check=False,
+                env={**self.env, 'PATH': f'{folder}:{os.environ["PATH"]}'},
+                timeout=SECONDS, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn('nothing has changed', done.stderr)
+            self.assertEqual(names(Path(folder)), {'prefix', 'mv'})
+            self.assertEqual(names(prefix), names(self.prefix))
+
     def test_versions(self) -> None:
         """Each program says that it is the one that was built."""
         version = (OPTIONS.tree / 'VERSION').read_text('utf-8').strip()
