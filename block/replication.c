@@ -372,8 +372,25 @@ static int GRAPH_RDLOCK replication_inactivate(BlockDriverState *bs)
     return replication_allows(bs, REPLICATION_OP_INACTIVATE) ? 0 : -EBUSY;
 }
 
+/* Whether there is one, by name or by options of its own, or null */
+static bool replication_has_replica_opt(QDict *options)
+{
+    const QDictEntry *e;
+
+    for (e = qdict_first(options); e; e = qdict_next(options, e)) {
+        const char *key = qdict_entry_key(e);
+
+        if (!strcmp(key, REPLICATION_OPT_REPLICA) ||
+            strstart(key, REPLICATION_OPT_REPLICA ".", NULL)) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
 static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
-                                        Error **errp)
+                                        QDict *options, Error **errp)
 {
     for (int i = 0; i < ARRAY_SIZE(replication_mode_opts); i++) {
         const char *name = replication_mode_opts[i].name;
@@ -385,6 +402,12 @@ static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
             return false;
         }
     }
+    if (mode == REPLICATION_MODE_SECONDARY &&
+        replication_has_replica_opt(options)) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_REPLICA "' is only for "
+                   "primary mode");
+        return false;
+    }
 
     return true;
 }
@@ -393,21 +416,12 @@ static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
 static const ReplicationRole *
 replication_choose_role(ReplicationMode mode, QDict *options)
 {
-    const QDictEntry *e;
-
     if (mode == REPLICATION_MODE_SECONDARY) {
         return &replication_secondary_role;
     }
-    for (e = qdict_first(options); e; e = qdict_next(options, e)) {
-        const char *key = qdict_entry_key(e);
 
-        if (!strcmp(key, REPLICATION_OPT_REPLICA) ||
-            strstart(key, REPLICATION_OPT_REPLICA ".", NULL)) {
-            return &replication_holder_role;
-        }
-    }
-
-    return &replication_primary_role;
+    return replication_has_replica_opt(options) ? &replication_holder_role :
+                                                  &replication_primary_role;
 }
 
 /* Parse our options into @bs.  On failure nothing is left allocated. */
@@ -438,7 +452,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         goto out;
     }
 
-    if (!replication_check_mode_opts(s->mode, opts, errp)) {
+    if (!replication_check_mode_opts(s->mode, opts, options, errp)) {
         goto out;
     }
 

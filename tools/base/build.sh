@@ -101,8 +101,11 @@ configuration() {
     "$PYTHON" -m mesonbuild.mesonmain --version
 }
 
+# Not in one command: bash 5.2 runs no trap between two substitutions.
 is_configured() {
-    [ "$(configuration)" = "$(cat "$WORK/configuration" 2>/dev/null)" ]
+    local now
+    now=$(configuration)
+    [ "$now" = "$(cat "$WORK/configuration" 2>/dev/null)" ]
 }
 
 configure() {

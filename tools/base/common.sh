@@ -47,9 +47,9 @@ cannot_use() {
 use_cache() {
     [ -n "$CACHE" ] || die "HOME is not set: set that, or" \
         "QEMU_REPLICATION_CACHE to a folder for downloads and builds"
-    # configure takes none of them, and a colon separates paths
-    [[ $CACHE != *[[:space:]:]* ]] ||
-        cannot_use "$CACHE" "has a space or a colon"
+    # configure and make take none of them, and a colon separates paths
+    [[ ! $CACHE =~ [[:space:]:\"\'\`\$\\] ]] ||
+        cannot_use "${CACHE//$'\n'/?}" "has a space, colon, quote, \$ or \\"
     mkdir -p "$CACHE" 2>/dev/null || cannot_use "$CACHE" "cannot be made"
     has_room || cannot_use "$CACHE" "cannot be written to, or is full"
 }

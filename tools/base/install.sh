@@ -26,20 +26,34 @@ firmware=(
     /usr/share/qemu/{multiboot_dma,pvh}.bin
     /usr/share/qemu/qboot.rom
 )
-# By its first line we know what we have installed.
+# By its first line we know what we have installed, and then comes what that is.
 note=README
 title='QEMU with block replication, a folder of its own: remove it to uninstall'
 
+# What is in a folder, without what an installation of ours there has.
+others() {
+    if [ "$(head -n 1 "$1/$note" 2>/dev/null)" = "$title" ]; then
+        comm -23 <(contents "$1") <(sed -n 's/^  //p' "$1/$note" | sort)
+    else
+        ls -A "$1"
+    fi
+}
+
+contents() {
+    (cd "$1" && find . -mindepth 1 | sort)
+}
+
 # Refuse whatever is more than an installation of ours, by its real path.
 check_prefix() {
-    local above
+    local above other=''
     ! dpkg-query -S "$prefix" >/dev/null 2>&1 ||
         die "$prefix belongs to Debian's packages: choose another prefix"
     [ ! -e "$prefix" ] || [ -d "$prefix" ] ||
         die "$prefix is not a folder: choose another prefix"
-    [ ! -d "$prefix" ] || [ -z "$(ls -A "$prefix")" ] ||
-        [ "$(head -n 1 "$prefix/$note" 2>/dev/null)" = "$title" ] ||
-        die "$prefix has other files: choose a folder for this alone"
+    [ ! -d "$prefix" ] || other=$(others "$prefix")
+    [ -z "$other" ] ||
+        die "$prefix has other files, such as ${other%%$'\n'*}:" \
+            "choose a folder for this alone"
     above=$(existing "$(dirname "$prefix")")
     [ -w "$above" ] || die "cannot write to $above: choose another prefix"
 }
@@ -70,8 +84,15 @@ assemble() {
         # an older package has less
         [ ! -e "$name" ] || ln -sfn "$name" "$share/"
     done
-    printf '%s\n\nQEMU %s, %s\n' "$title" "$(cat "$tree/VERSION")" \
+    printf '%s\n\nQEMU %s, %s\n\n' "$title" "$(cat "$tree/VERSION")" \
         'see docs/block-replication.txt where it came from' >"$new/$note"
+    contents "$new" | sed 's/^/  /' >>"$new/$note"
+}
+
+# Whoever ends this leaves what was there.
+clean_up() {
+    [ -e "$prefix" ] || [ ! -e "$work/old" ] || mv -T "$work/old" "$prefix"
+    rm -rf "$work"
 }
 
 case $1 in
@@ -83,17 +104,14 @@ esac
 build=$1 tree=$2 prefix=$3
 check_prefix
 mkdir -p "$(dirname "$prefix")"
-new=$(mktemp -d "$prefix.XXXXXX")
-trap 'rm -rf "$new"' EXIT
-chmod 755 "$new"
+work=$(mktemp -d "$prefix.XXXXXX")
+trap clean_up EXIT
+new=$work/new
+mkdir -m 755 "$new"
 assemble
 try_out
 # who runs a program of an older installation goes on with it
-[ ! -e "$prefix" ] || mv "$prefix" "$new/old"
-mv -T "$new" "$prefix" || {
-    [ ! -e "$new/old" ] || mv "$new/old" "$prefix"
-    die "cannot make $prefix: nothing has changed"
-}
-rm -rf "$prefix/old"
+[ ! -e "$prefix" ] || mv "$prefix" "$work/old"
+mv -T "$new" "$prefix" || die "cannot make $prefix: nothing has changed"
 say "installed: programs in $prefix/bin, helpers in $prefix/libexec," \
     "keymaps and links to firmware in $prefix/share/qemu"

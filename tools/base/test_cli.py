@@ -25,6 +25,7 @@ MISTAKES = (
     ('build --stock=yes', '--stock takes no value'),
     ('build now', 'build takes no now'),
     ('build --base', '--base wants a value'),
+    ('build --base=', "there is no base ''"),
     ('build --base=x', "there is no base 'x'"),
     ('demo --disks 9', "from 1 to 8, not '9'"),
     ('demo --disks=1.5', "not '1.5'"),
@@ -44,6 +45,7 @@ MISTAKES = (
     ('series', 'one of -o DIR'),
     ('series -o /proc/x', '--output /proc/x: cannot write to /proc'),
     ('apply', 'apply wants one DIR'),
+    ('apply /tmp', '/tmp is not a QEMU source tree'),
     ('install', 'install wants --prefix DIR'),
     ('install --prefix=', 'wants a DIR'),
     ('install --prefix /', '/ has other files'),
@@ -130,6 +132,7 @@ class CommandLineTest(unittest.TestCase):
         """A folder that is of no use is named, and so is the variable."""
         (self.folder / 'file').touch()
         for cache in ('/proc/x', f'{self.folder}/a b', f'{self.folder}/a:b',
+                      f"{self.folder}/a'b", f'{self.folder}/a$b',
                       f'{self.folder}/file', f'{self.folder}/file/x'):
             for words in ('build', 'check --base 10.2', 'demo', 'fetch x'):
                 with self.subTest(f'{words} {cache}'):

@@ -5,6 +5,7 @@
 import argparse
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -98,6 +99,38 @@ class InstallTest(unittest.TestCase):
                               'kvmvapic.bin'}, {path.name for path in links})
         for link in links:
             self.assertTrue(link.is_symlink() and link.exists(), link)
+
+    def test_files_of_others(self) -> None:
+        """What somebody has put there is not removed by the next one."""
+        with tempfile.TemporaryDirectory(dir=self.top) as folder:
+            prefix = Path(folder, 'prefix')
+            shutil.copytree(self.prefix, prefix, symlinks=True)
+            command = [str(INSTALL), '--check', str(prefix)]
+            self.run_in_homes(*command)
+            (prefix / 'bin/disk.qcow2').touch()
+            done = subprocess.run(command, check=False, text=True,
+                                  timeout=SECONDS, capture_output=True)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn('has other files, such as ./bin/disk.qcow2',
+                      done.stderr)
+
+    def test_failed(self) -> None:
+        """What was there stays where it was."""
+        with tempfile.TemporaryDirectory(dir=self.top) as folder:
+            prefix, move = Path(folder, 'prefix'), Path(folder, 'mv')
+            shutil.copytree(self.prefix, prefix, symlinks=True)
+            # it cannot put what is new there
+            move.write_text('#!/bin/sh\ncase $2 in */new) exit 1 ;; esac\n'
+                            f'exec {shutil.which("mv")} "$@"\n', 'utf-8')
+            move.chmod(0o755)
+            done = subprocess.run(
+                [INSTALL, OPTIONS.build, OPTIONS.tree, prefix], check=False,
+                env={**self.env, 'PATH': f'{folder}:{os.environ["PATH"]}'},
+                timeout=SECONDS, text=True, capture_output=True)
+            self.assertEqual(done.returncode, 1)
+            self.assertIn('nothing has changed', done.stderr)
+            self.assertEqual(names(Path(folder)), {'prefix', 'mv'})
+            self.assertEqual(names(prefix), names(self.prefix))
 
     def test_versions(self) -> None:
         """Each program says that it is the one that was built."""

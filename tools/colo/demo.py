@@ -14,8 +14,10 @@ import command
 from forms import Synced
 from guest import GuestError, get_guest, run_tool
 from guesthost import Beat, Disks, GuestHost, MIB, Setup, accelerator
+from host import HostError
 from pair import Checkpoint, ColoPair, Failover
-from picture import Look, Protection, Timeline, Work, draw
+from picture import (Look, Protection, Timeline, Work, copied_words,
+                     draw)
 from verify import Findings, judge
 
 PROBLEMS = 8
@@ -107,8 +109,7 @@ class Story:
         ended = time.time()
         after = again.protected - outcome.victim.died
         self.say('AGAIN', f'protected again after {after:.1f} s, '
-                 f'{again.copied / MIB:.1f} of {again.size / MIB:.0f} MiB '
-                 'copied')
+                 f'{copied_words(again.copied, again.size)}')
         pair.unprotect()
         self.say('guest', 'alone, told to check all it wrote and shut down')
         found = self._judge(pair, outcome)
@@ -148,9 +149,9 @@ class Story:
         self.say('sync', 'copying the disks while the guest writes')
         pair.begin_sync()
         synced: Synced = pair.finish_sync(self._show_sync)
-        self.say('sync', f'disks equal, {synced.copied / MIB:.1f} of '
-                 f'{synced.size / MIB:.0f} MiB copied; every write is '
-                 'forwarded')
+        self.say('sync', 'disks equal, '
+                 f'{copied_words(synced.copied, synced.size)}; every write '
+                 'is forwarded')
         self.say('guest', str(pair.primary.beat))
         switch = pair.protect()
         self.say('memory', 'migrated with x-colo, pause '
@@ -173,6 +174,9 @@ class Story:
                  f'SIGKILL to the {self.options.kill} ({victim.name})')
         if self.options.kill == 'primary':
             failover = pair.fail_over_to_secondary()
+            # an ordinary end is none
+            if other.seen('REPLICATION_ERROR'):
+                raise HostError(f'{other.name}: the failover was an error')
         else:
             failover = pair.fail_over_to_primary()
         self.say('failover', f'guest runs on {other.name} '
@@ -245,8 +249,7 @@ class Story:
                  f'(first output {failover.output_ms:.0f} ms)', True),
                 ('protected again', f'after '
                  f'{again.protected - outcome.victim.died:.1f} s, '
-                 f'{again.copied / MIB:.1f} of {again.size / MIB:.0f} MiB '
-                 'copied', True),
+                 f'{copied_words(again.copied, again.size)}', True),
                 ('transactions', f'{outcome.safe.tx} at the last checkpoint: '
                  'guaranteed', True),
                 ('', f'{outcome.before.tx} at the kill', True),

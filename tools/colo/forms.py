@@ -5,7 +5,7 @@ The graph of one disk, with its node names, where the primary's node holds both
 disks:
 
     primary                                secondary
-    colo-disk0 (replication)               guest0 (raw)
+    colo-disk0 (replication)               guest0 (throttle)
       |      \\                               |
     disk0   link0 (nbd) -- unix socket --> replication0
                             NBD server       |
@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Callable, List, Sequence, Tuple
 
 import nodes
-from guesthost import GuestHost
+from guesthost import NO_LIMITS, GuestHost
 from host import HostError, Json
 
 Progress = Callable[[Sequence[float]], None]
@@ -118,7 +118,9 @@ class Holder(Form):
         return nodes.holder(top(disk), f'disk{disk}', **self.options)
 
     def secondary_root(self, disk: int) -> Json:
-        return nodes.image('raw', f'guest{disk}', f'replication{disk}')
+        # a filter, unlike raw: what is allocated is told as it is below
+        return {'driver': 'throttle', 'node-name': f'guest{disk}',
+                'throttle-group': NO_LIMITS, 'file': f'replication{disk}'}
 
     @staticmethod
     def _counts(host: GuestHost) -> Tuple[int, int]:

@@ -24,6 +24,8 @@ STEP_SECONDS = 120.0
 CHECK_SECONDS = 400.0
 POLL = 0.02
 LOG_TAIL = 15
+# The throttle group of nodes that are there to be replaced
+NO_LIMITS = 'no-limits'
 
 _BEAT = re.compile(r'BEAT n=(\d+) ready=([01]) tx=(\d+) writes=(\d+) '
                    r'reads=(\d+) wrong=(\d+)')
@@ -200,6 +202,7 @@ class GuestHost(Host):
             '-serial', 'chardev:work',
             # for ./run top
             *self._socket('top'), '-mon', 'chardev=top,mode=control')
+        self.add_args('-object', f'throttle-group,id={NO_LIMITS}')
         for disk, chain in enumerate(nodes):
             for node in chain:
                 self.add_args('-blockdev', json.dumps(node))

@@ -284,9 +284,9 @@ class ColoPair:
         which.
         """
         host, dead = self.secondary, self.primary
-        # Nobody may write to the disk that the failover merges into.
-        self.stop_exports()
+        # First the guest: the node cuts off whoever writes to its disk.
         host.cmd('x-colo-lost-heartbeat')
+        self.stop_exports()
         self._primary, self._secondary = host, None
         self._lost, self._knows = None, False
         return self._wait_for_failover(host, since or dead.died, merge=True)

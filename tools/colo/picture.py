@@ -108,10 +108,16 @@ class Timeline:
     def again_words(self) -> str:
         """How the survivor came to be protected."""
         again = self.again
-        copied, size = (f'{value / 2**20:.{1 if value < 2**25 else 0}f}'
-                        for value in (again.copied, again.size))
         return (f'protected again after {again.protected - self.killed:.1f} '
-                f's, {copied} of {size} MiB copied')
+                f's, {copied_words(again.copied, again.size)}')
+
+
+def copied_words(copied: int, size: int) -> str:
+    """How much of disks was copied, which may be some of them twice."""
+    if copied >= size:
+        return f'all {size / 2**20:.0f} MiB copied'
+    return (f'{copied / 2**20:.{1 if copied < 2**25 else 0}f} of '
+            f'{size / 2**20:.0f} MiB copied')
 
 
 class Drawing:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import List
 
 from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Look, Protection,
-                     Timeline, Work, draw)
+                     Timeline, Work, copied_words, draw)
 from svg import Scale
 
 SVG = '{http://www.w3.org/2000/svg}'
@@ -65,6 +65,9 @@ class PictureTest(unittest.TestCase):
         self.assertIn('since the last checkpoint may be gone.', texts)
         self.assertIn('protected again after 4.0 s, 3.0 of 192 MiB copied',
                       texts)
+        # the guest has written while it was copied
+        self.assertEqual(copied_words(193 * MIB, 192 * MIB),
+                         'all 192 MiB copied')
         self.assertIn('with what', texts)
         for phase in ('alone', 'disks copied', 'memory', 'protected',
                       'alone on host2', 'protected again'):

@@ -165,6 +165,8 @@ class Watched:
     name: str = ''
     # why there is no connection; None while there is one
     trouble: Optional[str] = 'not connected yet'
+    # whether somebody is there all the same
+    hangs: bool = False
     since: float = 0.0
     heard: bool = False
     # for how long it has owed an answer, in s
@@ -193,11 +195,12 @@ class Watched:
         self.heard = True
         self._stopped = None
 
-    def lost(self, why: str, when: float) -> None:
+    def lost(self, why: str, when: float, hangs: bool = False) -> None:
         """There is no connection any more, or still none."""
         if self.trouble is None or not self.since:
             self.since = when
         self.trouble = why
+        self.hangs = hangs
         self.silent_since = None
 
     @property
@@ -271,9 +274,11 @@ def verdict(sides: Iterable[Watched], max_age: float) -> Tuple[int, str]:
     sides = list(sides)
     if not sides:
         return UNPROTECTED, 'NOT PROTECTED: no QEMU is there'
-    whys = []
+    whys, doubts = [], []
     for side in sides:
-        if side.trouble is not None:
+        if side.hangs and side.trouble is not None:
+            doubts.append(f'{side.name} does not answer: {side.trouble}')
+        elif side.trouble is not None:
             when = int(side.since * 1e9) if side.heard else None
             whys.append((when, f'{side.name} does not answer: '
                                f'{side.trouble}'))
@@ -289,11 +294,14 @@ def verdict(sides: Iterable[Watched], max_age: float) -> Tuple[int, str]:
         since = f' since {clock(when)}' if when else ''
         return UNPROTECTED, f'NOT PROTECTED{since}, because {why}'
     ages = [node.stats['checkpoint-age-ns'] / 1e9 for side in sides
-            for node in side.nodes.values() if node.stats['protects']]
+            for node in side.nodes.values() if node.stats['protects']
+            and side.trouble is None]
+    doubts += [f'{side.name} does not answer for {side.silence:.0f} s'
+               for side in sides if side.silence]
+    if not ages:
+        return DOUBTFUL, f'IN DOUBT, because {doubts[0]}'
     age = max(ages)
     text = f'PROTECTED, last checkpoint {age:.1f} s ago'
-    for side in sides:
-        if side.silence:
-            return DOUBTFUL, (f'{text}, but {side.name} does not answer for '
-                              f'{side.silence:.0f} s')
+    if doubts:
+        return DOUBTFUL, f'{text}, but {doubts[0]}'
     return DOUBTFUL if age > max_age else PROTECTED, text

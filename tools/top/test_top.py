@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,11 +106,17 @@ class FiguresTest(unittest.TestCase):
             verdict([west, self.side('east', **bad)], 60),
             (UNPROTECTED, 'NOT PROTECTED, because of n on east: it is over'))
         dead = self.side('east', **good)
-        dead.lost('it hangs', time.time())
+        dead.lost('it is gone', time.time())
         status, text = verdict([west, dead], 60)
         self.assertEqual(status, UNPROTECTED)
         self.assertRegex(text, '^NOT PROTECTED since [0-9:]+, because east '
-                         'does not answer: it hangs$')
+                         'does not answer: it is gone$')
+        dead.connected('east')
+        dead.lost('it hangs', time.time(), hangs=True)
+        self.assertEqual(verdict([west, dead], 60), (
+            DOUBTFUL, f'{last}, but east does not answer: it hangs'))
+        self.assertEqual(verdict([dead], 60), (
+            DOUBTFUL, 'IN DOUBT, because east does not answer: it hangs'))
         self.assertEqual(verdict([], 60)[0], UNPROTECTED)
         # one that was promoted stays below the next primary's node
         both = self.side('west', **good, **{'top-node': 'top'})
@@ -288,6 +295,19 @@ class TopTest(unittest.TestCase):
         self.assertEqual(lines[0], 'NOT PROTECTED, because none does not '
                          'answer: no QEMU at this socket')
         self.assertEqual(self.row(lines, 'forward0')[1], 'running')
+
+    def test_other_client(self) -> None:
+        """Whoever watches already is no reason for an alarm."""
+        host = self.primary()
+        host.cmd('xen-set-replication', enable=True, primary=True)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self.top(host)))
+            # it is the one client from now on
+            self.assertTrue(client.recv(1))
+            lines = self.once(self.top(host), status=DOUBTFUL)
+        self.assertEqual(' '.join(lines[:lines.index('')]),
+                         'IN DOUBT, because east.top does not answer: it '
+                         'hangs, or the socket has another client')
 
     def test_live(self) -> None:
         """It goes on when QEMU dies, and finds the next one."""

@@ -23,7 +23,7 @@ from typing import Iterator, List
 
 from figures import DEMO_SOCKET, verdict
 from view import PLAIN_SPARKS, SPARKS, View
-from watch import TROUBLES, Watch, reason
+from watch import TROUBLES, Watch, hangs, reason
 
 # As the demo has them: a folder for each run, in it one for each host.
 DEMO_SOCKETS = f'colo-demo-*/*/{DEMO_SOCKET}'
@@ -104,7 +104,7 @@ async def once(options: argparse.Namespace, watch: Watch) -> int:
                                    return_exceptions=True)
     for path, result in zip(paths, results):
         if isinstance(result, TROUBLES):
-            watch.sides[path].lost(reason(result), time.time())
+            watch.sides[path].lost(reason(result), time.time(), hangs(result))
         elif isinstance(result, BaseException):
             raise result
     sides = list(watch.sides.values())

@@ -23,10 +23,15 @@ EVENTS_KEPT = 100
 TROUBLES = (QMPError, OSError, EOFError, asyncio.TimeoutError)
 
 
+def hangs(exc: BaseException) -> bool:
+    """Whether somebody is there, but says nothing."""
+    return isinstance(exc, asyncio.TimeoutError)
+
+
 def reason(exc: BaseException) -> str:
     """Say in a few words why there is no connection."""
-    if isinstance(exc, asyncio.TimeoutError):
-        return 'no answer: it hangs, or the socket has another client'
+    if hangs(exc):
+        return 'it hangs, or the socket has another client'
     # QMP's errors say what failed, and have the reason inside
     cause = exc.__cause__ or getattr(exc, 'exc', None) or exc
     if isinstance(cause, (FileNotFoundError, ConnectionRefusedError)):
@@ -110,7 +115,7 @@ class Watcher:
                     await self.look()
                     await asyncio.sleep(self._interval)
             except TROUBLES as exc:
-                self.side.lost(reason(exc), time.time())
+                self.side.lost(reason(exc), time.time(), hangs(exc))
             finally:
                 await self.close()
             await asyncio.sleep(RETRY_SECONDS)
