@@ -197,13 +197,15 @@ class LateServer(OneSlotServer):
 
     def __init__(self, path: str, data: bytearray) -> None:
         self._lock = threading.Lock()
-        self._holds = threading.Event()
+        # It has been held, and where it has to begin below
+        self.has_held = threading.Event()
+        self._below = 0
         self._late: Optional[Tuple[int, int, bytes]] = None
         super().__init__(path, data, Life())
 
-    def hold(self) -> None:
-        """The next write"""
-        self._holds.set()
+    def hold(self, below: int) -> None:
+        """The next write that begins below"""
+        self._below = below
 
     def let_go(self) -> None:
         """Do it, if it is there and not done: it is when the next has come"""
@@ -214,9 +216,10 @@ class LateServer(OneSlotServer):
             self.reply(cookie)
 
     def do(self, command: int, cookie: int, start: int, length: int) -> None:
-        if command == CMD_WRITE and self._holds.is_set():
+        if command == CMD_WRITE and start < self._below:
+            self._below = 0
             self._late = cookie, start, bytes(self._take(length))
-            self._holds.clear()
+            self.has_held.set()
         else:
             super().do(command, cookie, start, length)
 
