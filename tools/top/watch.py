@@ -13,7 +13,7 @@ from qemu.qmp.qmp_client import ExecuteError
 from figures import Event, Watched
 
 # A socket takes one client: whoever comes second gets no greeting.
-CONNECT_SECONDS = 3.0
+CONNECT_SECONDS = 10.0
 # A snapshot is given up after so long without an answer.
 ANSWER_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
