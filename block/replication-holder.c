@@ -552,7 +552,8 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
 
 /*
  * An overlay keeps the guest's writes away from both disks, unless the guest
- * does not use it: a backup may have one for what it has not read yet.
+ * writes here: a backup may have one for what it has not read yet.  Who only
+ * reads from the node is not the guest.
  */
 static bool GRAPH_RDLOCK
 holder_refuse_overlays(BlockDriverState *bs, Error **errp)
@@ -563,7 +564,7 @@ holder_refuse_overlays(BlockDriverState *bs, Error **errp)
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
             has_overlay = true;
-        } else if (!c->klass->stay_at_node) {
+        } else if (c->perm & BLK_PERM_WRITE) {
             return true;
         }
     }
@@ -588,7 +589,7 @@ holder_refuse_bypass(BlockDriverState *bs, Error **errp)
         return true;
     }
 
-    error_setg(errp, "Replication node '%s' has a replica and cannot be cut "
+    error_setg(errp, "Replication node '%s' cannot have a replica and be cut "
                "off from node '%s' above it", bdrv_get_node_name(bs), node);
     error_append_hint(errp, "Detach the replica with x-block-replica-detach "
                       "first.\n");
@@ -842,7 +843,7 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
         return false;
     }
     bdrv_graph_rdlock_main_loop();
-    ok = holder_refuse_overlays(bs, errp);
+    ok = holder_refuse_overlays(bs, errp) && holder_refuse_bypass(bs, errp);
     bdrv_graph_rdunlock_main_loop();
     if (!ok) {
         return false;
