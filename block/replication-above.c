@@ -78,20 +78,36 @@ static bool GRAPH_RDLOCK above_is_used(BlockDriverState *bs)
     return false;
 }
 
+/* Who only reads there may have somebody else write to an overlay */
+static bool GRAPH_RDLOCK above_is_written(BlockDriverState *bs)
+{
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        if (above_passes_writes(c) && (c->perm & BLK_PERM_WRITE)) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
 /* Whether all writes stay in overlays of @bs */
 static bool GRAPH_RDLOCK above_is_overlaid(BlockDriverState *bs)
 {
     uint64_t perm = 0;
     BdrvChild *c;
 
-    if (above_is_used(bs)) {
+    if (above_is_written(bs)) {
         return false;
     }
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         uint64_t overlay_perm, shared;
 
-        bdrv_get_cumulative_perm(c->opaque, &overlay_perm, &shared);
-        perm |= overlay_perm;
+        if (!above_passes_writes(c)) {
+            bdrv_get_cumulative_perm(c->opaque, &overlay_perm, &shared);
+            perm |= overlay_perm;
+        }
     }
 
     return perm & BLK_PERM_WRITE;
