@@ -78,41 +78,6 @@ static bool GRAPH_RDLOCK above_is_used(BlockDriverState *bs)
     return false;
 }
 
-/* Who only reads there may have somebody else write to an overlay */
-static bool GRAPH_RDLOCK above_is_written(BlockDriverState *bs)
-{
-    BdrvChild *c;
-
-    QLIST_FOREACH(c, &bs->parents, next_parent) {
-        if (above_passes_writes(c) && (c->perm & BLK_PERM_WRITE)) {
-            return true;
-        }
-    }
-
-    return false;
-}
-
-/* Whether all writes stay in overlays of @bs */
-static bool GRAPH_RDLOCK above_is_overlaid(BlockDriverState *bs)
-{
-    uint64_t perm = 0;
-    BdrvChild *c;
-
-    if (above_is_written(bs)) {
-        return false;
-    }
-    QLIST_FOREACH(c, &bs->parents, next_parent) {
-        uint64_t overlay_perm, shared;
-
-        if (!above_passes_writes(c)) {
-            bdrv_get_cumulative_perm(c->opaque, &overlay_perm, &shared);
-            perm |= overlay_perm;
-        }
-    }
-
-    return perm & BLK_PERM_WRITE;
-}
-
 static AboveNode *GRAPH_RDLOCK above_node_new(BlockDriverState *bs)
 {
     AboveNode *node = g_new(AboveNode, 1);
@@ -226,6 +191,52 @@ above_bypassing_user(ReplicationAbove *old, ReplicationAbove *new)
     return NULL;
 }
 
+/*
+ * Whether somebody writes to this overlay who does not write to the node below
+ * it: not a filter there that keeps in the overlay what it is going to replace,
+ * nor a node that nobody uses, as that filter is when it has been taken out.
+ */
+static bool GRAPH_RDLOCK above_is_written(ReplicationAbove *new,
+                                          BlockDriverState *overlay)
+{
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &overlay->parents, next_parent) {
+        BlockDriverState *parent = c->klass->parent_is_bds ? c->opaque : NULL;
+
+        if ((c->perm & BLK_PERM_WRITE) &&
+            (!parent || (!g_hash_table_contains(new->nodes, parent) &&
+                         !QLIST_EMPTY(&parent->parents)))) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
+/* The name of an overlay of @bs, or of one of those, that is; or NULL */
+static const char *GRAPH_RDLOCK
+above_written_overlay(ReplicationAbove *new, BlockDriverState *bs)
+{
+    const char *name = NULL;
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &bs->parents, next_parent) {
+        BlockDriverState *overlay = c->opaque;
+
+        if (above_passes_writes(c)) {
+            continue;
+        }
+        name = above_is_written(new, overlay) ? bdrv_get_node_name(overlay) :
+                                         above_written_overlay(new, overlay);
+        if (name) {
+            break;
+        }
+    }
+
+    return name;
+}
+
 static const char *GRAPH_RDLOCK above_overlaid(ReplicationAbove *new)
 {
     GHashTableIter iter;
@@ -235,7 +246,7 @@ static const char *GRAPH_RDLOCK above_overlaid(ReplicationAbove *new)
     while (g_hash_table_iter_next(&iter, &key, &value)) {
         AboveNode *node = value;
 
-        if (above_is_overlaid(key)) {
+        if (above_written_overlay(new, key)) {
             return node->name;
         }
     }
@@ -262,7 +273,7 @@ char *replication_above_bypass(ReplicationAbove *above, BlockDriverState *bs)
 
     name = above_bypassing_node(above, new) ?:
            above_bypassing_user(above, new) ?:
-           above_overlaid(new);
+           above_overlaid(new) ?: above_written_overlay(new, bs);
     result = g_strdup(name);
     replication_above_free(new);
 

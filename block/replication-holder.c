@@ -550,11 +550,7 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                qiov_offset, flags) < 0 ? ret : 0;
 }
 
-/*
- * An overlay keeps the guest's writes away from both disks, unless the guest
- * writes here: a backup may have one for what it has not read yet.  Who only
- * reads from the node is not the guest.
- */
+/* If an overlay is all that uses the node, the guest is going to write there */
 static bool GRAPH_RDLOCK
 holder_refuse_overlays(BlockDriverState *bs, Error **errp)
 {
@@ -564,7 +560,7 @@ holder_refuse_overlays(BlockDriverState *bs, Error **errp)
     QLIST_FOREACH(c, &bs->parents, next_parent) {
         if (c->role & BDRV_CHILD_COW) {
             has_overlay = true;
-        } else if (c->perm & BLK_PERM_WRITE) {
+        } else if (!c->klass->stay_at_node) {
             return true;
         }
     }
@@ -601,9 +597,11 @@ holder_check_parents(BlockDriverState *bs, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
 
-    /* Who does not want an error does not care about a refusal */
-    return !s->replica || (holder_refuse_overlays(bs, errp) &&
-                           (!errp || holder_refuse_bypass(bs, errp)));
+    /*
+     * Only what somebody comes to do is refused: who lets go of something has
+     * no way out of an error.
+     */
+    return !s->replica || !errp || holder_refuse_bypass(bs, errp);
 }
 
 /* What could not be refused is not forgotten, even if it is taken back */
@@ -1067,7 +1065,7 @@ static void holder_catch_up(BlockDriverState *bs)
 static bool holder_start(BlockDriverState *bs, Error **errp)
 {
     bdrv_graph_rdlock_main_loop();
-    if (!holder_check_parents(bs, errp)) {
+    if (!holder_refuse_overlays(bs, errp) || !holder_refuse_bypass(bs, errp)) {
         bdrv_graph_rdunlock_main_loop();
         return false;
     }
