@@ -122,6 +122,16 @@ class CommandLineTest(unittest.TestCase):
             for option in re.findall(r'^  (--[a-z-]+)', told, re.M):
                 self.assertIn(f"'{option}'", source, name)
 
+    def test_bench_has_the_groups(self) -> None:
+        """All that it measures can be asked for."""
+        told = self.run_it('bench --help').stdout
+        listed = re.search(r'only these groups: (.*(?:\n {5,}.*)*)', told)
+        source = (ROOT / 'tools/bench/bench.py').read_text('utf-8')
+        groups = re.search(r'\nGROUPS.*?= \{(.*?)\}', source, re.S)
+        assert listed and groups
+        self.assertEqual(set(re.findall(r'[a-z]+', listed[1])),
+                         set(re.findall(r"'([a-z]+)':", groups[1])))
+
     def test_mistakes(self) -> None:
         """Each is said in one line, with one exit status."""
         for words, text in MISTAKES:
