@@ -18,7 +18,7 @@ from host import NO_GUEST, SECONDS, Host, HostError, Json, replicate
 
 MIB, GIB = 1 << 20, 1 << 30
 # What the images take at most
-NEEDED = 5 * GIB
+NEEDED = 6 * GIB
 
 UNPROTECTED, STOCK, OURS = SUBJECTS = 'unprotected', 'stock', 'ours'
 _numbers = itertools.count()
