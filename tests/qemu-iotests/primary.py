@@ -70,6 +70,16 @@ class PrimaryCase(replication.TestCase):
             # a server that is held is not given up
             'discard': 'unmap', 'replica-timeout': 0, **options})
 
+    def local_disk(self, faults: Optional[Json] = None) -> Json:
+        """Its node"""
+        image: Json = {'driver': 'file', 'filename': self.local,
+                       'discard': 'unmap'}
+        if faults:
+            image = {'driver': 'blkdebug', 'image': image, **faults,
+                     'discard': 'unmap'}
+        return {'driver': 'raw', 'node-name': 'local', 'discard': 'unmap',
+                'file': image}
+
     def open_pair(self, local: Optional[Json] = None,
                   remote: Optional[Json] = None, link: Optional[Json] = None,
                   export: Optional[Json] = None, latency_ns: int = 0,
@@ -82,14 +92,7 @@ class PrimaryCase(replication.TestCase):
             with open(path, 'wb') as file:
                 file.write(self.guest.data)
         self.serve(faults=remote, latency_ns=latency_ns)
-        image: Json = {'driver': 'file', 'filename': self.local,
-                       'discard': 'unmap'}
-        if local:
-            image = {'driver': 'blkdebug', 'image': image, **local,
-                     'discard': 'unmap'}
-        self.vm.cmd('blockdev-add', {
-            'driver': 'raw', 'node-name': 'local', 'discard': 'unmap',
-            'file': image})
+        self.vm.cmd('blockdev-add', self.local_disk(local))
         self.add_forward(link, **options)
         self.vm.cmd('blockdev-add', {
             'driver': 'quorum', 'node-name': 'top', 'vote-threshold': 1,

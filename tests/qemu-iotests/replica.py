@@ -11,26 +11,16 @@ from replication import CLUSTER, SIZE, Json, error_of, wait_until
 class ReplicaCase(PrimaryCase):
     """A node for the guest, and a server with its replica"""
 
-    # Many clients, one after another, some with sanitizers
-    seconds = 180
-
     def open(self, local: Optional[Json] = None,
              replica: Optional[str] = None,
              options: Optional[Json] = None) -> None:
         """The node that the guest uses, with its disk; and the server"""
         with open(self.local, 'wb') as file:
             file.write(self.guest.data)
-        image: Json = {'driver': 'file', 'filename': self.local,
-                       'discard': 'unmap'}
-        if local:
-            image = {'driver': 'blkdebug', 'image': image, **local,
-                     'discard': 'unmap'}
         self.vm.cmd('blockdev-add', {
             'driver': 'replication', 'node-name': 'top', 'mode': 'primary',
             'discard': 'unmap', 'replica': replica, 'replica-timeout': 0,
-            'file': {'driver': 'raw', 'node-name': 'local',
-                     'discard': 'unmap', 'file': image},
-            **(options or {})})
+            'file': self.local_disk(local), **(options or {})})
         self.guest.uri = self.vm.export('top')
 
     def serve_new(self, size: int = SIZE,
