@@ -43,6 +43,15 @@
 /* The limit of speed holds for so long */
 #define COPY_SLICE_NS (100 * SCALE_MS)
 
+/*
+ * While the guest is busy, copying rests this many times as long as it takes,
+ * but each time no longer than that: it has to come to an end.  What is sent
+ * takes the CPU later, about so long.
+ */
+#define COPY_MAX_REST 16
+#define COPY_MAX_REST_NS (100 * SCALE_MS)
+#define COPY_SEND_NS_PER_BYTE 1
+
 struct ReplicationHolder {
     WriteBehindOptions queue_options;
     uint64_t timeout_ms;
@@ -94,6 +103,8 @@ struct ReplicationHolder {
     RateLimit copy_limit;
     QEMUTimer *copy_timer;
     Stat64 copied_bytes;
+    /* How many requests had come when the last part was copied */
+    unsigned int copy_requests;
 
     /* What was closing at the last checkpoint is on both disks for good */
     bool flushed;
@@ -383,18 +394,34 @@ static bool holder_may_copy(BlockDriverState *bs)
            replication_changes_lacking_bytes(s->changes);
 }
 
+/*
+ * How long to leave the disk and the CPU to the guest, in ns, after @took ns of
+ * copying.  A guest that did nothing meanwhile, or little, needs no rest.
+ */
+static int64_t holder_copy_rest(BlockDriverState *bs, int64_t took)
+{
+    BDRVReplicationState *node = bs->opaque;
+    unsigned int requests = qatomic_read(&node->requests);
+    unsigned int came = requests - qatomic_xchg(&node->holder->copy_requests,
+                                                requests);
+
+    return MIN(took * MIN(2LL * came, COPY_MAX_REST), COPY_MAX_REST_NS);
+}
+
 static void coroutine_fn holder_copy_entry(void *opaque)
 {
     BlockDriverState *bs = opaque;
     ReplicationHolder *s = holder_state(bs);
     int64_t delay = 0;
-    int64_t ret;
 
     while (holder_may_copy(bs) && !delay) {
+        int64_t begin, took, ret;
+
         /* Before the range is locked, which the guest may wait for */
         write_behind_co_await_room(s->queue,
                                    qatomic_read(&s->copy_bytes));
 
+        begin = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
         bdrv_graph_co_rdlock();
         ret = holder_copy_some(bs);
         bdrv_graph_co_rdunlock();
@@ -404,8 +431,10 @@ static void coroutine_fn holder_copy_entry(void *opaque)
             holder_lose(bs, "copy", ret);
             break;
         }
+        took = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - begin;
+        delay = holder_copy_rest(bs, took + ret * COPY_SEND_NS_PER_BYTE);
         if (qatomic_read(&s->copy_limited)) {
-            delay = ratelimit_calculate_delay(&s->copy_limit, ret);
+            delay = MAX(delay, ratelimit_calculate_delay(&s->copy_limit, ret));
         }
     }
 
@@ -426,13 +455,10 @@ static void holder_kick_copiers(BlockDriverState *bs)
     ReplicationHolder *s = holder_state(bs);
     unsigned int max;
 
-    if (!holder_may_copy(bs)) {
+    if (!holder_may_copy(bs) || timer_pending(s->copy_timer)) {
         return;
     }
     max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
-    if (max == 1 && timer_pending(s->copy_timer)) {
-        return;
-    }
     if (qatomic_fetch_inc(&s->copiers) >= max) {
         qatomic_dec(&s->copiers);
         return;

@@ -124,6 +124,12 @@ typedef struct BDRVReplicationState {
      */
     bool relied_on;
 
+    /*
+     * How many requests came from above, for who lets them go first.  Wraps
+     * around.  Accessed with atomic operations.
+     */
+    unsigned int requests;
+
     /* QEMU ends, and what goes away is no loss.  BQL. */
     bool quitting;
 

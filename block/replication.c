@@ -91,6 +91,7 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
     BDRVReplicationState *s = bs->opaque;
     int ret;
 
+    qatomic_inc(&s->requests);
     if (s->role->co_await_writes && replication_can_read(bs)) {
         s->role->co_await_writes(bs, offset, bytes);
     }
@@ -134,11 +135,20 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+replication_do_write(BlockDriverState *bs, const WriteRequest *w)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    qatomic_inc(&s->requests);
+
+    return s->role->co_write(bs, w);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                             QEMUIOVector *qiov, size_t qiov_offset,
                             BdrvRequestFlags flags)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_WRITE,
         .flags          = flags,
@@ -148,14 +158,13 @@ replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         .qiov_offset    = qiov_offset,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
                              int64_t bytes, BdrvRequestFlags flags)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_ZEROES,
         .flags          = flags,
@@ -163,25 +172,26 @@ replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
         .bytes          = bytes,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_DISCARD,
         .offset         = offset,
         .bytes          = bytes,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
+
+    qatomic_inc(&s->requests);
 
     return s->role->co_flush(bs);
 }
