@@ -13,7 +13,8 @@
  *
  * A region that is not in @changes any more leaves the log later.  It stays for
  * a while, because it may be changed again: until as many others were changed
- * as make half of the log's size, or until replication_log_tick().
+ * as make half of the log's size, or for some time: until the second call of
+ * replication_log_co_tick().
  *
  * Functions may be called from any thread.  Those marked coroutine_mixed_fn may
  * be called in a coroutine, with the graph lock, or in the main loop without
@@ -42,7 +43,13 @@ ReplicationLog *replication_log_new(BdrvChild *child, int64_t size,
                                     int64_t log_size);
 void replication_log_free(ReplicationLog *log);
 
-/* Read what is in the metadata.  Bits behind the end of the disk are ignored. */
+/*
+ * The disk gets another length, and the metadata is large enough for it.  Of
+ * what was in the log, nothing is lost.
+ */
+void replication_log_resize(ReplicationLog *log, int64_t size);
+
+/* Read what is in the metadata.  Bits behind the end are ignored. */
 int coroutine_mixed_fn replication_log_load(ReplicationLog *log);
 
 /*
@@ -67,7 +74,7 @@ uint64_t replication_log_cold_writes(ReplicationLog *log);
 int coroutine_fn GRAPH_RDLOCK
 replication_log_co_begin(ReplicationLog *log, int64_t offset, int64_t bytes);
 
-/* Whether replication_log_tick() is worth it before its time */
+/* Whether replication_log_co_tick() is worth it before its time */
 bool replication_log_wants_tick(ReplicationLog *log);
 
 /*

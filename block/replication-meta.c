@@ -236,6 +236,36 @@ void replication_own_record_rotate(ReplicationOwnRecord *own)
     qemu_uuid_generate(&own->current);
 }
 
+/* After another length of the disk, nobody knows what is where */
+static void own_record_set_size(ReplicationOwnRecord *own, int64_t size)
+{
+    if (own->size != size && own->size) {
+        own->log_void = true;
+    }
+    own->size = size;
+}
+
+ReplicationOwnRecord replication_records_open(const ReplicationRecords *r,
+                                              ReplicationMetaRole role,
+                                              int64_t size)
+{
+    ReplicationOwnRecord own = r->own;
+
+    if (!replication_records_has_peer(r)) {
+        own.absorbed = MAX(own.absorbed, r->peer.sequence);
+    }
+    own.role = role;
+    own_record_set_size(&own, size);
+    if (role == REPLICATION_META_ROLE_SECONDARY) {
+        qemu_uuid_generate(&own.instance);
+    } else if (qemu_uuid_is_null(&own.current)) {
+        qemu_uuid_generate(&own.disk_id);
+        replication_own_record_rotate(&own);
+    }
+
+    return own;
+}
+
 bool replication_records_has_peer(const ReplicationRecords *r)
 {
     return r->peer_status == REPLICATION_RECORD_VALID &&
@@ -466,6 +496,13 @@ bool replication_meta_judge(const ReplicationQuestion *q,
             return true;
         }
         return judge_unknown(q, &view, unreadable, errp);
+    }
+    if (q->peer->own_status == REPLICATION_RECORD_VALID &&
+        q->peer->own.role == REPLICATION_META_ROLE_PRIMARY) {
+        judge_refuse(q, &view, errp, "the peer's is in use by a primary");
+        error_append_hint(errp, "Open the peer's disk with mode=secondary and "
+                          "this metadata first.\n");
+        return false;
     }
     if (replication_records_is_fresh(q->peer)) {
         ruling->reason = "the peer has had no data";

@@ -144,6 +144,16 @@ replication_peer_record_decode(ReplicationPeerRecord *peer, const uint8_t *buf);
 void replication_own_record_rotate(ReplicationOwnRecord *own);
 
 /*
+ * What the owner is to write when it opens the disk of @size bytes: the own
+ * record of @r in another role, with a name for a disk that has none yet.  An
+ * announcement that is not for this role is over.  A secondary gets a new
+ * instance, a primary a generation if its disk has none.
+ */
+ReplicationOwnRecord replication_records_open(const ReplicationRecords *r,
+                                              ReplicationMetaRole role,
+                                              int64_t size);
+
+/*
  * Whether the peer record counts: it was written since the own record took
  * account of one, and the disk is not a primary's
  */

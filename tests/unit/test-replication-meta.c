@@ -152,8 +152,8 @@ static const Rule rules[] = {
       .verdict = "qqf", .no_log = true },
     { "started and absorbed", "bad", .started = 'x', .absorbed = true,
       .verdict = "qqf" },
-    { "started, but a primary", "bad", .started = 'x', .primary = true,
-      .verdict = "qqf" },
+    { "a primary's", "bad", .started = 'x', .primary = true, .verdict = "---",
+      .error = "in use by a primary" },
 
     { "newer", "xcd", .verdict = "-q-", .error = "stale" },
     { "diverged", "xbd", .has_log = true, .verdict = "-q-",
@@ -181,8 +181,6 @@ static const Rule rules[] = {
       .error = "damaged" },
     { "damaged announcement", "bad", .peer_status = CORRUPT, .verdict = "--f",
       .error = "damaged" },
-    { "damaged, of no matter", "bad", .peer_status = CORRUPT, .primary = true,
-      .verdict = "qqf" },
     { "newer version", "", .own_status = UNKNOWN, .verdict = "---",
       .error = "newer version" },
     { "newer announcement", "bad", .peer_status = UNKNOWN, .verdict = "---",
@@ -315,6 +313,40 @@ static void test_no_base(void)
     error_free(err);
 }
 
+static void test_open(void)
+{
+    ReplicationRecords r = {
+        .peer_status    = VALID,
+        .peer           = { .kind = REPLICATION_PEER_STARTED, .sequence = 7 },
+    };
+    ReplicationOwnRecord own;
+
+    /* A secondary that has nothing, and what its primary says counts */
+    own = replication_records_open(&r, REPLICATION_META_ROLE_SECONDARY, 512);
+    g_assert(qemu_uuid_is_null(&own.current));
+    g_assert(qemu_uuid_is_null(&own.disk_id));
+    g_assert(!qemu_uuid_is_null(&own.instance));
+    g_assert_cmpint(own.absorbed, ==, 0);
+    g_assert_cmpint(own.size, ==, 512);
+
+    /* A primary that has nothing */
+    r = (ReplicationRecords) {};
+    own = replication_records_open(&r, REPLICATION_META_ROLE_PRIMARY, 512);
+    g_assert(!qemu_uuid_is_null(&own.current));
+    g_assert(!qemu_uuid_is_null(&own.disk_id));
+    g_assert(qemu_uuid_is_null(&own.base));
+    g_assert(!own.log_void);
+
+    /* It was a primary, for whom announcements are of no meaning */
+    r.own_status = VALID;
+    r.own = own;
+    r.peer.sequence = 8;
+    own = replication_records_open(&r, REPLICATION_META_ROLE_SECONDARY, 1024);
+    g_assert(qemu_uuid_is_equal(&own.current, &r.own.current));
+    g_assert_cmpint(own.absorbed, ==, 8);
+    g_assert(own.log_void);
+}
+
 static void check_usable(const ReplicationRecords *r, const char *error)
 {
     Error *err = NULL;
@@ -368,6 +400,7 @@ int main(int argc, char **argv)
     g_test_add_func("/replication-meta/rotate", test_rotate);
     g_test_add_func("/replication-meta/rules", test_rules);
     g_test_add_func("/replication-meta/no-base", test_no_base);
+    g_test_add_func("/replication-meta/open", test_open);
     g_test_add_func("/replication-meta/usable", test_usable);
 
     return g_test_run();
