@@ -4,7 +4,7 @@
 import os
 import subprocess
 import uuid
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 import iotests
 import replication
@@ -59,11 +59,14 @@ class MetadataCase(ReplicaCase):
 
     # The primary
 
-    def options(self, faults: Optional[Json] = None, **options: Any) -> Json:
-        """Of a node with metadata, and what fails there"""
+    def options(self, faults: Optional[Json] = None,
+                above: Callable[[Json], Json] = lambda image: image,
+                **options: Any) -> Json:
+        """Of a node with metadata, what fails there, and what is above it"""
         image: Json = {'driver': 'file', 'filename': self.meta}
         if faults:
             image = {'driver': 'blkdebug', 'image': image, **faults}
+        image = above(image)
         return {'driver': 'replication', 'node-name': 'top', 'mode': 'primary',
                 'discard': 'unmap', 'replica': None, 'replica-timeout': 0,
                 'file': self.local_disk(),
