@@ -27,6 +27,9 @@ struct ReplicationChanges {
 
     /* Where to go on looking for what is lacking */
     int64_t cursor;
+
+    /* Counts how often something else began to be closing */
+    uint64_t closings;
 };
 
 static void changes_alloc(ReplicationChanges *changes, int64_t size)
@@ -38,6 +41,7 @@ static void changes_alloc(ReplicationChanges *changes, int64_t size)
     changes->spare = hbitmap_alloc(size, REPLICATION_BLOCK_BITS);
     changes->spare_is_clear = true;
     changes->cursor = 0;
+    changes->closings++;
 }
 
 static void changes_release(ReplicationChanges *changes)
@@ -159,6 +163,7 @@ void replication_changes_checkpoint(ReplicationChanges *changes, bool flushed)
 {
     QEMU_LOCK_GUARD(&changes->lock);
 
+    changes->closings++;
     if (flushed) {
         HBitmap *old = changes->closing;
 
@@ -169,6 +174,31 @@ void replication_changes_checkpoint(ReplicationChanges *changes, bool flushed)
         changes->spare_is_clear = hbitmap_empty(old);
     } else {
         changes_move(changes, changes->current, changes->closing);
+    }
+}
+
+uint64_t replication_changes_settle(ReplicationChanges *changes)
+{
+    int64_t start = 0, bytes;
+
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    changes_move(changes, changes->current, changes->closing);
+    while (hbitmap_next_dirty_area(changes->lacking, start, changes->size,
+                                   changes->size, &start, &bytes)) {
+        hbitmap_set(changes->current, start, bytes);
+        start += bytes;
+    }
+
+    return ++changes->closings;
+}
+
+void replication_changes_settled(ReplicationChanges *changes, uint64_t what)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    if (changes->closings == what) {
+        hbitmap_reset_all(changes->closing);
     }
 }
 
@@ -201,6 +231,8 @@ void replication_changes_lack(ReplicationChanges *changes, int64_t offset,
     QEMU_LOCK_GUARD(&changes->lock);
 
     hbitmap_set(changes->lacking, offset, bytes);
+    /* It was noted, but perhaps before what is being settled now */
+    hbitmap_set(changes->current, offset, bytes);
 }
 
 void replication_changes_supply(ReplicationChanges *changes, int64_t offset,

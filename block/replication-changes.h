@@ -53,10 +53,22 @@ bool replication_changes_next(ReplicationChanges *changes, int64_t start,
  */
 void replication_changes_checkpoint(ReplicationChanges *changes, bool flushed);
 
+/*
+ * The same without a checkpoint: what is current is closing from now on, but
+ * what is lacking remains current.  Returns a name for what is closing, under
+ * which replication_changes_settled() forgets it when both sides have it on
+ * stable storage, unless something has begun since.
+ */
+uint64_t replication_changes_settle(ReplicationChanges *changes);
+void replication_changes_settled(ReplicationChanges *changes, uint64_t what);
+
 /* Do what replication_changes_checkpoint() has left for later */
 void replication_changes_tidy(ReplicationChanges *changes);
 
-/* The replica lacks everything, what changed, nothing, or this range as well */
+/*
+ * The replica lacks everything, what changed, nothing, or this range as well,
+ * which is current then
+ */
 void replication_changes_lack_all(ReplicationChanges *changes);
 void replication_changes_lack_changed(ReplicationChanges *changes);
 void replication_changes_lack_nothing(ReplicationChanges *changes);

@@ -44,6 +44,9 @@
 #define COPY_BYTES (1 * MiB)
 #define MAX_COPIERS 4
 
+/* How often a copy to a replica that takes long is made sure of */
+#define SETTLE_NS (10 * NANOSECONDS_PER_SECOND)
+
 /* The limit of speed holds for so long */
 #define COPY_SLICE_NS (100 * SCALE_MS)
 
@@ -55,6 +58,12 @@
 #define COPY_MAX_REST 16
 #define COPY_MAX_REST_NS (100 * SCALE_MS)
 #define COPY_SEND_NS_PER_BYTE 1
+
+/* Writes and copies, in the order in which they have locked their ranges */
+typedef struct HolderRange {
+    BlockReq req;
+    uint64_t number;
+} HolderRange;
 
 struct ReplicationHolder {
     WriteBehindOptions queue_options;
@@ -70,6 +79,7 @@ struct ReplicationHolder {
     /* Where writes and copies are under way that must not overlap */
     CoMutex ranges_lock;
     BlockReqList ranges;
+    uint64_t nb_ranges;
     /* Bytes of the guest's writes among them, or about to be */
     Stat64 changing_bytes;
 
@@ -116,6 +126,15 @@ struct ReplicationHolder {
 
     /* What was closing at the last checkpoint is on both disks for good */
     bool flushed;
+
+    /*
+     * Changes that are being made sure of without a checkpoint, when the ranges
+     * below this number are done, if it is not 0; and when that is done next.
+     * The job's.
+     */
+    uint64_t settle_below;
+    uint64_t settle_what;
+    int64_t settle_ns;
 };
 
 static ReplicationHolder *holder_state(BlockDriverState *bs)
@@ -192,7 +211,7 @@ static void holder_forward_failed(BlockDriverState *bs, WriteBehindType type,
 }
 
 static void coroutine_fn
-holder_lock_range(BlockDriverState *bs, BlockReq *range, int64_t offset,
+holder_lock_range(BlockDriverState *bs, HolderRange *range, int64_t offset,
                   int64_t bytes)
 {
     ReplicationHolder *s = holder_state(bs);
@@ -200,17 +219,35 @@ holder_lock_range(BlockDriverState *bs, BlockReq *range, int64_t offset,
     QEMU_LOCK_GUARD(&s->ranges_lock);
 
     reqlist_wait_all(&s->ranges, offset, bytes, &s->ranges_lock);
-    reqlist_init_req(&s->ranges, range, offset, bytes);
+    reqlist_init_req(&s->ranges, &range->req, offset, bytes);
+    range->number = s->nb_ranges++;
 }
 
 static void coroutine_fn holder_unlock_range(BlockDriverState *bs,
-                                             BlockReq *range)
+                                             HolderRange *range)
 {
     ReplicationHolder *s = holder_state(bs);
 
     QEMU_LOCK_GUARD(&s->ranges_lock);
 
-    reqlist_remove_req(range);
+    reqlist_remove_req(&range->req);
+}
+
+static bool coroutine_fn holder_has_range_below(BlockDriverState *bs,
+                                                uint64_t number)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BlockReq *req;
+
+    QEMU_LOCK_GUARD(&s->ranges_lock);
+
+    QLIST_FOREACH(req, &s->ranges, list) {
+        if (container_of(req, HolderRange, req)->number < number) {
+            return true;
+        }
+    }
+
+    return false;
 }
 
 /* Without one that is worth it, the guest waits as long as the link takes */
@@ -377,7 +414,7 @@ static int64_t coroutine_fn GRAPH_RDLOCK holder_copy_some(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
     int64_t offset, bytes;
-    BlockReq range;
+    HolderRange range;
     int ret = 0;
 
     if (!replication_changes_find_lacking(s->changes,
@@ -537,7 +574,7 @@ holder_co_write(BlockDriverState *bs, const WriteRequest *guest)
 {
     ReplicationHolder *s = holder_state(bs);
     WriteRequest w = *guest;
-    BlockReq range;
+    HolderRange range;
     int ret = 0;
 
     if (w.type == WRITE_BEHIND_DISCARD && s->replica &&
@@ -1014,6 +1051,8 @@ static bool holder_begin_sync(BlockDriverState *bs,
     }
     s->has_job = true;
     s->caught_up = false;
+    s->settle_below = 0;
+    s->settle_ns = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) + SETTLE_NS;
     if (ruling->full) {
         /* Until it has everything, nobody knows what it lacks */
         s->had_replica = false;
@@ -1226,6 +1265,50 @@ bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs)
     qatomic_set(&s->caught_up, true);
     s->had_replica = true;
     replication_report_replica(bs, REPLICA_STATE_SYNCED, NULL);
+
+    return true;
+}
+
+/* What both sides have now, in the order of the queue, is theirs for good */
+static int coroutine_fn holder_flush_settled(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int ret;
+
+    write_behind_co_await(s->queue, 0, BDRV_MAX_LENGTH);
+    bdrv_graph_co_rdlock();
+    ret = bdrv_co_flush(bs->file->bs);
+    bdrv_graph_co_rdunlock();
+
+    return ret < 0 ? ret : write_behind_co_flush(s->queue, true);
+}
+
+bool coroutine_fn replication_replica_co_settle(BlockDriverState *bs, bool now)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t time = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+
+    if (!s->ledger || !holder_forwards(bs) ||
+        replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        return true;
+    }
+    if (!s->settle_below) {
+        if (!now && time < s->settle_ns) {
+            return true;
+        }
+        QEMU_LOCK_GUARD(&s->ranges_lock);
+        s->settle_below = ++s->nb_ranges;
+        s->settle_what = replication_changes_settle(s->changes);
+    }
+    /* What was noted before that may not be in the queue yet */
+    if (holder_has_range_below(bs, s->settle_below)) {
+        return false;
+    }
+    s->settle_below = 0;
+    s->settle_ns = time + SETTLE_NS;
+    if (holder_flush_settled(bs) == 0 && holder_forwards(bs)) {
+        replication_changes_settled(s->changes, s->settle_what);
+    }
 
     return true;
 }

@@ -52,6 +52,13 @@ void replication_replica_get_progress(BlockDriverState *bs, uint64_t *copied,
  */
 bool coroutine_fn replication_replica_co_catch_up(BlockDriverState *bs);
 
+/*
+ * Have what the replica got so far, and what the guest has written, not copied
+ * again after a crash: every ten seconds, or @now.  Returns whether that is
+ * done; if not, it is to be called again.
+ */
+bool coroutine_fn replication_replica_co_settle(BlockDriverState *bs, bool now);
+
 /* Bytes per second, or 0 for no limit */
 void replication_replica_set_speed(BlockDriverState *bs, int64_t speed);
 void replication_replica_pause(BlockDriverState *bs, bool pause);

@@ -56,12 +56,17 @@ static int coroutine_fn replica_sync_run(Job *job, Error **errp)
             return error;
         }
         if (replication_replica_co_catch_up(s->bs)) {
-            return 0;
+            break;
         }
+        replication_replica_co_settle(s->bs, false);
+        job_sleep_ns(job, LOOK_EVERY_NS);
+    }
+    while (!job_is_cancelled(job) &&
+           !replication_replica_co_settle(s->bs, true)) {
         job_sleep_ns(job, LOOK_EVERY_NS);
     }
 
-    return -ECANCELED;
+    return job_is_cancelled(job) ? -ECANCELED : 0;
 }
 
 static bool replica_sync_cancel(Job *job, bool force)

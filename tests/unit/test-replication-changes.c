@@ -17,6 +17,8 @@ typedef struct Model {
     bool current[NB_BLOCKS];
     bool closing[NB_BLOCKS];
     bool lacking[NB_BLOCKS];
+    /* What replication_changes_settle() returned, unless it is over */
+    uint64_t settling;
 } Model;
 
 static void mark(bool *set, int64_t offset, int64_t bytes, bool value)
@@ -62,7 +64,7 @@ static void step(ReplicationChanges *changes, Model *model, GRand *rng)
     int64_t bytes = MIN(1 + g_rand_int_range(rng, 0, 5 * BLOCK), SIZE - offset);
     bool flushed = g_rand_boolean(rng);
 
-    switch (g_rand_int_range(rng, 0, 9)) {
+    switch (g_rand_int_range(rng, 0, 11)) {
     case 0:
         replication_changes_lack_changed(changes);
         for (int i = 0; i < NB_BLOCKS; i++) {
@@ -75,6 +77,7 @@ static void step(ReplicationChanges *changes, Model *model, GRand *rng)
         break;
     case 2:
         replication_changes_checkpoint(changes, flushed);
+        model->settling = 0;
         for (int i = 0; i < NB_BLOCKS; i++) {
             model->closing[i] = model->current[i] ||
                                 (!flushed && model->closing[i]);
@@ -84,9 +87,23 @@ static void step(ReplicationChanges *changes, Model *model, GRand *rng)
     case 3:
         replication_changes_tidy(changes);
         break;
+    case 9:
+        model->settling = replication_changes_settle(changes);
+        for (int i = 0; i < NB_BLOCKS; i++) {
+            model->closing[i] |= model->current[i];
+            model->current[i] = model->lacking[i];
+        }
+        break;
+    case 10:
+        replication_changes_settled(changes, model->settling);
+        if (model->settling) {
+            mark(model->closing, 0, SIZE, false);
+        }
+        break;
     case 4:
         replication_changes_lack(changes, offset, bytes);
         mark(model->lacking, offset, bytes, true);
+        mark(model->current, offset, bytes, true);
         break;
     case 5:
         if (replication_changes_find_lacking(changes, 4 * BLOCK, &offset,
