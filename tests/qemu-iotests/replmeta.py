@@ -123,8 +123,9 @@ def read_own(path: str) -> Own:
         log_void=bool(flags & 1), absorbed=absorbed,
         disk_id=uuid.UUID(bytes=disk_id), current=uuid.UUID(bytes=current),
         base=uuid.UUID(bytes=base), instance=uuid.UUID(bytes=instance),
-        history=[uuid.UUID(bytes=history[i:i + 16])
-                 for i in range(0, len(history), 16) if any(history[i:i + 16])],
+        history=[uuid.UUID(bytes=one)
+                 for one in (history[16 * i:16 * i + 16]
+                             for i in range(HISTORY)) if any(one)],
         active=_text(active), hidden=_text(hidden))
 
 
