@@ -776,9 +776,7 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
 {
     GLOBAL_STATE_CODE();
 
-    if (!bs->drv || strcmp(bs->drv->format_name, "replication") ||
-        ((BDRVReplicationState *)bs->opaque)->role !=
-        &replication_holder_role) {
+    if (replication_role(bs) != &replication_holder_role) {
         error_setg(errp, "Node '%s' is not a replication node with a replica "
                    "of its own", bdrv_get_node_name(bs));
         error_append_hint(errp, "Open one with mode=primary and the option "
@@ -1106,18 +1104,14 @@ static void holder_failover(BlockDriverState *bs, Error **errp)
     replication_set_stage(bs, REPLICATION_STAGE_NONE);
 }
 
-static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
+                       uint64_t timeout_ms)
 {
     BDRVReplicationState *node = bs->opaque;
-    WriteBehindOptions queue = {};
-    uint64_t timeout_ms;
     ReplicationHolder *s;
 
-    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
-        return false;
-    }
     s = node->holder = g_new0(ReplicationHolder, 1);
-    s->queue_options = queue;
+    s->queue_options = *queue;
     s->timeout_ms = timeout_ms;
     s->above = replication_above_new();
     qemu_co_mutex_init(&s->ranges_lock);
@@ -1128,8 +1122,34 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                   SCALE_NS, holder_copy_timer, bs);
     replication_replica_set_speed(bs, 0);
+}
+
+static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+{
+    WriteBehindOptions queue = {};
+    uint64_t timeout_ms;
+
+    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
+        return false;
+    }
+    holder_new(bs, &queue, timeout_ms);
 
     return true;
+}
+
+void replication_holder_take_over(BlockDriverState *bs,
+                                  const WriteBehindOptions *queue,
+                                  uint64_t timeout_ms)
+{
+    GLOBAL_STATE_CODE();
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    holder_new(bs, queue, timeout_ms);
+    holder_state(bs)->changes =
+        replication_changes_new(bs->total_sectors * BDRV_SECTOR_SIZE);
+    /* If that is not the length, it is known before a replica is attached */
+    holder_parents_changed(bs);
 }
 
 static bool holder_is_null(const QObject *option)
