@@ -342,9 +342,14 @@ static BlockDriverState *standby_make_overlays(BlockDriverState *bs,
 
 static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
-    BlockDriverState *disk = bs->file->bs;
-    BlockDriverState *active;
+    BlockDriverState *disk, *active;
+    BdrvChild *file;
     int ret;
+
+    bdrv_graph_rdlock_main_loop();
+    file = bs->file;
+    disk = file->bs;
+    bdrv_graph_rdunlock_main_loop();
 
     if (bdrv_is_read_only(bs) || bdrv_is_read_only(disk)) {
         error_setg(errp, "Replication node '%s' or its disk '%s' is read-only, "
@@ -357,7 +362,7 @@ static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
     if (!active) {
         return false;
     }
-    ret = bdrv_replace_child_bs(bs->file, active, errp);
+    ret = bdrv_replace_child_bs(file, active, errp);
     bdrv_unref(active);
 
     if (ret < 0 || !secondary_take_chain(bs, disk, errp)) {
@@ -674,6 +679,8 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
 /* If that is so, the disk is going to be this side's: see to it that it is */
 static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
 {
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
     if (standby_can_roll_back(bs)) {
         return bdrv_activate(bs, errp) == 0;
     }
