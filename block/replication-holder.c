@@ -43,6 +43,18 @@
 /* The limit of speed holds for so long */
 #define COPY_SLICE_NS (100 * SCALE_MS)
 
+/*
+ * Beside a guest that is busy all the time, copying rests this many times as
+ * long as it takes, but at most so many ns, because it has to come to an end.
+ * What is sent takes the CPU later, about so long.
+ */
+#define COPY_MAX_REST 24
+#define COPY_MAX_REST_NS (100 * SCALE_MS)
+#define COPY_SEND_NS_PER_BYTE 1
+
+/* What a request of the guest takes of a CPU, about */
+#define GUEST_REQUEST_NS (30 * SCALE_US)
+
 struct ReplicationHolder {
     WriteBehindOptions queue_options;
     uint64_t timeout_ms;
@@ -94,6 +106,12 @@ struct ReplicationHolder {
     RateLimit copy_limit;
     QEMUTimer *copy_timer;
     Stat64 copied_bytes;
+    /*
+     * When the last part was over, and how many requests of the guest had come
+     * by then.  Protected by @ranges_lock.
+     */
+    int64_t copy_end_ns;
+    unsigned int copy_requests;
 
     /* What was closing at the last checkpoint is on both disks for good */
     bool flushed;
@@ -383,18 +401,49 @@ static bool holder_may_copy(BlockDriverState *bs)
            replication_changes_lacking_bytes(s->changes);
 }
 
+/*
+ * How long to leave the disk and the CPU to the guest, in ns, after a part that
+ * was begun at @begin and has @bytes.  The guest is busy by as many requests as
+ * came since the part before, or if one of them waits for the disk.
+ */
+static int64_t coroutine_fn
+holder_copy_rest(BlockDriverState *bs, int64_t begin, int64_t bytes)
+{
+    BDRVReplicationState *node = bs->opaque;
+    ReplicationHolder *s = node->holder;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t rest = COPY_MAX_REST *
+                   (now - begin + bytes * COPY_SEND_NS_PER_BYTE);
+    unsigned int requests = qatomic_read(&node->requests);
+    int64_t since, busy;
+
+    QEMU_LOCK_GUARD(&s->ranges_lock);
+
+    since = MAX(now - s->copy_end_ns, 1);
+    busy = (requests - s->copy_requests) * GUEST_REQUEST_NS;
+    s->copy_end_ns = now;
+    s->copy_requests = requests;
+    if (requests == qatomic_read(&node->requests_done) && busy < since) {
+        rest = rest * ((double)busy / since);
+    }
+
+    return MIN(rest, COPY_MAX_REST_NS);
+}
+
 static void coroutine_fn holder_copy_entry(void *opaque)
 {
     BlockDriverState *bs = opaque;
     ReplicationHolder *s = holder_state(bs);
     int64_t delay = 0;
-    int64_t ret;
 
     while (holder_may_copy(bs) && !delay) {
+        int64_t begin, ret;
+
         /* Before the range is locked, which the guest may wait for */
         write_behind_co_await_room(s->queue,
                                    qatomic_read(&s->copy_bytes));
 
+        begin = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
         bdrv_graph_co_rdlock();
         ret = holder_copy_some(bs);
         bdrv_graph_co_rdunlock();
@@ -404,8 +453,9 @@ static void coroutine_fn holder_copy_entry(void *opaque)
             holder_lose(bs, "copy", ret);
             break;
         }
+        delay = holder_copy_rest(bs, begin, ret);
         if (qatomic_read(&s->copy_limited)) {
-            delay = ratelimit_calculate_delay(&s->copy_limit, ret);
+            delay = MAX(delay, ratelimit_calculate_delay(&s->copy_limit, ret));
         }
     }
 
@@ -426,13 +476,10 @@ static void holder_kick_copiers(BlockDriverState *bs)
     ReplicationHolder *s = holder_state(bs);
     unsigned int max;
 
-    if (!holder_may_copy(bs)) {
+    if (!holder_may_copy(bs) || timer_pending(s->copy_timer)) {
         return;
     }
     max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
-    if (max == 1 && timer_pending(s->copy_timer)) {
-        return;
-    }
     if (qatomic_fetch_inc(&s->copiers) >= max) {
         qatomic_dec(&s->copiers);
         return;

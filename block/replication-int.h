@@ -130,6 +130,14 @@ typedef struct BDRVReplicationState {
      */
     bool relied_on;
 
+    /*
+     * How many requests have come from above, and how many of them are over,
+     * for who gives way to them.  They wrap around.  Accessed with atomic
+     * operations.
+     */
+    unsigned int requests;
+    unsigned int requests_done;
+
     /* QEMU ends, and what goes away is no loss.  BQL. */
     bool quitting;
 

@@ -390,6 +390,13 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
                           "uses.\n");
         return false;
     }
+    if (!strcmp(top_id, bdrv_get_node_name(bs))) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' names "
+                   "replication node '%s' itself", top_id);
+        error_append_hint(errp, "It is the root node above, or the drive that "
+                          "uses this one.\n");
+        return false;
+    }
 
     if (!secondary_new(bs, opts, errp)) {
         return false;

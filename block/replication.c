@@ -104,9 +104,9 @@ static bool replication_can_read(BlockDriverState *bs)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                           QEMUIOVector *qiov, size_t qiov_offset,
-                           BdrvRequestFlags flags)
+replication_do_read(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                    QEMUIOVector *qiov, size_t qiov_offset,
+                    BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
     int ret;
@@ -125,6 +125,21 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         ret = s->role->co_read_failed(bs, offset, bytes, qiov, qiov_offset,
                                       flags, ret);
     }
+
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                           QEMUIOVector *qiov, size_t qiov_offset,
+                           BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    qatomic_inc(&s->requests);
+    ret = replication_do_read(bs, offset, bytes, qiov, qiov_offset, flags);
+    qatomic_inc(&s->requests_done);
 
     return ret;
 }
@@ -154,11 +169,23 @@ replication_co_block_status(BlockDriverState *bs, bool want_zero,
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+replication_do_write(BlockDriverState *bs, const WriteRequest *w)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    qatomic_inc(&s->requests);
+    ret = s->role->co_write(bs, w);
+    qatomic_inc(&s->requests_done);
+
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                             QEMUIOVector *qiov, size_t qiov_offset,
                             BdrvRequestFlags flags)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_WRITE,
         .flags          = flags,
@@ -168,14 +195,13 @@ replication_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         .qiov_offset    = qiov_offset,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
                              int64_t bytes, BdrvRequestFlags flags)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_ZEROES,
         .flags          = flags,
@@ -183,20 +209,19 @@ replication_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset,
         .bytes          = bytes,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 replication_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    BDRVReplicationState *s = bs->opaque;
     WriteRequest w = {
         .type           = WRITE_BEHIND_DISCARD,
         .offset         = offset,
         .bytes          = bytes,
     };
 
-    return s->role->co_write(bs, &w);
+    return replication_do_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)

@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from contextlib import contextmanager
+from typing import (
+    Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union)
 
 from qemu.machine.machine import AbnormalShutdown
 
@@ -340,6 +342,20 @@ class Side:
         command = f'write -z {flags} {offset} {length}'
         qemu_io('-f', 'raw', '-c', command, self.uri)
         self.data[offset:offset + length] = bytes(length)
+
+    @contextmanager
+    def writing(self, length: int = CLUSTER, depth: int = 16
+                ) -> Iterator[None]:
+        """A client writes all over, as fast as it can, and never fails"""
+        args = ['bench', '-w', '-f', 'raw', '-c', str(1 << 30),
+                '-d', str(depth), '-s', str(length), '--pattern', '113',
+                self.uri]
+        with iotests.qemu_tool_popen(iotests.qemu_img_args + args) as client:
+            try:
+                yield
+                assert client.poll() is None
+            finally:
+                client.kill()
 
     def write_many(self, requests: Sequence[Sequence[int]]) -> None:
         """Requests are (offset, length, byte); one client does them all"""
