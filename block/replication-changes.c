@@ -95,6 +95,37 @@ void replication_changes_note(ReplicationChanges *changes, int64_t offset,
     }
 }
 
+bool replication_changes_has(ReplicationChanges *changes, int64_t offset,
+                             int64_t bytes)
+{
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    return hbitmap_next_dirty(changes->current, offset, bytes) >= 0 ||
+           hbitmap_next_dirty(changes->closing, offset, bytes) >= 0;
+}
+
+bool replication_changes_next(ReplicationChanges *changes, int64_t start,
+                              int64_t *offset, int64_t *bytes)
+{
+    int64_t closing, closing_bytes;
+    bool has_current, has_closing;
+
+    QEMU_LOCK_GUARD(&changes->lock);
+
+    has_current = hbitmap_next_dirty_area(changes->current, start,
+                                          changes->size, changes->size, offset,
+                                          bytes);
+    has_closing = hbitmap_next_dirty_area(changes->closing, start,
+                                          changes->size, changes->size,
+                                          &closing, &closing_bytes);
+    if (has_closing && (!has_current || closing < *offset)) {
+        *offset = closing;
+        *bytes = closing_bytes;
+    }
+
+    return has_current || has_closing;
+}
+
 static void changes_tidy(ReplicationChanges *changes)
 {
     if (!changes->spare_is_clear) {

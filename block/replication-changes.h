@@ -38,6 +38,14 @@ void replication_changes_resize(ReplicationChanges *changes, int64_t size);
 void replication_changes_note(ReplicationChanges *changes, int64_t offset,
                               int64_t bytes);
 
+/* Whether a part of this range is current or closing */
+bool replication_changes_has(ReplicationChanges *changes, int64_t offset,
+                             int64_t bytes);
+
+/* Find the next blocks from @start on that are one of these; false if none */
+bool replication_changes_next(ReplicationChanges *changes, int64_t start,
+                              int64_t *offset, int64_t *bytes);
+
 /*
  * A checkpoint begins: what is current is closing from now on.  Whether what
  * was closing until now has been @flushed on both sides since the last call; if

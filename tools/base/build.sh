@@ -48,6 +48,8 @@ TARGETS=(
 # The same for what QEMU does not have, so that the stock flavour does not.
 OUR_TARGETS=(
     tests/unit/test-replication-changes
+    tests/unit/test-replication-log
+    tests/unit/test-replication-meta
     tests/unit/test-write-behind
     tests/qtest/migration-test
 )
