@@ -14,9 +14,10 @@ from replication import CLUSTER, SIZE, VM, Json, Side, error_of, wait_until
 class Host:
     """A QEMU with one or more disks, which are a primary's or a secondary's"""
 
-    def __init__(self, name: str, iothreads: bool = False) -> None:
+    def __init__(self, name: str, iothreads: bool = False,
+                 machine: str = 'none') -> None:
         self.name = name
-        self.vm = VM(name)
+        self.vm = VM(name, machine)
         self.iothreads = iothreads
         if iothreads:
             for number in range(2):
@@ -167,7 +168,7 @@ class StandbyCase(replication.TestCase):
         self.vm = self.b.vm
 
     def host(self, name: str) -> Host:
-        host = Host(name, self.iothreads)
+        host = Host(name, self.iothreads, self.machine)
         host.vm.launch()
         self.hosts.append(host)
         return host
