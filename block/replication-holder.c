@@ -33,8 +33,12 @@
 #include "replication-changes.h"
 #include "replication-holder.h"
 #include "replication-int.h"
+#include "replication-ledger.h"
 #include "replication-watch.h"
 #include "trace.h"
+
+/* Half a minute of copying, and more than most guests change in one */
+#define DEFAULT_LOG_SIZE (16 * GiB)
 
 /* What is copied at once, by so many coroutines */
 #define COPY_BYTES (1 * MiB)
@@ -62,6 +66,10 @@ struct ReplicationHolder {
     /* What changed, and what the replica lacks of that */
     ReplicationChanges *changes;
 
+    /* What is known of that after a crash; NULL without metadata */
+    ReplicationLedger *ledger;
+    uint64_t log_size;
+
     /* Where writes and copies are under way that must not overlap */
     CoMutex ranges_lock;
     BlockReqList ranges;
@@ -75,7 +83,7 @@ struct ReplicationHolder {
     BdrvChild *replica;
     WriteBehind *queue;
     ReplicationWatch *watch;
-    /* The links on the way to it, frozen by us */
+    /* The links on the way to it, and to its metadata, frozen by us */
     GSList *frozen;
 
     /* What stands above.  BQL. */
@@ -126,6 +134,7 @@ static ReplicationHolder *holder_state(BlockDriverState *bs)
 
 static void holder_kick_copiers(BlockDriverState *bs);
 static void holder_abandon(BlockDriverState *bs);
+static void holder_drop_replica(BlockDriverState *bs);
 
 /* Whether what the guest changes is of use to the replica */
 static bool holder_forwards(BlockDriverState *bs)
@@ -133,6 +142,15 @@ static bool holder_forwards(BlockDriverState *bs)
     ReplicationHolder *s = holder_state(bs);
 
     return s->replica && !qatomic_read(&s->lost);
+}
+
+/* Whether what changed is all that the last replica may lack */
+static bool holder_knows_changes(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return s->ledger ? replication_ledger_knows_changes(s->ledger) :
+                       s->had_replica;
 }
 
 static bool holder_is_in_step(BlockDriverState *bs)
@@ -526,13 +544,22 @@ holder_take_discard(BlockDriverState *bs, WriteRequest *w)
     return true;
 }
 
+/* What is changed belongs to this node alone: to no replica but its own */
+static bool holder_is_alone(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    return replication_stage(bs) != REPLICATION_STAGE_RUNNING &&
+           (!holder_forwards(bs) || replication_ledger_is_confirmed(s->ledger));
+}
+
 static int coroutine_fn GRAPH_RDLOCK
 holder_co_write(BlockDriverState *bs, const WriteRequest *guest)
 {
     ReplicationHolder *s = holder_state(bs);
     WriteRequest w = *guest;
     BlockReq range;
-    int ret;
+    int ret = 0;
 
     if (w.type == WRITE_BEHIND_DISCARD && s->replica &&
         !holder_take_discard(bs, &w)) {
@@ -545,10 +572,16 @@ holder_co_write(BlockDriverState *bs, const WriteRequest *guest)
     stat64_add(&s->changing_bytes, w.bytes);
     holder_lock_range(bs, &range, w.offset, w.bytes);
     replication_changes_note(s->changes, w.offset, w.bytes);
-    ret = write_request_co_do(bs->file, &w);
-    /* Whatever it says, a part may have been done */
-    if (holder_forwards(bs)) {
-        holder_forward(bs, &w, ret);
+    if (s->ledger) {
+        ret = replication_ledger_co_begin(s->ledger, w.offset, w.bytes,
+                                          holder_is_alone(bs));
+    }
+    if (ret == 0) {
+        ret = write_request_co_do(bs->file, &w);
+        /* Whatever it says, a part may have been done */
+        if (holder_forwards(bs)) {
+            holder_forward(bs, &w, ret);
+        }
     }
     holder_unlock_range(bs, &range);
     stat64_add(&s->changing_bytes, -w.bytes);
@@ -785,10 +818,18 @@ holder_check_replica(BlockDriverState *bs, BlockDriverState *replica,
     return true;
 }
 
-/*
- * Nobody else may write to the local disk from now on, nor to the replica, and
- * a connection to this that is lost is lost.
- */
+/* A connection that is lost is lost, and the link leads where it leads now */
+static void GRAPH_RDLOCK holder_freeze(BlockDriverState *bs, BdrvChild *child)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    bdrv_keep_connection(child->bs);
+    bdrv_freeze_child(child);
+    s->frozen = replication_freeze_below(child->bs,
+                                         g_slist_prepend(s->frozen, child));
+}
+
+/* Nobody else may write to the local disk from now on, nor to the replica */
 static bool holder_take_replica(BlockDriverState *bs, BdrvChild *replica,
                                 Error **errp)
 {
@@ -805,10 +846,7 @@ static bool holder_take_replica(BlockDriverState *bs, BdrvChild *replica,
         return false;
     }
 
-    bdrv_keep_connection(replica->bs);
-    bdrv_freeze_child(replica);
-    s->frozen = replication_freeze_below(replica->bs,
-                                         g_slist_prepend(NULL, replica));
+    holder_freeze(bs, replica);
     s->lost = 0;
     s->flushed = false;
     s->queue = write_behind_new(bs, replica, &s->queue_options,
@@ -847,6 +885,9 @@ static void holder_resized(BlockDriverState *bs, int64_t length)
 
     replication_changes_resize(s->changes, length);
     s->had_replica = false;
+    if (s->ledger) {
+        replication_ledger_resized(s->ledger);
+    }
 }
 
 /* Others may have resized the disk while the node was inactive */
@@ -863,14 +904,49 @@ static void holder_check_length(BlockDriverState *bs)
     }
 }
 
-bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
-                                bool changed, Error **errp)
+/* Whether @opts make sense for @bs */
+static bool holder_check_attach(BlockDriverState *bs,
+                                const ReplicaAttachOptions *opts, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
-    BdrvChild *child;
-    bool ok;
+    const char *name = bdrv_get_node_name(bs);
 
-    GLOBAL_STATE_CODE();
+    if (opts->metadata && !s->ledger) {
+        error_setg(errp, "Replication node '%s' has no metadata of its own, "
+                   "and that of the replica alone says nothing", name);
+        error_append_hint(errp, "Open the node with the option 'metadata'.\n");
+    } else if (s->ledger && !replication_ledger_is_open(s->ledger)) {
+        error_setg(errp, "Replication node '%s' is inactive, and its metadata "
+                   "was not read", name);
+    } else if (opts->sync == BLOCK_REPLICA_SYNC_MODE_AUTO && !opts->metadata) {
+        error_setg(errp, "Replication node '%s': sync=auto needs the metadata "
+                   "of the replica", name);
+        error_append_hint(errp, "Give replica-metadata, or use sync=full.\n");
+    } else if (opts->discard_peer && !opts->metadata) {
+        error_setg(errp, "Replication node '%s': discard-peer needs the "
+                   "metadata of the replica", name);
+    } else if (opts->sync == BLOCK_REPLICA_SYNC_MODE_CHANGED &&
+               opts->metadata) {
+        error_setg(errp, "Replication node '%s': with the metadata of the "
+                   "replica, that says what changed", name);
+        error_append_hint(errp, "Use sync=auto.\n");
+    } else if (opts->sync == BLOCK_REPLICA_SYNC_MODE_CHANGED &&
+               !holder_knows_changes(bs)) {
+        error_setg(errp, "Replication node '%s' has had no replica that was in "
+                   "step", name);
+        error_append_hint(errp, "Use sync=full.\n");
+    } else {
+        return true;
+    }
+
+    return false;
+}
+
+static bool holder_may_attach(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     if (s->has_job) {
         error_setg(errp, "Replication node '%s' has a job that brings its "
@@ -885,49 +961,153 @@ bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
                           "first.\n");
         return false;
     }
-    bdrv_graph_rdlock_main_loop();
-    ok = holder_refuse_overlays(bs, errp) && holder_refuse_bypass(bs, errp);
-    bdrv_graph_rdunlock_main_loop();
-    if (!ok) {
-        return false;
-    }
-    holder_check_length(bs);
-    if (changed && !s->had_replica) {
-        error_setg(errp, "Replication node '%s' has had no replica that was in "
-                   "step", bdrv_get_node_name(bs));
-        error_append_hint(errp, "Use sync=full.\n");
-        return false;
-    }
 
-    /* One that was lost may be the same node, and have no other user */
-    bdrv_ref(replica);
-    replication_replica_detach(bs, true);
-    /* Everything: where nodes meet, some are moved to another AioContext */
-    bdrv_drain_all_begin();
-    bdrv_ref(replica);
-    bdrv_graph_wrlock();
-    child = bdrv_attach_child(bs, replica, "replica", &child_of_bds,
-                              BDRV_CHILD_DATA, errp);
-    bdrv_graph_wrunlock();
-    ok = child && holder_take_replica(bs, child, errp);
-    if (ok) {
-        s->has_job = true;
-        s->caught_up = false;
-        if (changed) {
-            replication_changes_lack_changed(s->changes);
-        } else {
-            /* Until it has everything, nobody knows what it lacks */
-            s->had_replica = false;
-            replication_changes_lack_all(s->changes);
-        }
-        replication_report_replica(bs, REPLICA_STATE_SYNCING, NULL);
-    } else if (child) {
+    return holder_refuse_overlays(bs, errp) && holder_refuse_bypass(bs, errp);
+}
+
+/* The node is drained */
+static void holder_drop_peer(BlockDriverState *bs)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BdrvChild *child = s->ledger ? replication_ledger_leave(s->ledger) : NULL;
+
+    if (child) {
+        replication_unfreeze_below(g_steal_pointer(&s->frozen));
         bdrv_graph_wrlock();
         bdrv_unref_child(bs, child);
         bdrv_graph_wrunlock();
     }
+}
+
+static BdrvChild *holder_attach_child(BlockDriverState *bs,
+                                      BlockDriverState *child_bs,
+                                      const char *name, BdrvChildRole role,
+                                      Error **errp)
+{
+    BdrvChild *child;
+
+    bdrv_ref(child_bs);
+    bdrv_graph_wrlock();
+    child = bdrv_attach_child(bs, child_bs, name, &child_of_bds, role, errp);
+    bdrv_graph_wrunlock();
+
+    return child;
+}
+
+/*
+ * Read the metadata of the replica, and find out what to copy.  The guest goes
+ * on meanwhile.
+ */
+static bool holder_meet_peer(BlockDriverState *bs,
+                             const ReplicaAttachOptions *opts,
+                             ReplicationRuling *ruling, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    BdrvChild *child;
+
+    bdrv_drain_all_begin();
+    child = holder_attach_child(bs, opts->metadata, "replica-metadata",
+                                BDRV_CHILD_METADATA, errp);
+    if (child) {
+        bdrv_graph_rdlock_main_loop();
+        holder_freeze(bs, child);
+        bdrv_graph_rdunlock_main_loop();
+    }
     bdrv_drain_all_end();
-    bdrv_unref(replica);
+
+    return child && replication_ledger_meet(s->ledger, child, errp) &&
+           replication_ledger_judge(s->ledger,
+                                    opts->sync == BLOCK_REPLICA_SYNC_MODE_FULL,
+                                    opts->discard_peer, ruling, errp);
+}
+
+/* The node is drained, and the replica was taken */
+static bool holder_begin_sync(BlockDriverState *bs,
+                              const ReplicationRuling *ruling, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+
+    if (s->ledger &&
+        !replication_ledger_announce(s->ledger, ruling, errp)) {
+        return false;
+    }
+    s->has_job = true;
+    s->caught_up = false;
+    if (ruling->full) {
+        /* Until it has everything, nobody knows what it lacks */
+        s->had_replica = false;
+        replication_changes_lack_all(s->changes);
+    } else {
+        replication_changes_lack_changed(s->changes);
+    }
+    replication_report_replica(bs, REPLICA_STATE_SYNCING, NULL);
+
+    return true;
+}
+
+static bool holder_attach(BlockDriverState *bs,
+                          const ReplicaAttachOptions *opts, Error **errp)
+{
+    ReplicationRuling ruling = {
+        .full = opts->sync == BLOCK_REPLICA_SYNC_MODE_FULL,
+    };
+    BdrvChild *child;
+    bool ok;
+
+    if (opts->metadata && !holder_meet_peer(bs, opts, &ruling, errp)) {
+        return false;
+    }
+    /* Everything: where nodes meet, some are moved to another AioContext */
+    bdrv_drain_all_begin();
+    child = holder_attach_child(bs, opts->replica, "replica", BDRV_CHILD_DATA,
+                                errp);
+    ok = child && holder_take_replica(bs, child, errp);
+    if (child && !ok) {
+        bdrv_graph_wrlock();
+        bdrv_unref_child(bs, child);
+        bdrv_graph_wrunlock();
+    } else if (ok && !holder_begin_sync(bs, &ruling, errp)) {
+        ok = false;
+        holder_drop_replica(bs);
+    }
+    bdrv_drain_all_end();
+    if (ok && ruling.full && ruling.reason) {
+        info_report("Replication node '%s' copies all of its disk, because %s",
+                    bdrv_get_node_name(bs), ruling.reason);
+    }
+
+    return ok;
+}
+
+bool replication_replica_attach(BlockDriverState *bs,
+                                const ReplicaAttachOptions *opts, Error **errp)
+{
+    bool ok;
+
+    GLOBAL_STATE_CODE();
+
+    if (!holder_may_attach(bs, errp)) {
+        return false;
+    }
+    holder_check_length(bs);
+    if (!holder_check_attach(bs, opts, errp)) {
+        return false;
+    }
+
+    /* One that was lost may be the same node, and have no other user */
+    bdrv_ref(opts->replica);
+    if (opts->metadata) {
+        bdrv_ref(opts->metadata);
+    }
+    replication_replica_detach(bs, true);
+    ok = holder_attach(bs, opts, errp);
+    if (!ok) {
+        bdrv_drain_all_begin();
+        holder_drop_peer(bs);
+        bdrv_drain_all_end();
+    }
+    bdrv_unref(opts->replica);
+    bdrv_unref(opts->metadata);
 
     return ok;
 }
@@ -944,6 +1124,7 @@ static void holder_drop_replica(BlockDriverState *bs)
     timer_del(s->copy_timer);
     s->replica = NULL;
     replication_changes_lack_nothing(s->changes);
+    holder_drop_peer(bs);
 
     bdrv_graph_wrlock();
     bdrv_unref_child(bs, replica);
@@ -1109,6 +1290,8 @@ static void holder_catch_up(BlockDriverState *bs)
 
 static bool holder_start(BlockDriverState *bs, Error **errp)
 {
+    ReplicationHolder *s = holder_state(bs);
+
     bdrv_graph_rdlock_main_loop();
     if (!holder_refuse_overlays(bs, errp) || !holder_refuse_bypass(bs, errp)) {
         bdrv_graph_rdunlock_main_loop();
@@ -1118,7 +1301,8 @@ static bool holder_start(BlockDriverState *bs, Error **errp)
 
     holder_catch_up(bs);
 
-    return holder_in_sync(bs, errp);
+    return holder_in_sync(bs, errp) &&
+           (!s->ledger || replication_ledger_confirm(s->ledger, errp));
 }
 
 /* The replica is the secondary's disk from now on */
@@ -1142,13 +1326,24 @@ static void holder_abandon(BlockDriverState *bs)
     qatomic_cmpxchg(&s->lost, 0, -ECANCELED);
     write_behind_abandon(s->queue);
     bdrv_cut_connection(s->replica->bs);
+    if (s->ledger) {
+        replication_ledger_abandon(s->ledger);
+    }
 }
 
-/* Alone, with all that is needed to protect the guest again */
+/*
+ * Alone, with all that is needed to protect the guest again.  A generation of
+ * its own that cannot be written is not the end: writes fail until it is.
+ */
 static void holder_failover(BlockDriverState *bs, Error **errp)
 {
+    ReplicationHolder *s = holder_state(bs);
+
     replication_replica_detach(bs, true);
     replication_set_stage(bs, REPLICATION_STAGE_NONE);
+    if (s->ledger) {
+        replication_ledger_go_alone(s->ledger, errp);
+    }
 }
 
 static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
@@ -1160,6 +1355,8 @@ static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
     s = node->holder = g_new0(ReplicationHolder, 1);
     s->queue_options = *queue;
     s->timeout_ms = timeout_ms;
+    s->log_size = qemu_opt_get_size(opts, REPLICATION_OPT_LOG_SIZE,
+                                    DEFAULT_LOG_SIZE);
     s->above = replication_above_new();
     qemu_co_mutex_init(&s->ranges_lock);
     QLIST_INIT(&s->ranges);
@@ -1208,13 +1405,44 @@ static bool holder_is_null(const QObject *option)
            (string && !*qstring_get_str(string));
 }
 
+/* While the node is inactive, others may write to the metadata */
+static bool holder_open_ledger(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *node = bs->opaque;
+    ReplicationHolder *s = node->holder;
+
+    s->ledger = replication_ledger_new(bs, node->meta, s->changes, s->log_size,
+                                       s->timeout_ms);
+
+    return (bs->open_flags & BDRV_O_INACTIVE) ||
+           replication_ledger_open(s->ledger, errp) == 0;
+}
+
+static bool coroutine_fn GRAPH_RDLOCK
+holder_co_activated(BlockDriverState *bs, Error **errp)
+{
+    ReplicationHolder *s = holder_state(bs);
+    int64_t length;
+
+    if (!s->ledger) {
+        return true;
+    }
+    length = bdrv_co_getlength(bs->file->bs);
+    if (length >= 0 && length != replication_changes_size(s->changes)) {
+        replication_changes_resize(s->changes, length);
+    }
+
+    return replication_ledger_open(s->ledger, errp) == 0;
+}
+
 /*
  * A replica that is there from the beginning has what the disk has: the user
  * answers for that.
  */
 static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
-    ReplicationHolder *s = holder_state(bs);
+    BDRVReplicationState *node = bs->opaque;
+    ReplicationHolder *s = node->holder;
     QObject *option = qdict_get(options, REPLICATION_OPT_REPLICA);
     BdrvChild *replica;
     int64_t length;
@@ -1231,7 +1459,14 @@ static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
 
     if (option && holder_is_null(option)) {
         qdict_del(options, REPLICATION_OPT_REPLICA);
-        return true;
+        return !node->meta || holder_open_ledger(bs, errp);
+    }
+    if (node->meta) {
+        error_setg(errp, "Replication node '%s' has metadata, and nobody has "
+                   "announced it to its replica", bdrv_get_node_name(bs));
+        error_append_hint(errp, "Open it with replica=null, and attach the "
+                          "replica with x-block-replica-sync.\n");
+        return false;
     }
     replica = bdrv_open_child(NULL, options, REPLICATION_OPT_REPLICA, bs,
                               &child_of_bds, BDRV_CHILD_DATA, false, errp);
@@ -1255,6 +1490,7 @@ static void holder_cleanup(BlockDriverState *bs)
     }
     timer_free(s->copy_timer);
     ratelimit_destroy(&s->copy_limit);
+    replication_ledger_free(s->ledger);
     replication_changes_free(s->changes);
     replication_above_free(s->above);
     g_free(s);
@@ -1298,7 +1534,7 @@ holder_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
     /* What is changed past the node gets to no replica, and to no set */
     *nshared &= ~BLK_PERM_RESIZE;
-    if (s->replica || s->had_replica) {
+    if (s->replica || s->had_replica || s->ledger) {
         *nshared &= ~BLK_PERM_WRITE;
     }
 }
@@ -1328,15 +1564,19 @@ static void holder_get_stats(BlockDriverState *bs,
     p->has_out_of_sync_bytes = true;
     if (state == REPLICA_STATE_SYNCING || state == REPLICA_STATE_SYNCED) {
         p->out_of_sync_bytes = behind + q.pending_span;
-    } else if (s->had_replica) {
+    } else if (holder_knows_changes(bs)) {
         p->out_of_sync_bytes =
             replication_changes_changed_bytes(s->changes);
     } else {
         p->out_of_sync_bytes = bs->total_sectors * BDRV_SECTOR_SIZE;
     }
+    if (s->ledger) {
+        replication_ledger_fill_stats(s->ledger, p);
+    }
 }
 
-static bool holder_may_resize(BlockDriverState *bs, Error **errp)
+static bool holder_may_resize(BlockDriverState *bs, int64_t length,
+                              Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
 
@@ -1348,15 +1588,18 @@ static bool holder_may_resize(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    return true;
+    return !s->ledger ||
+           replication_ledger_may_resize(s->ledger, length, errp);
 }
 
 const ReplicationRole replication_holder_role = {
     .holds_disk         = true,
+    .has_metadata       = true,
 
     .init               = holder_init,
     .cleanup            = holder_cleanup,
     .opened             = holder_opened,
+    .co_activated       = holder_co_activated,
     .child_perm         = holder_child_perm,
     .check_parents      = holder_check_parents,
     .parents_changed    = holder_parents_changed,

@@ -14,12 +14,18 @@
 /* Whether it may be attached or detached: @bs holds its disk, and rests */
 bool replication_replica_may_change(BlockDriverState *bs, Error **errp);
 
-/*
- * Attach @replica, and begin to copy what it lacks: what @changed since the
- * last one was in step, or everything
- */
-bool replication_replica_attach(BlockDriverState *bs, BlockDriverState *replica,
-                                bool changed, Error **errp);
+/* See x-block-replica-sync */
+typedef struct ReplicaAttachOptions {
+    BlockDriverState *replica;
+    /* The way to the metadata of that, or NULL */
+    BlockDriverState *metadata;
+    BlockReplicaSyncMode sync;
+    bool discard_peer;
+} ReplicaAttachOptions;
+
+/* Attach a replica, and begin to copy what it lacks */
+bool replication_replica_attach(BlockDriverState *bs,
+                                const ReplicaAttachOptions *opts, Error **errp);
 
 /* Let go of the replica, if there is one, and with @force do not wait for it */
 void replication_replica_detach(BlockDriverState *bs, bool force);

@@ -43,6 +43,9 @@
  * the job that brings it in step.  -watch.c ends what hangs at the other side,
  * for both kinds of primary.
  *
+ * What is known of a disk after a crash is in its metadata: records of its
+ * generation, -meta.c, and the log of what was changed, -log.c.
+ *
  * On the way back a role tells -ops.c of a stage that the node enters, of an
  * error, and that its checkpoint is lost.  All ask it what the stage allows.
  *
@@ -55,6 +58,10 @@
  *   replica     the way to the other disk, of a node that holds both
  *   lack        what the replica does not have and is going to be copied
  *   in step     it lacks nothing, and gets what the guest writes
+ *   generation  a name of the data of a disk; its base is the one that it shares
+ *               with a replica, but for what is in the log
+ *   alone       writing without a replica that gets it
+ *   announce    tell the peer's metadata what is going to be done to its disk
  *   lose        the checkpoint: the overlays do not stand for one any more
  *   bypass      write above a node without the writes coming to it
  *   cut off     the primary cannot write to the secondary disk any more
@@ -80,6 +87,7 @@
 #include "block/replication.h"
 #include "block/write-behind.h"
 #include "qemu/timer.h"
+#include "replication-meta.h"
 
 /* What is asked of a node, and its stage may refuse */
 typedef enum ReplicationOp {
@@ -107,6 +115,9 @@ typedef struct BDRVReplicationState {
     ReplicationMode mode;
     const ReplicationRole *role;
     ReplicationState *rs;
+
+    /* What is known of the disk after a crash; or NULL */
+    ReplicationMeta *meta;
 
     /*
      * replication_stages[] in replication-ops.c says what each stage allows.
@@ -185,12 +196,22 @@ struct ReplicationRole {
     /* It makes its own overlays, and can go back before it was started */
     bool is_standby;
 
+    /* The node may have metadata */
+    bool has_metadata;
+
     /* Prepare our state before the first child is opened, and free it */
     bool (*init)(BlockDriverState *bs, QemuOpts *opts, Error **errp);
     void (*cleanup)(BlockDriverState *bs);
 
     /* The node's file is open: open other children, if there are @options */
     bool (*opened)(BlockDriverState *bs, QDict *options, Error **errp);
+
+    /*
+     * The node is not inactive any more, as it was from the beginning or since
+     * it was inactivated
+     */
+    bool GRAPH_RDLOCK_PTR coroutine_fn (*co_activated)(BlockDriverState *bs,
+                                                       Error **errp);
 
     void (*child_perm)(
         BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
@@ -260,8 +281,8 @@ struct ReplicationRole {
     void (*drain_begin)(BlockDriverState *bs);
     void (*drain_end)(BlockDriverState *bs);
 
-    /* Whether the disk may get another length, and that it has */
-    bool (*may_resize)(BlockDriverState *bs, Error **errp);
+    /* Whether the disk may get this length, if not negative, and that it has */
+    bool (*may_resize)(BlockDriverState *bs, int64_t length, Error **errp);
     void (*resized)(BlockDriverState *bs, int64_t length);
 
     /* The node's file failed to be read; @ret says why.  May read elsewhere. */
@@ -296,6 +317,8 @@ struct ReplicationRole {
 #define REPLICATION_OPT_WRITE_BEHIND_MS "write-behind-ms"
 #define REPLICATION_OPT_REPLICA_TIMEOUT "replica-timeout"
 #define REPLICATION_OPT_REPLICA         "replica"
+#define REPLICATION_OPT_METADATA        "metadata"
+#define REPLICATION_OPT_LOG_SIZE        "log-size"
 #define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
 #define REPLICATION_OPT_REPLICA_NODE_NAME "replica-node-name"
 #define REPLICATION_OPT_OVERLAY_DIR     "overlay-dir"

@@ -755,7 +755,8 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
     return secondary_co_write(bs, w);
 }
 
-static bool standby_may_resize(BlockDriverState *bs, Error **errp)
+static bool standby_may_resize(BlockDriverState *bs, int64_t length,
+                               Error **errp)
 {
     error_setg(errp, "Cannot resize the disk of replication node '%s', which "
                "has overlays of its length", bdrv_get_node_name(bs));

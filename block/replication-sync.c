@@ -134,14 +134,16 @@ static BlockDriverState *replica_lookup(const char *node_name, Error **errp)
 }
 
 void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
-                              const char *replica, bool has_sync,
-                              BlockReplicaSyncMode sync, bool has_speed,
+                              const char *replica, const char *replica_metadata,
+                              bool has_sync, BlockReplicaSyncMode sync,
+                              bool has_discard_peer, bool discard_peer,
+                              bool has_speed,
                               int64_t speed, bool has_auto_finalize,
                               bool auto_finalize, bool has_auto_dismiss,
                               bool auto_dismiss, Error **errp)
 {
     BlockDriverState *bs = replica_lookup(node_name, errp);
-    BlockDriverState *replica_bs;
+    ReplicaAttachOptions attach = { .discard_peer = discard_peer };
     ReplicaSyncJob *s;
     uint64_t remaining;
     int flags = JOB_DEFAULT;
@@ -149,10 +151,19 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
     if (!bs) {
         return;
     }
-    replica_bs = bdrv_lookup_bs(NULL, replica, errp);
-    if (!replica_bs) {
+    attach.replica = bdrv_lookup_bs(NULL, replica, errp);
+    if (!attach.replica) {
         return;
     }
+    if (replica_metadata) {
+        attach.metadata = bdrv_lookup_bs(NULL, replica_metadata, errp);
+        if (!attach.metadata) {
+            return;
+        }
+    }
+    attach.sync = has_sync ? sync :
+                  attach.metadata ? BLOCK_REPLICA_SYNC_MODE_AUTO :
+                                    BLOCK_REPLICA_SYNC_MODE_FULL;
     if (has_auto_finalize && !auto_finalize) {
         flags |= JOB_MANUAL_FINALIZE;
     }
@@ -169,10 +180,7 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
     /* It may take long, and a backup does not touch what the job needs */
     bdrv_op_unblock(bs, BLOCK_OP_TYPE_BACKUP_SOURCE, s->common.blocker);
     bdrv_ref(bs);
-    if (!replication_replica_attach(bs, replica_bs,
-                                    has_sync &&
-                                    sync == BLOCK_REPLICA_SYNC_MODE_CHANGED,
-                                    errp)) {
+    if (!replication_replica_attach(bs, &attach, errp)) {
         job_early_fail(&s->common.job);
         bdrv_unref(bs);
         return;

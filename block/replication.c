@@ -70,6 +70,12 @@ static QemuOptsList replication_runtime_opts = {
                     "given up, 0 for never (primary)",
         },
         {
+            .name = REPLICATION_OPT_LOG_SIZE,
+            .type = QEMU_OPT_SIZE,
+            .help = "How much may be copied again for nothing after a crash "
+                    "(primary with metadata)",
+        },
+        {
             .name = REPLICATION_OPT_MERGE_AT_QUIT,
             .type = QEMU_OPT_NUMBER,
             .help = "Milliseconds that the end of QEMU may wait for a merge "
@@ -91,6 +97,7 @@ static const struct {
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_WRITE_BEHIND_MS, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_REPLICA_TIMEOUT, REPLICATION_MODE_PRIMARY },
+    { REPLICATION_OPT_LOG_SIZE,     REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_MERGE_AT_QUIT, REPLICATION_MODE_SECONDARY },
 };
 
@@ -296,7 +303,7 @@ replication_co_truncate(BlockDriverState *bs, int64_t offset, bool exact,
                           "sides, resynchronise it and start again.\n");
         return -EBUSY;
     }
-    if (s->role->may_resize && !s->role->may_resize(bs, errp)) {
+    if (s->role->may_resize && !s->role->may_resize(bs, offset, errp)) {
         return -EBUSY;
     }
 
@@ -329,7 +336,7 @@ static int replication_snapshot_goto(BlockDriverState *bs,
     GLOBAL_STATE_CODE();
 
     if (!replication_allows(bs, REPLICATION_OP_RESIZE) ||
-        (s->role->may_resize && !s->role->may_resize(bs, NULL))) {
+        (s->role->may_resize && !s->role->may_resize(bs, -1, NULL))) {
         return -EBUSY;
     }
 
@@ -356,7 +363,7 @@ replication_recurse_can_replace(BlockDriverState *bs,
     return bdrv_recurse_can_replace(bs->file->bs, to_replace);
 }
 
-/* The other children come and go with start and stop, and are no options */
+/* Others come and go with start and stop, and are no options */
 static void GRAPH_RDLOCK
 replication_gather_child_options(BlockDriverState *bs, QDict *target,
                                  bool backing_overridden)
@@ -364,18 +371,15 @@ replication_gather_child_options(BlockDriverState *bs, QDict *target,
     BDRVReplicationState *s = bs->opaque;
     BdrvChild *c;
 
-    qdict_put(target, "file", qobject_ref(bs->file->bs->full_open_options));
-    if (!s->role->holds_disk) {
-        return;
+    if (s->role->holds_disk) {
+        qdict_put_null(target, REPLICATION_OPT_REPLICA);
     }
     QLIST_FOREACH(c, &bs->children, next) {
-        if (c != bs->file) {
-            qdict_put(target, REPLICATION_OPT_REPLICA,
-                      qobject_ref(c->bs->full_open_options));
-            return;
+        if (c == bs->file || !strcmp(c->name, REPLICATION_OPT_METADATA) ||
+            !strcmp(c->name, REPLICATION_OPT_REPLICA)) {
+            qdict_put(target, c->name, qobject_ref(c->bs->full_open_options));
         }
     }
-    qdict_put_null(target, REPLICATION_OPT_REPLICA);
 }
 
 static void GRAPH_RDLOCK
@@ -386,6 +390,13 @@ replication_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 {
     BDRVReplicationState *s = bs->opaque;
 
+    if (role & BDRV_CHILD_METADATA) {
+        /* Each side writes to a part of its own, and to that of the other */
+        *nperm = bs->open_flags & BDRV_O_INACTIVE ?
+                 0 : BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE;
+        *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
+        return;
+    }
     s->role->child_perm(bs, c, role, reopen_queue, perm, shared, nperm,
                         nshared);
 }
@@ -411,22 +422,31 @@ replication_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     }
 }
 
+static void coroutine_fn GRAPH_RDLOCK
+replication_co_invalidate_cache(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    if (s->role->co_activated) {
+        s->role->co_activated(bs, errp);
+    }
+}
+
 /* Called before the node is marked inactive, unlike its permission callbacks */
 static int GRAPH_RDLOCK replication_inactivate(BlockDriverState *bs)
 {
     return replication_allows(bs, REPLICATION_OP_INACTIVATE) ? 0 : -EBUSY;
 }
 
-/* Whether there is one, by name or by options of its own, or null */
-static bool replication_has_replica_opt(QDict *options)
+/* Whether there is such a child, by name or by options of its own, or null */
+static bool replication_has_child_opt(QDict *options, const char *name)
 {
     const QDictEntry *e;
+    const char *rest;
 
     for (e = qdict_first(options); e; e = qdict_next(options, e)) {
-        const char *key = qdict_entry_key(e);
-
-        if (!strcmp(key, REPLICATION_OPT_REPLICA) ||
-            strstart(key, REPLICATION_OPT_REPLICA ".", NULL)) {
+        if (strstart(qdict_entry_key(e), name, &rest) &&
+            (!*rest || *rest == '.')) {
             return true;
         }
     }
@@ -475,7 +495,7 @@ static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
         }
     }
     if (mode == REPLICATION_MODE_SECONDARY &&
-        replication_has_replica_opt(options)) {
+        replication_has_child_opt(options, REPLICATION_OPT_REPLICA)) {
         error_setg(errp, "Parameter '" REPLICATION_OPT_REPLICA "' is only for "
                    "primary mode");
         return false;
@@ -495,8 +515,31 @@ replication_choose_role(ReplicationMode mode, QemuOpts *opts, QDict *options)
         return &replication_secondary_role;
     }
 
-    return replication_has_replica_opt(options) ? &replication_holder_role :
-                                                  &replication_primary_role;
+    return replication_has_child_opt(options, REPLICATION_OPT_REPLICA) ?
+           &replication_holder_role : &replication_primary_role;
+}
+
+static bool replication_check_metadata_opts(BlockDriverState *bs,
+                                            QemuOpts *opts, QDict *options,
+                                            Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    bool metadata = replication_has_child_opt(options,
+                                              REPLICATION_OPT_METADATA);
+
+    if (metadata && !s->role->has_metadata) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_METADATA "' is only for "
+                   "a primary with the parameter '" REPLICATION_OPT_REPLICA
+                   "'");
+        return false;
+    }
+    if (!metadata && qemu_opt_get(opts, REPLICATION_OPT_LOG_SIZE)) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_LOG_SIZE "' needs the "
+                   "parameter '" REPLICATION_OPT_METADATA "'");
+        return false;
+    }
+
+    return true;
 }
 
 /* Parse our options into @bs.  On failure nothing is left allocated. */
@@ -532,6 +575,9 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
     }
 
     s->role = replication_choose_role(s->mode, opts, options);
+    if (!replication_check_metadata_opts(bs, opts, options, errp)) {
+        goto out;
+    }
     replication_pass_flags(bs);
     if (!s->role->init(bs, opts, errp)) {
         goto out;
@@ -550,12 +596,31 @@ static void replication_cleanup(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     s->role->cleanup(bs);
+    replication_meta_free(s->meta);
     replication_set_error(bs, NULL);
     replication_forget_first_error(bs);
     qapi_free_BlockStatsReplicationCause(s->replica_lost);
     g_free(s->top_node);
     g_free(s->device);
     qemu_mutex_destroy(&s->error_lock);
+}
+
+static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
+                                      Error **errp)
+{
+    BDRVReplicationState *s = bs->opaque;
+    BdrvChild *child;
+
+    if (!replication_has_child_opt(options, REPLICATION_OPT_METADATA)) {
+        return true;
+    }
+    child = bdrv_open_child(NULL, options, REPLICATION_OPT_METADATA, bs,
+                            &child_of_bds, BDRV_CHILD_METADATA, false, errp);
+    if (child) {
+        s->meta = replication_meta_new(bs, child);
+    }
+
+    return child;
 }
 
 static int replication_open(BlockDriverState *bs, QDict *options, int flags,
@@ -586,7 +651,8 @@ static int replication_open(BlockDriverState *bs, QDict *options, int flags,
         replication_cleanup(bs);
         return -EINVAL;
     }
-    if (s->role->opened && !s->role->opened(bs, options, errp)) {
+    if (!replication_open_metadata(bs, options, errp) ||
+        (s->role->opened && !s->role->opened(bs, options, errp))) {
         replication_cleanup(bs);
         return -EINVAL;
     }
@@ -611,6 +677,7 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_WRITE_BEHIND,
     REPLICATION_OPT_WRITE_BEHIND_MS,
     REPLICATION_OPT_REPLICA_TIMEOUT,
+    REPLICATION_OPT_LOG_SIZE,
     REPLICATION_OPT_MERGE_AT_QUIT,
     REPLICATION_OPT_REPLICA_NODE_NAME,
     REPLICATION_OPT_OVERLAY_DIR,
@@ -651,6 +718,7 @@ static BlockDriver bdrv_replication = {
     .bdrv_check_perm            = replication_check_perm,
     .bdrv_set_perm              = replication_set_perm,
     .bdrv_inactivate            = replication_inactivate,
+    .bdrv_co_invalidate_cache   = replication_co_invalidate_cache,
 
     .bdrv_can_rely_on           = replication_can_rely_on,
 

@@ -26,7 +26,8 @@ PATCHES = 'patches'
 
 # Where QEMU keeps what this project replaces or adds. Everything else in
 # the checkout (tools, the root's meson.build, ...) is not part of QEMU.
-OURS = ('block', 'docs/block-replication.txt', 'include', 'qapi', 'tests',
+OURS = ('block', 'docs/block-replication.txt',
+        'docs/replication-metadata.txt', 'include', 'qapi', 'tests',
         'replication.c')
 
 # Left behind by editors, patch and Python: never part of anything.

@@ -1,0 +1,749 @@
+/*
+ * Block replication: the metadata of a disk that a guest uses
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/lockable.h"
+#include "qemu/main-loop.h"
+#include "qemu/timer.h"
+#include "replication-int.h"
+#include "replication-ledger.h"
+#include "replication-log.h"
+
+/* How long a part of the disk stays in the log for nothing, at least */
+#define TICK_MS 60000
+
+struct ReplicationLedger {
+    BlockDriverState *bs;
+    ReplicationMeta *meta;
+    ReplicationChanges *changes;
+    uint64_t log_size;
+    uint64_t timeout_ms;
+
+    /* NULL until the metadata was read */
+    ReplicationLog *log;
+
+    /* Held by requests that write the own record */
+    CoMutex lock;
+
+    /*
+     * Accessed with atomic operations.  The log does not say what changed.
+     */
+    bool log_void;
+    /* The data is that of the last checkpoint of both sides, for all we know */
+    bool at_base;
+    /* The replica may take over */
+    bool confirmed;
+    /* An error was reported */
+    bool failed;
+    bool ticking;
+
+    /* The changes are all that a disk of the base may lack.  BQL. */
+    bool knows_changes;
+
+    /* Of the peer, while there is one with metadata.  BQL. */
+    ReplicationMeta *peer;
+    ReplicationLog *peer_log;
+    ReplicationPeerRecord announced;
+
+    QEMUTimer *tick_timer;
+
+    QemuMutex stats_lock; /* protects what follows it */
+    QemuUUID current;
+    QemuUUID base;
+};
+
+static const char *ledger_name(ReplicationLedger *ledger)
+{
+    return bdrv_get_node_name(ledger->bs);
+}
+
+static const ReplicationOwnRecord *ledger_own(ReplicationLedger *ledger)
+{
+    return &replication_meta_records(ledger->meta)->own;
+}
+
+/* Tell users once that the metadata fails.  Takes @err. */
+static void ledger_report(ReplicationLedger *ledger, Error *err)
+{
+    if (!qatomic_xchg(&ledger->failed, true)) {
+        replication_report_error(ledger->bs, REPLICATION_ERROR_REASON_METADATA,
+                                 error_get_pretty(err));
+        error_report_err(err);
+    } else {
+        error_free(err);
+    }
+}
+
+static int coroutine_mixed_fn
+ledger_write_own(ReplicationLedger *ledger, const ReplicationOwnRecord *own,
+                 Error **errp)
+{
+    int ret = replication_meta_write_own(ledger->meta, own, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    qatomic_set(&ledger->log_void, own->log_void);
+    qatomic_set(&ledger->at_base,
+                qemu_uuid_is_equal(&own->current, &own->base));
+
+    QEMU_LOCK_GUARD(&ledger->stats_lock);
+    ledger->current = own->current;
+    ledger->base = own->base;
+
+    return 0;
+}
+
+static void coroutine_fn ledger_tick_entry(void *opaque)
+{
+    ReplicationLedger *ledger = opaque;
+
+    bdrv_graph_co_rdlock();
+    replication_log_co_tick(ledger->log);
+    bdrv_graph_co_rdunlock();
+
+    qatomic_set(&ledger->ticking, false);
+    bdrv_dec_in_flight(ledger->bs);
+}
+
+/* From any thread */
+static void ledger_tick(ReplicationLedger *ledger)
+{
+    BlockDriverState *bs = ledger->bs;
+
+    if (qatomic_read(&bs->quiesce_counter) || qatomic_read(&ledger->log_void) ||
+        (bs->open_flags & BDRV_O_INACTIVE) ||
+        qatomic_xchg(&ledger->ticking, true)) {
+        return;
+    }
+    bdrv_inc_in_flight(bs);
+    aio_co_schedule(bdrv_get_aio_context(bs),
+                    qemu_coroutine_create(ledger_tick_entry, ledger));
+}
+
+static void ledger_start_ticks(ReplicationLedger *ledger)
+{
+    timer_mod(ledger->tick_timer,
+              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + TICK_MS);
+}
+
+static void ledger_tick_timer(void *opaque)
+{
+    ReplicationLedger *ledger = opaque;
+
+    ledger_tick(ledger);
+    ledger_start_ticks(ledger);
+}
+
+ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
+                                          ReplicationMeta *meta,
+                                          ReplicationChanges *changes,
+                                          uint64_t log_size,
+                                          uint64_t timeout_ms)
+{
+    ReplicationLedger *ledger = g_new0(ReplicationLedger, 1);
+
+    ledger->bs = bs;
+    ledger->meta = meta;
+    ledger->changes = changes;
+    ledger->log_size = log_size;
+    ledger->timeout_ms = timeout_ms;
+    qemu_co_mutex_init(&ledger->lock);
+    qemu_mutex_init(&ledger->stats_lock);
+    ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
+                                       QEMU_CLOCK_REALTIME, SCALE_MS,
+                                       ledger_tick_timer, ledger);
+
+    return ledger;
+}
+
+void replication_ledger_free(ReplicationLedger *ledger)
+{
+    if (!ledger) {
+        return;
+    }
+    timer_free(ledger->tick_timer);
+    replication_ledger_leave(ledger);
+    replication_log_free(ledger->log);
+    qemu_mutex_destroy(&ledger->stats_lock);
+    g_free(ledger);
+}
+
+static int coroutine_mixed_fn ledger_load_log(ReplicationLedger *ledger,
+                                              Error **errp)
+{
+    int64_t offset = 0, bytes = 0;
+    int ret = replication_log_load(ledger->log);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Replication node '%s': failed to read "
+                         "the log in its metadata", ledger_name(ledger));
+        return ret;
+    }
+    while (replication_log_next(ledger->log, offset + bytes, &offset, &bytes)) {
+        replication_changes_note(ledger->changes, offset, bytes);
+    }
+
+    return 0;
+}
+
+int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
+                                               Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    int64_t size = replication_changes_size(ledger->changes);
+    ReplicationOwnRecord own;
+    int ret = replication_meta_load(ledger->meta, size, errp);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (!replication_records_check_usable(r, ledger_name(ledger), errp)) {
+        return -EINVAL;
+    }
+
+    g_clear_pointer(&ledger->log, replication_log_free);
+    ledger->log = replication_log_new(replication_meta_child(ledger->meta),
+                                      size, ledger->changes, ledger->log_size);
+    own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
+    ledger->knows_changes = !own.log_void && !qemu_uuid_is_null(&own.base);
+    if (ledger->knows_changes) {
+        ret = ledger_load_log(ledger, errp);
+    }
+    if (ret == 0) {
+        ret = ledger_write_own(ledger, &own, errp);
+    }
+    if (ret < 0) {
+        g_clear_pointer(&ledger->log, replication_log_free);
+    } else {
+        ledger_start_ticks(ledger);
+    }
+
+    return ret;
+}
+
+/* Nothing but the changes is in the log then: before, it was the primary's */
+static int ledger_begin_log(ReplicationLedger *ledger)
+{
+    int ret;
+
+    ledger->log = replication_log_new(replication_meta_child(ledger->meta),
+                                      replication_changes_size(ledger->changes),
+                                      ledger->changes, ledger->log_size);
+    ret = replication_log_write_empty(ledger->log);
+
+    return ret < 0 ? ret : replication_log_write_changes(ledger->log,
+                                                         ledger->changes);
+}
+
+bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                  const char *hidden, Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    ReplicationOwnRecord own = r->own;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_meta_load_peer(ledger->meta, errp) < 0) {
+        return false;
+    }
+    if (!replication_records_has_peer(r) ||
+        r->peer.kind != REPLICATION_PEER_STARTED ||
+        !qemu_uuid_is_equal(&r->peer.instance, &own.instance)) {
+        error_setg(errp, "Replication node '%s' may not take over: no primary "
+                   "has confirmed that it has started", ledger_name(ledger));
+        error_append_hint(errp, "Use the primary's disk.\n");
+        return false;
+    }
+
+    own.disk_id = r->peer.disk_id;
+    own.current = r->peer.generation;
+    replication_own_record_rotate(&own);
+    own.base = r->peer.generation;
+    own.absorbed = r->peer.sequence;
+    own.role = REPLICATION_META_ROLE_PRIMARY;
+    own.state = REPLICATION_META_STATE_MERGING;
+    pstrcpy(own.active, sizeof(own.active), active);
+    pstrcpy(own.hidden, sizeof(own.hidden), hidden);
+    own.log_void = ledger_begin_log(ledger) < 0;
+    if (ledger_write_own(ledger, &own, errp) < 0) {
+        g_clear_pointer(&ledger->log, replication_log_free);
+        return false;
+    }
+    ledger->knows_changes = true;
+    ledger_start_ticks(ledger);
+
+    return true;
+}
+
+bool replication_ledger_merged(ReplicationLedger *ledger, Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+
+    GLOBAL_STATE_CODE();
+
+    own.state = REPLICATION_META_STATE_OK;
+    own.active[0] = '\0';
+    own.hidden[0] = '\0';
+
+    return ledger_write_own(ledger, &own, errp) == 0;
+}
+
+bool replication_ledger_is_open(ReplicationLedger *ledger)
+{
+    return ledger->log;
+}
+
+bool replication_ledger_knows_changes(ReplicationLedger *ledger)
+{
+    return ledger->knows_changes;
+}
+
+/* The data is going to be that of no checkpoint.  Without need, of no harm. */
+static int coroutine_mixed_fn ledger_leave_base(ReplicationLedger *ledger,
+                                                Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+
+    if (!qatomic_read(&ledger->at_base)) {
+        return 0;
+    }
+    replication_own_record_rotate(&own);
+
+    return ledger_write_own(ledger, &own, errp);
+}
+
+static int coroutine_fn ledger_co_leave_base(ReplicationLedger *ledger)
+{
+    Error *local_err = NULL;
+    int ret;
+
+    qemu_co_mutex_lock(&ledger->lock);
+    ret = ledger_leave_base(ledger, &local_err);
+    qemu_co_mutex_unlock(&ledger->lock);
+    if (local_err) {
+        ledger_report(ledger, local_err);
+    }
+
+    return ret;
+}
+
+/*
+ * The log cannot be written, because of @ret.  If a record can, that says so:
+ * then at least it does not lie.
+ */
+static int coroutine_fn ledger_co_void_log(ReplicationLedger *ledger, int ret)
+{
+    ReplicationOwnRecord own;
+    Error *local_err = NULL;
+
+    error_setg_errno(&local_err, -ret, "Replication node '%s': failed to write "
+                     "the log in its metadata", ledger_name(ledger));
+
+    qemu_co_mutex_lock(&ledger->lock);
+    own = *ledger_own(ledger);
+    own.log_void = true;
+    if (qatomic_read(&ledger->log_void) ||
+        ledger_write_own(ledger, &own, NULL) == 0) {
+        ret = 0;
+    }
+    qemu_co_mutex_unlock(&ledger->lock);
+    error_append_hint(&local_err, "%s\n", ret ?
+                      "Writes that have to be in the log fail." :
+                      "After a crash, the next replica gets a full copy.");
+    ledger_report(ledger, local_err);
+
+    return ret;
+}
+
+int coroutine_fn replication_ledger_co_begin(ReplicationLedger *ledger,
+                                             int64_t offset, int64_t bytes,
+                                             bool alone)
+{
+    int ret;
+
+    if (alone && qatomic_read(&ledger->at_base)) {
+        ret = ledger_co_leave_base(ledger);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    if (qatomic_read(&ledger->log_void)) {
+        return 0;
+    }
+    ret = replication_log_co_begin(ledger->log, offset, bytes);
+    if (replication_log_wants_tick(ledger->log)) {
+        ledger_tick(ledger);
+    }
+
+    return ret < 0 ? ledger_co_void_log(ledger, ret) : 0;
+}
+
+bool replication_ledger_go_alone(ReplicationLedger *ledger, Error **errp)
+{
+    ERRP_GUARD();
+
+    GLOBAL_STATE_CODE();
+
+    if (!ledger->log || ledger_leave_base(ledger, errp) == 0) {
+        return true;
+    }
+    /* Writes try again, and fail with it */
+    if (!qatomic_xchg(&ledger->failed, true)) {
+        replication_report_error(ledger->bs, REPLICATION_ERROR_REASON_METADATA,
+                                 error_get_pretty(*errp));
+    }
+
+    return false;
+}
+
+static int coroutine_mixed_fn ledger_forget(ReplicationLedger *ledger,
+                                            Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+
+    if (qatomic_read(&ledger->at_base)) {
+        replication_own_record_rotate(&own);
+    }
+    own.log_void = true;
+    own.size = replication_changes_size(ledger->changes);
+
+    return ledger_write_own(ledger, &own, errp);
+}
+
+bool coroutine_mixed_fn
+replication_ledger_may_resize(ReplicationLedger *ledger, int64_t length,
+                              Error **errp)
+{
+    BlockDriverState *bs = replication_meta_child(ledger->meta)->bs;
+    int64_t has = bdrv_getlength(bs);
+    int64_t wanted = replication_meta_size(MAX(length, 0));
+
+    if (!ledger->log) {
+        error_setg(errp, "Cannot resize replication node '%s': its metadata "
+                   "was not read", ledger_name(ledger));
+        return false;
+    }
+    if (has < wanted) {
+        error_setg(errp, "Cannot resize replication node '%s': its metadata "
+                   "'%s' has %" PRId64 " bytes, and would need %" PRId64,
+                   ledger_name(ledger), bdrv_get_node_name(bs), has, wanted);
+        error_append_hint(errp, "Make it larger with qemu-img resize, without "
+                          "the node.\n");
+        return false;
+    }
+
+    return ledger_forget(ledger, errp) == 0;
+}
+
+void coroutine_mixed_fn replication_ledger_resized(ReplicationLedger *ledger)
+{
+    Error *local_err = NULL;
+
+    if (!ledger->log) {
+        return;
+    }
+    ledger->knows_changes = false;
+    replication_log_resize(ledger->log,
+                           replication_changes_size(ledger->changes));
+    /* If this fails, the size will tell that the log is void */
+    if (ledger_forget(ledger, &local_err) < 0) {
+        ledger_report(ledger, local_err);
+    }
+}
+
+static void ledger_cut_peer(void *opaque)
+{
+    ReplicationLedger *ledger = opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    warn_report("Replication node '%s' cuts the connection to the metadata of "
+                "its replica, which has not answered for %" PRIu64 " ms",
+                ledger_name(ledger), ledger->timeout_ms);
+    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
+}
+
+/* Until ledger_end_bound(), what is under way at the peer ends in time */
+static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
+{
+    QEMUTimer *timer;
+
+    if (!ledger->timeout_ms) {
+        return NULL;
+    }
+    /* Runs while the main loop waits */
+    timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
+                          ledger_cut_peer, ledger);
+    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+              ledger->timeout_ms);
+
+    return timer;
+}
+
+static void ledger_end_bound(QEMUTimer *timer)
+{
+    if (timer) {
+        timer_free(timer);
+    }
+}
+
+static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
+{
+    int64_t size = replication_changes_size(ledger->changes);
+    int ret = replication_meta_load(ledger->peer, size, errp);
+
+    if (ret < 0) {
+        return false;
+    }
+    ret = replication_log_load(ledger->peer_log);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Replication node '%s': failed to read "
+                         "the log of its replica", ledger_name(ledger));
+    }
+
+    return ret == 0;
+}
+
+bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
+                             Error **errp)
+{
+    QEMUTimer *bound;
+    bool ok;
+
+    GLOBAL_STATE_CODE();
+
+    ledger->peer = replication_meta_new(ledger->bs, child);
+    ledger->peer_log =
+        replication_log_new(child, replication_changes_size(ledger->changes),
+                            NULL, 0);
+    bound = ledger_begin_bound(ledger);
+    ok = ledger_read_peer(ledger, errp);
+    ledger_end_bound(bound);
+
+    return ok;
+}
+
+BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
+{
+    BdrvChild *child;
+
+    if (!ledger->peer) {
+        return NULL;
+    }
+    child = replication_meta_child(ledger->peer);
+    g_clear_pointer(&ledger->peer_log, replication_log_free);
+    g_clear_pointer(&ledger->peer, replication_meta_free);
+
+    return child;
+}
+
+void replication_ledger_abandon(ReplicationLedger *ledger)
+{
+    GLOBAL_STATE_CODE();
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (ledger->peer) {
+        bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
+    }
+}
+
+bool replication_ledger_judge(ReplicationLedger *ledger, bool full,
+                              bool discard_peer, ReplicationRuling *ruling,
+                              Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+    int64_t offset, bytes;
+    ReplicationQuestion q = {
+        .name           = ledger_name(ledger),
+        .peer_name      = bdrv_get_node_name(
+                              replication_meta_child(ledger->peer)->bs),
+        .own            = &own,
+        .peer           = replication_meta_records(ledger->peer),
+        .peer_log_empty = !replication_log_next(ledger->peer_log, 0, &offset,
+                                                &bytes),
+        .full           = full,
+        .discard_peer   = discard_peer,
+    };
+
+    /* In memory there may be what the log has lost */
+    own.log_void = !ledger->knows_changes;
+
+    return replication_meta_judge(&q, ruling, errp);
+}
+
+static void ledger_note_peer(ReplicationLedger *ledger,
+                             const ReplicationRuling *ruling)
+{
+    int64_t offset = 0, bytes = 0;
+
+    if (ruling->full) {
+        replication_changes_note(ledger->changes, 0,
+                                 replication_changes_size(ledger->changes));
+    } else if (ruling->merge_log) {
+        while (replication_log_next(ledger->peer_log, offset + bytes, &offset,
+                                    &bytes)) {
+            replication_changes_note(ledger->changes, offset, bytes);
+        }
+    }
+}
+
+/*
+ * From now on this disk, with its log, is enough to know what the peer's may
+ * lack.  With a peer that has been told of our generation and of no other, the
+ * name need not be another one.
+ */
+static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+    const ReplicationRecords *r = ledger->peer ?
+                                  replication_meta_records(ledger->peer) : NULL;
+
+    own.log_void = replication_log_write_changes(ledger->log,
+                                                 ledger->changes) < 0;
+    if (!r || !replication_records_has_peer(r) ||
+        r->peer.kind != REPLICATION_PEER_SYNC ||
+        !qemu_uuid_is_equal(&r->peer.generation, &own.current)) {
+        replication_own_record_rotate(&own);
+    }
+    if (full) {
+        own.base = own.current;
+    }
+    if (ledger_write_own(ledger, &own, errp) < 0) {
+        return false;
+    }
+    ledger->knows_changes = true;
+    qatomic_set(&ledger->failed, own.log_void);
+
+    return true;
+}
+
+static bool ledger_tell_peer(ReplicationLedger *ledger,
+                             ReplicationPeerKind kind, bool full, Error **errp)
+{
+    const ReplicationOwnRecord *own = ledger_own(ledger);
+    const ReplicationRecords *r = replication_meta_records(ledger->peer);
+    ReplicationPeerRecord record = {
+        .kind       = kind,
+        .full       = full,
+        .size       = own->size,
+        .disk_id    = own->disk_id,
+        .generation = own->current,
+        .instance   = r->own.instance,
+    };
+
+    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
+        return false;
+    }
+    ledger->announced = r->peer;
+
+    return true;
+}
+
+bool replication_ledger_announce(ReplicationLedger *ledger,
+                                 const ReplicationRuling *ruling, Error **errp)
+{
+    QEMUTimer *bound;
+    bool ok;
+
+    GLOBAL_STATE_CODE();
+
+    ledger_note_peer(ledger, ruling);
+    qatomic_set(&ledger->confirmed, false);
+    if (!ledger_take_peer(ledger, ruling->full, errp)) {
+        return false;
+    }
+    if (!ledger->peer) {
+        return true;
+    }
+    bound = ledger_begin_bound(ledger);
+    ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
+    ledger_end_bound(bound);
+
+    return ok;
+}
+
+/* Whether nobody has written there since we did */
+static bool ledger_check_announced(ReplicationLedger *ledger, Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->peer);
+    const ReplicationPeerRecord *ours = &ledger->announced;
+    char generation[UUID_STR_LEN], other[UUID_STR_LEN];
+
+    if (replication_meta_load_peer(ledger->peer, errp) < 0) {
+        return false;
+    }
+    if (r->peer.sequence == ours->sequence && r->peer.kind == ours->kind &&
+        qemu_uuid_is_equal(&r->peer.generation, &ours->generation) &&
+        qemu_uuid_is_equal(&r->peer.instance, &ours->instance)) {
+        return true;
+    }
+    qemu_uuid_unparse(&ours->generation, generation);
+    qemu_uuid_unparse(&r->peer.generation, other);
+    error_setg(errp, "The replica of replication node '%s' was brought in step "
+               "with generation %s, and somebody has announced generation %s "
+               "there", ledger_name(ledger), generation, other);
+    error_append_hint(errp, "Another primary uses the same replica. Stop one "
+                      "of the two.\n");
+
+    return false;
+}
+
+/*
+ * First here: if we crash before the replica knows, it cannot take over, and
+ * what we change alone after that gets another generation.
+ */
+bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
+{
+    ReplicationOwnRecord own = *ledger_own(ledger);
+    QEMUTimer *bound;
+    bool ok;
+
+    GLOBAL_STATE_CODE();
+
+    if (!qatomic_read(&ledger->at_base)) {
+        own.base = own.current;
+        if (ledger_write_own(ledger, &own, errp) < 0) {
+            return false;
+        }
+    }
+    qatomic_set(&ledger->confirmed, true);
+    if (!ledger->peer) {
+        return true;
+    }
+    bound = ledger_begin_bound(ledger);
+    ok = ledger_check_announced(ledger, errp) &&
+         ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp);
+    ledger_end_bound(bound);
+
+    return ok;
+}
+
+bool replication_ledger_is_confirmed(ReplicationLedger *ledger)
+{
+    return qatomic_read(&ledger->confirmed);
+}
+
+void replication_ledger_fill_stats(ReplicationLedger *ledger,
+                                   BlockStatsReplicationPrimary *stats)
+{
+    if (!ledger->log) {
+        return;
+    }
+    stats->has_log_regions = true;
+    stats->log_regions = replication_log_regions(ledger->log);
+    stats->has_cold_writes = true;
+    stats->cold_writes = replication_log_cold_writes(ledger->log);
+
+    QEMU_LOCK_GUARD(&ledger->stats_lock);
+    stats->generation = qemu_uuid_unparse_strdup(&ledger->current);
+    if (!qemu_uuid_is_null(&ledger->base)) {
+        stats->base_generation = qemu_uuid_unparse_strdup(&ledger->base);
+    }
+}
