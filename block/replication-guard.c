@@ -81,9 +81,10 @@ static int guard_result(BlockDriverState *bs, int ret)
 }
 
 /*
- * Whether the pre-image of @bytes at @offset need not be saved, because the
- * guest finds them in the active overlay.  That stays so until the overlay is
- * emptied: a cluster that the guest discards there becomes one of zeroes.
+ * Whether the pre-image of @bytes at @offset need not be saved: nobody goes
+ * back to it, or the guest finds them in the active overlay.  That stays so
+ * until the overlay is emptied: a cluster that the guest discards there becomes
+ * one of zeroes.
  *
  * A request that began when they were not yet there may still be reading the
  * disk.  It must not read what the primary is going to write.
@@ -97,6 +98,9 @@ guard_is_covered(void *opaque, int64_t offset, int64_t bytes)
     int64_t end = offset + bytes;
     int64_t pos, n;
 
+    if (standby_saves_nothing(g->owner)) {
+        return true;
+    }
     for (pos = offset; pos < end; pos += n) {
         if (bdrv_co_is_allocated(active, pos, end - pos, &n) <= 0) {
             return false;
@@ -116,46 +120,73 @@ guard_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
                                flags);
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-guard_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                      QEMUIOVector *qiov, size_t qiov_offset,
-                      BdrvRequestFlags flags)
+static int coroutine_fn GRAPH_RDLOCK guard_co_write(BlockDriverState *bs,
+                                                    const WriteRequest *w)
 {
-    if (guard_is_fence(bs)) {
-        return -EPERM;
-    }
-
-    return guard_result(bs, bdrv_co_pwritev_part(bs->file, offset, bytes, qiov,
-                                                 qiov_offset, flags));
-}
-
-static int coroutine_fn GRAPH_RDLOCK
-guard_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                       BdrvRequestFlags flags)
-{
+    ReplicationGuard *g = bs->opaque;
+    bool may_give_up;
     int ret;
 
     if (guard_is_fence(bs)) {
         return -EPERM;
     }
-    ret = bdrv_co_pwrite_zeroes(bs->file, offset, bytes, flags);
 
+    may_give_up = g->owner && standby_primary_writes(g->owner);
+    ret = write_request_co_do(bs->file, w);
     /* Not a failure: the caller has asked for it, to do without */
-    if (ret == -ENOTSUP && (flags & BDRV_REQ_NO_FALLBACK)) {
+    if (ret == -ENOTSUP && (w->flags & BDRV_REQ_NO_FALLBACK)) {
         return ret;
+    }
+    if (ret < 0 && may_give_up) {
+        /* If it was to save what is there, it succeeds without that */
+        standby_give_up_saving(g->owner, ret);
+        ret = write_request_co_do(bs->file, w);
     }
 
     return guard_result(bs, ret);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
+guard_co_pwritev_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                      QEMUIOVector *qiov, size_t qiov_offset,
+                      BdrvRequestFlags flags)
+{
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_WRITE,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+        .qiov           = qiov,
+        .qiov_offset    = qiov_offset,
+    };
+
+    return guard_co_write(bs, &w);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+guard_co_pwrite_zeroes(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                       BdrvRequestFlags flags)
+{
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_ZEROES,
+        .flags          = flags,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
+
+    return guard_co_write(bs, &w);
+}
+
+static int coroutine_fn GRAPH_RDLOCK
 guard_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
-    if (guard_is_fence(bs)) {
-        return -EPERM;
-    }
+    WriteRequest w = {
+        .type           = WRITE_BEHIND_DISCARD,
+        .offset         = offset,
+        .bytes          = bytes,
+    };
 
-    return guard_result(bs, bdrv_co_pdiscard(bs->file, offset, bytes));
+    return guard_co_write(bs, &w);
 }
 
 static int coroutine_fn GRAPH_RDLOCK guard_co_flush(BlockDriverState *bs)
@@ -226,6 +257,9 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
     }
 
     bdrv_default_perms(bs, c, role, reopen_queue, perm, shared, nperm, nshared);
+    if (bs->open_flags & BDRV_O_INACTIVE) {
+        return;
+    }
     if (guard_is_fence(bs)) {
         *nperm &= BLK_PERM_CONSISTENT_READ;
     } else if (g->owner) {
@@ -374,15 +408,16 @@ static void guard_leave_owner(BlockDriverState *bs)
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,
                                            BlockDriverState *owner,
-                                           Error **errp)
+                                           const char *name, Error **errp)
 {
     BlockDriverState *guard_bs;
     ReplicationGuard *g;
 
     GLOBAL_STATE_CODE();
 
-    guard_bs = bdrv_new_open_driver(&bdrv_replication_guard, NULL,
-                                    BDRV_O_RDWR | BDRV_O_UNMAP, errp);
+    guard_bs = bdrv_new_open_driver(&bdrv_replication_guard, name,
+                                    BDRV_O_RDWR | BDRV_O_UNMAP |
+                                    (cbw->open_flags & BDRV_O_INACTIVE), errp);
     if (!guard_bs) {
         return NULL;
     }
@@ -409,9 +444,36 @@ BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
         replication_guard_drop(guard_bs);
         return NULL;
     }
-    g->in_place = true;
+    g->in_place = !name;
 
     return guard_bs;
+}
+
+bool replication_guard_watch(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    assert(bs->drv == &bdrv_replication_guard);
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    g->had_blk = guard_has_writer(bs);
+    g->in_place = g->had_blk;
+    g->cut_off = false;
+    qatomic_set(&g->error, 0);
+
+    return g->had_blk;
+}
+
+void replication_guard_unwatch(BlockDriverState *bs)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+    assert(bs->drv == &bdrv_replication_guard);
+
+    g->in_place = false;
 }
 
 int replication_guard_error(BlockDriverState *bs)
@@ -461,6 +523,7 @@ void replication_guard_fence(BlockDriverState *bs)
 
     guard_leave_owner(bs);
     g->fence = true;
+    g->in_place = true;
 
     /* The disk is for others to write to.  Giving up can only succeed. */
     bdrv_graph_rdlock_main_loop();

@@ -51,13 +51,16 @@
 #define COPY_SLICE_NS (100 * SCALE_MS)
 
 /*
- * While the guest is busy, copying rests this many times as long as it takes,
- * but each time no longer than that: it has to come to an end.  What is sent
- * takes the CPU later, about so long.
+ * Beside a guest that is busy all the time, copying rests this many times as
+ * long as it takes, but at most so many ns, because it has to come to an end.
+ * What is sent takes the CPU later, about so long.
  */
-#define COPY_MAX_REST 16
+#define COPY_MAX_REST 24
 #define COPY_MAX_REST_NS (100 * SCALE_MS)
 #define COPY_SEND_NS_PER_BYTE 1
+
+/* What a request of the guest takes of a CPU, about */
+#define GUEST_REQUEST_NS (30 * SCALE_US)
 
 /* Writes and copies, in the order in which they have locked their ranges */
 typedef struct HolderRange {
@@ -121,7 +124,11 @@ struct ReplicationHolder {
     RateLimit copy_limit;
     QEMUTimer *copy_timer;
     Stat64 copied_bytes;
-    /* How many requests had come when the last part was copied */
+    /*
+     * When the last part was over, and how many requests of the guest had come
+     * by then.  Protected by @ranges_lock.
+     */
+    int64_t copy_end_ns;
     unsigned int copy_requests;
 
     /* What was closing at the last checkpoint is on both disks for good */
@@ -450,17 +457,32 @@ static bool holder_may_copy(BlockDriverState *bs)
 }
 
 /*
- * How long to leave the disk and the CPU to the guest, in ns, after @took ns of
- * copying.  A guest that did nothing meanwhile, or little, needs no rest.
+ * How long to leave the disk and the CPU to the guest, in ns, after a part that
+ * was begun at @begin and has @bytes.  The guest is busy by as many requests as
+ * came since the part before, or if one of them waits for the disk.
  */
-static int64_t holder_copy_rest(BlockDriverState *bs, int64_t took)
+static int64_t coroutine_fn
+holder_copy_rest(BlockDriverState *bs, int64_t begin, int64_t bytes)
 {
     BDRVReplicationState *node = bs->opaque;
+    ReplicationHolder *s = node->holder;
+    int64_t now = qemu_clock_get_ns(QEMU_CLOCK_REALTIME);
+    int64_t rest = COPY_MAX_REST *
+                   (now - begin + bytes * COPY_SEND_NS_PER_BYTE);
     unsigned int requests = qatomic_read(&node->requests);
-    unsigned int came = requests - qatomic_xchg(&node->holder->copy_requests,
-                                                requests);
+    int64_t since, busy;
 
-    return MIN(took * MIN(2LL * came, COPY_MAX_REST), COPY_MAX_REST_NS);
+    QEMU_LOCK_GUARD(&s->ranges_lock);
+
+    since = MAX(now - s->copy_end_ns, 1);
+    busy = (requests - s->copy_requests) * GUEST_REQUEST_NS;
+    s->copy_end_ns = now;
+    s->copy_requests = requests;
+    if (requests == qatomic_read(&node->requests_done) && busy < since) {
+        rest = rest * ((double)busy / since);
+    }
+
+    return MIN(rest, COPY_MAX_REST_NS);
 }
 
 static void coroutine_fn holder_copy_entry(void *opaque)
@@ -470,7 +492,7 @@ static void coroutine_fn holder_copy_entry(void *opaque)
     int64_t delay = 0;
 
     while (holder_may_copy(bs) && !delay) {
-        int64_t begin, took, ret;
+        int64_t begin, ret;
 
         /* Before the range is locked, which the guest may wait for */
         write_behind_co_await_room(s->queue,
@@ -486,8 +508,7 @@ static void coroutine_fn holder_copy_entry(void *opaque)
             holder_lose(bs, "copy", ret);
             break;
         }
-        took = qemu_clock_get_ns(QEMU_CLOCK_REALTIME) - begin;
-        delay = holder_copy_rest(bs, took + ret * COPY_SEND_NS_PER_BYTE);
+        delay = holder_copy_rest(bs, begin, ret);
         if (qatomic_read(&s->copy_limited)) {
             delay = MAX(delay, ratelimit_calculate_delay(&s->copy_limit, ret));
         }
@@ -877,9 +898,7 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
 {
     GLOBAL_STATE_CODE();
 
-    if (!bs->drv || strcmp(bs->drv->format_name, "replication") ||
-        ((BDRVReplicationState *)bs->opaque)->role !=
-        &replication_holder_role) {
+    if (replication_role(bs) != &replication_holder_role) {
         error_setg(errp, "Node '%s' is not a replication node with a replica "
                    "of its own", bdrv_get_node_name(bs));
         error_append_hint(errp, "Open one with mode=primary and the option "
@@ -1410,21 +1429,16 @@ static void holder_failover(BlockDriverState *bs, Error **errp)
     }
 }
 
-static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
+                       uint64_t timeout_ms)
 {
     BDRVReplicationState *node = bs->opaque;
-    WriteBehindOptions queue = {};
-    uint64_t timeout_ms;
     ReplicationHolder *s;
 
-    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
-        return false;
-    }
     s = node->holder = g_new0(ReplicationHolder, 1);
-    s->queue_options = queue;
+    s->queue_options = *queue;
     s->timeout_ms = timeout_ms;
-    s->log_size = qemu_opt_get_size(opts, REPLICATION_OPT_LOG_SIZE,
-                                    DEFAULT_LOG_SIZE);
+    s->log_size = DEFAULT_LOG_SIZE;
     s->above = replication_above_new();
     qemu_co_mutex_init(&s->ranges_lock);
     QLIST_INIT(&s->ranges);
@@ -1434,8 +1448,37 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                   SCALE_NS, holder_copy_timer, bs);
     replication_replica_set_speed(bs, 0);
+}
+
+static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+{
+    WriteBehindOptions queue = {};
+    uint64_t timeout_ms;
+
+    if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
+        return false;
+    }
+    holder_new(bs, &queue, timeout_ms);
+    holder_state(bs)->log_size = qemu_opt_get_size(opts,
+                                                   REPLICATION_OPT_LOG_SIZE,
+                                                   DEFAULT_LOG_SIZE);
 
     return true;
+}
+
+void replication_holder_take_over(BlockDriverState *bs,
+                                  const WriteBehindOptions *queue,
+                                  uint64_t timeout_ms)
+{
+    GLOBAL_STATE_CODE();
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    holder_new(bs, queue, timeout_ms);
+    holder_state(bs)->changes =
+        replication_changes_new(bs->total_sectors * BDRV_SECTOR_SIZE);
+    /* If that is not the length, it is known before a replica is attached */
+    holder_parents_changed(bs);
 }
 
 static bool holder_is_null(const QObject *option)

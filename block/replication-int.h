@@ -35,6 +35,9 @@
  *   link                          filter above the secondary disk, for
  *                                 what the primary does there
  *
+ * A secondary that makes its own overlays is a role beside these: -standby.c,
+ * which has most from the files of the secondary.
+ *
  * A primary with a replica of its own is a role beside these: -holder.c, with
  * -changes.c, which knows what changed and what the replica lacks, and -sync.c,
  * the job that brings it in step.  -watch.c ends what hangs at the other side,
@@ -63,6 +66,9 @@
  *   bypass      write above a node without the writes coming to it
  *   cut off     the primary cannot write to the secondary disk any more
  *   cover       the active overlay has it, and nobody looks below
+ *   standby     a secondary that makes its own overlays
+ *   save        in the hidden overlay, what the primary overwrites
+ *   roll back   fail over to what the disk had before it was brought in step
  *   take        what is needed to run; to release is to give it back
  *   abandon     the peer: what waits for it waits in vain
  *   fence       refuse the primary's writes, because the disk is the guest's
@@ -136,10 +142,12 @@ typedef struct BDRVReplicationState {
     bool relied_on;
 
     /*
-     * How many requests came from above, for who lets them go first.  Wraps
-     * around.  Accessed with atomic operations.
+     * How many requests have come from above, and how many of them are over,
+     * for who gives way to them.  They wrap around.  Accessed with atomic
+     * operations.
      */
     unsigned int requests;
+    unsigned int requests_done;
 
     /* QEMU ends, and what goes away is no loss.  BQL. */
     bool quitting;
@@ -184,6 +192,9 @@ typedef struct BDRVReplicationState {
 struct ReplicationRole {
     /* The node's file is the guest's disk, in every stage */
     bool holds_disk;
+
+    /* It makes its own overlays, and can go back before it was started */
+    bool is_standby;
 
     /* The node may have metadata */
     bool has_metadata;
@@ -242,6 +253,9 @@ struct ReplicationRole {
 
     /* Go on alone.  Sets the stage, also on failure.  Without this, to DONE. */
     void (*failover)(BlockDriverState *bs, Error **errp);
+
+    /* Part from the other side in any stage, other than by its replica */
+    void (*detach)(BlockDriverState *bs, Error **errp);
 
     /*
      * Report what keeps the node from protecting its disk, if anything does.
@@ -306,10 +320,23 @@ struct ReplicationRole {
 #define REPLICATION_OPT_METADATA        "metadata"
 #define REPLICATION_OPT_LOG_SIZE        "log-size"
 #define REPLICATION_OPT_MERGE_AT_QUIT   "merge-at-quit"
+#define REPLICATION_OPT_REPLICA_NODE_NAME "replica-node-name"
+#define REPLICATION_OPT_OVERLAY_DIR     "overlay-dir"
+#define REPLICATION_OPT_KEEP_CHECKPOINT "keep-checkpoint"
 
 extern const ReplicationRole replication_holder_role;
 extern const ReplicationRole replication_primary_role;
 extern const ReplicationRole replication_secondary_role;
+extern const ReplicationRole replication_standby_role;
+
+/* NULL if @bs is not a replication node */
+static inline const ReplicationRole *replication_role(BlockDriverState *bs)
+{
+    BDRVReplicationState *s = bs->opaque;
+
+    return bs->drv && !strcmp(bs->drv->format_name, "replication") ? s->role :
+                                                                     NULL;
+}
 
 static inline ReplicationNodeStage replication_stage(BlockDriverState *bs)
 {
@@ -391,6 +418,11 @@ void replication_unfreeze_below(GSList *frozen);
 /* The options of the queue, and the timeout in milliseconds, of a primary */
 bool replication_primary_get_opts(QemuOpts *opts, WriteBehindOptions *queue,
                                   uint64_t *timeout_ms, Error **errp);
+
+/* Become a primary without a replica; the state of the role before is gone */
+void replication_holder_take_over(BlockDriverState *bs,
+                                  const WriteBehindOptions *queue,
+                                  uint64_t timeout_ms);
 
 /* What a queue has forwarded, as a primary tells it */
 void replication_primary_fill_stats(BlockStatsReplicationPrimary *stats,

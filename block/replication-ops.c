@@ -36,6 +36,8 @@ typedef enum ReplicationVerdict {
     SECONDARY,
     /* A primary accepts only if its guest has its data nowhere else */
     LASTLY,
+    /* Refuse, unless the node can go back to what it had before a start */
+    STANDBY,
 } ReplicationVerdict;
 
 /* What each stage allows, and what to tell the user whom it refuses */
@@ -47,7 +49,7 @@ static const struct {
     /* start, checkpoint, stop, failover; read, write, resize, inactivate */
     [REPLICATION_STAGE_NONE] = {
         /* A primary forwards at once, lest a write before start be lost */
-        { ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, PRIMARY, ACCEPT, ACCEPT },
+        { ACCEPT, REFUSE, REFUSE, STANDBY, REFUSE, PRIMARY, ACCEPT, ACCEPT },
         .reason = "it is not running",
         .hint = "Start replication first.\n",
     },
@@ -67,6 +69,11 @@ static const struct {
         { ACCEPT, REFUSE, IGNORE, IGNORE, LASTLY, SECONDARY, ACCEPT, ACCEPT },
         .reason = "it was stopped",
         .hint = "Start replication first.\n",
+    },
+    [REPLICATION_STAGE_SYNCING] = {
+        { ACCEPT, REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE },
+        .reason = "the primary is bringing its disk in step",
+        .hint = "Wait until that is synced, and start replication.\n",
     },
     [REPLICATION_STAGE_FAILOVER] = {
         { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE },
@@ -284,6 +291,8 @@ bool replication_allows(BlockDriverState *bs, ReplicationOp op)
     case LASTLY:
         return s->mode == REPLICATION_MODE_SECONDARY ||
                qatomic_read(&s->relied_on);
+    case STANDBY:
+        return s->role->is_standby;
     default:
         return false;
     }
@@ -294,15 +303,17 @@ static bool replication_may(BlockDriverState *bs, ReplicationOp op,
                             Error **errp)
 {
     ReplicationNodeStage stage = replication_stage(bs);
+    ReplicationVerdict verdict = replication_stages[stage].verdict[op];
+    bool allowed = replication_allows(bs, op);
 
-    if (replication_stages[stage].verdict[op] == REFUSE) {
+    if (!allowed && (verdict == REFUSE || verdict == STANDBY)) {
         error_setg(errp, "Cannot %s replication node '%s': %s",
                    replication_op_names[op], bdrv_get_node_name(bs),
                    replication_stages[stage].reason);
         error_append_hint(errp, "%s", replication_stages[stage].hint);
     }
 
-    return replication_allows(bs, op);
+    return allowed;
 }
 
 /*
@@ -591,7 +602,8 @@ static void replication_get_error(ReplicationState *rs, Error **errp)
 
     GLOBAL_STATE_CODE();
 
-    if (s->stage == REPLICATION_STAGE_NONE) {
+    if (s->stage == REPLICATION_STAGE_NONE ||
+        s->stage == REPLICATION_STAGE_SYNCING) {
         error_setg(errp, "Replication node '%s' is not running",
                    bdrv_get_node_name(bs));
     } else if (s->error) {

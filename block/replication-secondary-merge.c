@@ -48,7 +48,7 @@ static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
  * to be on the disk before something that is written later may be.  Returns an
  * error until it is.
  */
-static int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs)
+int coroutine_fn secondary_settle(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     int ret;
@@ -230,7 +230,7 @@ static void secondary_set_writes_disk(BlockDriverState *bs, bool writes_disk)
 }
 
 /* The overlays are whole and guard the guest's data until another attempt */
-static void secondary_failover_failed(BlockDriverState *bs, Error *err)
+void secondary_failover_failed(BlockDriverState *bs, Error *err)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
@@ -259,7 +259,7 @@ static void secondary_failover_complete(BlockDriverState *bs)
     secondary_release(bs);
     secondary_count_anew(bs);
     replication_set_error(bs, NULL);
-    replication_set_stage(bs, REPLICATION_STAGE_DONE);
+    replication_set_stage(bs, standby_merged(bs));
 }
 
 static void secondary_commit_done(void *opaque, int ret)
@@ -286,7 +286,7 @@ static void secondary_commit_done(void *opaque, int ret)
     bdrv_drained_end(bs);
 }
 
-static bool secondary_start_commit(BlockDriverState *bs, Error **errp)
+bool secondary_start_commit(BlockDriverState *bs, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
     BlockDriverState *disk = s->disk->bs;
@@ -326,7 +326,10 @@ void secondary_failover(BlockDriverState *bs, Error **errp)
     qatomic_set(&s->settle_error, 0);
     qatomic_set(&s->unsettled, true);
     secondary_begin_progress(bs);
-    if (parted && secondary_start_commit(bs, errp)) {
+    if (parted && s->standby) {
+        standby_prepare_merge(bs);
+    }
+    if (parted && (s->standby || secondary_start_commit(bs, errp))) {
         replication_set_error(bs, NULL);
         replication_set_stage(bs, REPLICATION_STAGE_FAILOVER);
     } else {
@@ -348,8 +351,13 @@ static bool secondary_awaits_merge(BlockDriverState *bs, int64_t end_ns)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
-    if (!s->commit_job || qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= end_ns) {
+    /* After the merge of a standby, its state is that of a primary */
+    if (replication_stage(bs) != REPLICATION_STAGE_FAILOVER ||
+        qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= end_ns) {
         return false;
+    }
+    if (!s->commit_job) {
+        return standby_prepares_merge(bs);
     }
     /* The main loop's timers, on which it sleeps, do not run any more */
     job_enter(&s->commit_job->job);

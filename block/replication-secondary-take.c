@@ -17,6 +17,7 @@
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "system/block-backend.h"
+#include "block/block-copy.h"
 #include "copy-before-write.h"
 #include "replication-secondary.h"
 
@@ -71,7 +72,9 @@ void secondary_child_perm(BlockDriverState *bs, BdrvChild *c,
      * run.
      */
     if (s->active) {
-        *nperm |= BLK_PERM_WRITE;
+        if (!(bs->open_flags & BDRV_O_INACTIVE)) {
+            *nperm |= BLK_PERM_WRITE;
+        }
         *nshared &= ~(BLK_PERM_WRITE | BLK_PERM_RESIZE);
     } else if (!s->exclusive) {
         *nshared |= BLK_PERM_WRITE;
@@ -445,6 +448,8 @@ uint64_t secondary_copied_bytes(BlockDriverState *bs)
     if (s->backup_job) {
         progress_get_snapshot(&s->backup_job->job.progress, &s->copied,
                               &total);
+    } else if (s->cbw) {
+        progress_get_snapshot(&s->progress, &s->copied, &total);
     }
 
     return s->copied;
@@ -497,7 +502,7 @@ static void secondary_backup_done(void *opaque, int ret)
     bdrv_unref(bs);
 }
 
-static bool GRAPH_RDLOCK uses_page_cache(BlockDriverState *bs)
+bool secondary_uses_page_cache(BlockDriverState *bs)
 {
     BlockDriverState *below;
 
@@ -517,16 +522,15 @@ static bool secondary_copies_in_host(ReplicationSecondary *s)
 {
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    return uses_page_cache(s->disk->bs) && uses_page_cache(s->hidden->bs);
+    return secondary_uses_page_cache(s->disk->bs) &&
+           secondary_uses_page_cache(s->hidden->bs);
 }
 
-static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
+/* The job, with which users of the disk are known to it, puts a filter there */
+static bool secondary_start_job(BlockDriverState *bs, BlockDriverState *disk,
+                                BlockDriverState *hidden, Error **errp)
 {
-    ERRP_GUARD();
     ReplicationSecondary *s = secondary_state(bs);
-    BlockDriverState *hidden = s->hidden->bs;
-    BlockDriverState *disk = s->disk->bs;
-    BlockDriverState *active, *cbw;
     BackupPerf perf = {
         .use_copy_range = secondary_copies_in_host(s),
         .max_workers = 1,
@@ -537,22 +541,52 @@ static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
                           BITMAP_SYNC_MODE_NEVER, false, false, NULL, &perf,
                           BLOCKDEV_ON_ERROR_REPORT, BLOCKDEV_ON_ERROR_REPORT,
                           JOB_INTERNAL, secondary_backup_done, bs, NULL, errp);
-    if (!s->backup_job) {
+    if (s->backup_job) {
+        job_start(&s->backup_job->job);
+    }
+
+    return s->backup_job;
+}
+
+static bool secondary_insert_cbw(BlockDriverState *bs, BlockDriverState *disk,
+                                 BlockDriverState *hidden, Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    BlockCopyState *bcs;
+
+    s->cbw = bdrv_cbw_append(disk, hidden, NULL, false, 0, &bcs, errp);
+    if (s->cbw) {
+        block_copy_set_copy_opts(bcs, secondary_copies_in_host(s), false);
+        block_copy_set_progress_meter(bcs, &s->progress);
+    }
+
+    return s->cbw;
+}
+
+static bool secondary_start_backup(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+    ReplicationSecondary *s = secondary_state(bs);
+    BlockDriverState *hidden = s->hidden->bs;
+    BlockDriverState *disk = s->disk->bs;
+    BlockDriverState *active, *cbw;
+
+    if (!(s->standby ? secondary_insert_cbw(bs, disk, hidden, errp) :
+                       secondary_start_job(bs, disk, hidden, errp))) {
         error_prepend(errp, "failed to begin the backup of secondary disk '%s' "
                       "to hidden overlay '%s': ", bdrv_get_node_name(disk),
                       bdrv_get_node_name(hidden));
         return false;
     }
-    job_start(&s->backup_job->job);
     s->copied = 0;
     s->copied_before = 0;
 
-    /* The job has put its filter between the disk and all who write to it */
+    /* There is a filter now between the disk and all who write to it */
     bdrv_graph_rdlock_main_loop();
     active = secondary_active(bs);
     bdrv_graph_rdunlock_main_loop();
     cbw = s->disk->bs;
-    s->guard = replication_guard_insert(cbw, active, bs, errp);
+    s->guard = replication_guard_insert(cbw, active, bs, s->guard_name, errp);
     if (!s->guard) {
         return false;
     }
@@ -572,6 +606,9 @@ static void secondary_end_backup_job(BlockDriverState *bs)
         job_cancel_sync(&s->backup_job->job, true);
         s->ending_backup = false;
         assert(!s->backup_job);
+    }
+    if (s->cbw) {
+        bdrv_cbw_drop(g_steal_pointer(&s->cbw));
     }
 }
 
@@ -647,7 +684,7 @@ secondary_begin_scratch_node(BlockDriverState *bs, BlockDriverState *node)
  * the overlays is of use.  So nothing has to wait until they are on a disk,
  * least of all that they are emptied.
  */
-static void secondary_begin_scratch(BlockDriverState *bs)
+void secondary_begin_scratch(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
@@ -709,9 +746,18 @@ bool secondary_part_from_primary(BlockDriverState *bs, Error **errp)
     return fenced_off;
 }
 
-bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
+static bool secondary_own_overlays(BlockDriverState *bs,
+                                   BlockDriverState *hidden, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
+
+    return secondary_attach(bs, hidden, "hidden-disk", &s->hidden,
+                            &s->hidden_was_ro, errp) &&
+           secondary_claim_overlays(bs, errp);
+}
+
+bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
+{
     BlockDriverState *hidden;
 
     bdrv_graph_rdlock_main_loop();
@@ -721,14 +767,28 @@ bool secondary_take_overlays(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    return secondary_attach(bs, hidden, "hidden-disk", &s->hidden,
-                            &s->hidden_was_ro, errp) &&
-           secondary_claim_overlays(bs, errp);
+    return secondary_own_overlays(bs, hidden, errp);
+}
+
+bool secondary_take_chain(BlockDriverState *bs, BlockDriverState *disk,
+                          Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    BlockDriverState *hidden;
+
+    bdrv_graph_rdlock_main_loop();
+    hidden = secondary_hidden(bs);
+    bdrv_graph_rdunlock_main_loop();
+
+    return secondary_attach(bs, disk, "secondary-disk", &s->disk,
+                            &s->disk_was_ro, errp) &&
+           secondary_own_overlays(bs, hidden, errp) &&
+           secondary_freeze(bs, errp) &&
+           secondary_start_backup(bs, errp);
 }
 
 static bool secondary_take(BlockDriverState *bs, Error **errp)
 {
-    ReplicationSecondary *s = secondary_state(bs);
     BlockDriverState *disk;
 
     bdrv_graph_rdlock_main_loop();
@@ -739,11 +799,7 @@ static bool secondary_take(BlockDriverState *bs, Error **errp)
     disk = secondary_disk(bs);
     bdrv_graph_rdunlock_main_loop();
 
-    return secondary_attach(bs, disk, "secondary-disk", &s->disk,
-                            &s->disk_was_ro, errp) &&
-           secondary_take_overlays(bs, errp) &&
-           secondary_freeze(bs, errp) &&
-           secondary_start_backup(bs, errp) &&
+    return secondary_take_chain(bs, disk, errp) &&
            secondary_block_top(bs, errp);
 }
 

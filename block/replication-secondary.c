@@ -19,6 +19,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
 #include "block/block_backup.h"
+#include "copy-before-write.h"
 #include "replication-secondary.h"
 
 /*
@@ -36,8 +37,7 @@ static bool secondary_is_merging(BlockDriverState *bs)
            stage == REPLICATION_STAGE_FAILOVER_FAILED;
 }
 
-static int coroutine_fn GRAPH_RDLOCK
-secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
+int coroutine_fn secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
 {
     if (!replication_allows(bs, REPLICATION_OP_WRITE)) {
         return -EIO;
@@ -54,7 +54,7 @@ secondary_co_write(BlockDriverState *bs, const WriteRequest *w)
     return write_request_co_do(bs->file, w);
 }
 
-static int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs)
+int coroutine_fn secondary_co_flush(BlockDriverState *bs)
 {
     if (secondary_is_merging(bs)) {
         return secondary_merge_co_flush(bs);
@@ -76,14 +76,13 @@ static bool secondary_is_bypassed(BlockDriverState *bs)
  * The guest may write past the node now, and nobody will know afterwards what.
  * That does not change when the node comes back.
  */
-static void secondary_bypassed(BlockDriverState *bs)
+void secondary_bypassed(BlockDriverState *bs, const char *node)
 {
-    ReplicationSecondary *s = secondary_state(bs);
     Error *err = NULL;
 
     error_setg(&err, "Replication node '%s' was cut off from node '%s' while "
                "it was running: it may lack what the guest has written",
-               bdrv_get_node_name(bs), bdrv_get_node_name(s->top));
+               bdrv_get_node_name(bs), node);
     error_append_hint(&err, "The primary has to survive. Stop replication "
                       "without failover, put the node back and start again.\n");
     replication_report_error(bs, REPLICATION_ERROR_REASON_BYPASSED,
@@ -94,8 +93,7 @@ static void secondary_bypassed(BlockDriverState *bs)
 }
 
 /* The guest's device must not go to a node that is not above this one */
-static bool GRAPH_RDLOCK
-secondary_refuse_to_lose_guest(BlockDriverState *bs, Error **errp)
+bool secondary_refuse_to_lose_guest(BlockDriverState *bs, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
     g_autofree char *lost = replication_above_bypass(s->above, bs);
@@ -111,7 +109,7 @@ secondary_refuse_to_lose_guest(BlockDriverState *bs, Error **errp)
 }
 
 /* Who has come meanwhile must not get lost either */
-static void GRAPH_RDLOCK secondary_parents_changed(BlockDriverState *bs)
+void secondary_parents_changed(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
@@ -127,7 +125,7 @@ static void secondary_look_above_bh(void *opaque)
     bdrv_drained_begin(bs);
     if (replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
         secondary_is_bypassed(bs)) {
-        secondary_bypassed(bs);
+        secondary_bypassed(bs, bdrv_get_node_name(secondary_state(bs)->top));
     }
     bdrv_drained_end(bs);
     bdrv_unref(bs);
@@ -207,7 +205,7 @@ static bool secondary_empty_overlays(BlockDriverState *bs, Error **errp)
 }
 
 /* Set @errp if the disk does not have what the primary wrote */
-static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
+bool secondary_in_sync(BlockDriverState *bs, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
     int ret = s->guard ? replication_guard_error(s->guard) : 0;
@@ -233,14 +231,28 @@ static bool secondary_in_sync(BlockDriverState *bs, Error **errp)
 }
 
 /* Make the secondary disk as it stands the checkpoint */
-static bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
+bool secondary_checkpoint(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     ReplicationSecondary *s = secondary_state(bs);
+    bool done;
 
-    backup_do_checkpoint(s->backup_job, errp);
+    if (s->cbw) {
+        bdrv_cbw_restart(s->cbw);
+    } else {
+        backup_do_checkpoint(s->backup_job, errp);
+    }
+    done = !*errp && secondary_empty_overlays(bs, errp);
+    standby_checkpointed(bs, done);
 
-    return !*errp && secondary_empty_overlays(bs, errp);
+    return done;
+}
+
+bool secondary_empty_active(BlockDriverState *bs, Error **errp)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    return secondary_empty(bs, bs->file, "active overlay", errp);
 }
 
 /* Empty the overlays for good: from now on, a crash leaves them to the guest */
@@ -287,7 +299,7 @@ static bool secondary_stop(BlockDriverState *bs, Error **errp)
  * A write of the guest failed here, and was done in another place.  In any
  * thread, where nobody can ask for more than to be remembered.
  */
-static void secondary_left_behind(BlockDriverState *bs, int ret)
+void secondary_left_behind(BlockDriverState *bs, int ret)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
@@ -298,7 +310,7 @@ static void secondary_left_behind(BlockDriverState *bs, int ret)
     }
 }
 
-static void secondary_get_error(BlockDriverState *bs, Error **errp)
+void secondary_get_error(BlockDriverState *bs, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
@@ -316,8 +328,8 @@ static void secondary_get_error(BlockDriverState *bs, Error **errp)
     }
 }
 
-static void secondary_get_stats(BlockDriverState *bs,
-                                BlockStatsSpecificReplication *stats)
+void secondary_get_stats(BlockDriverState *bs,
+                         BlockStatsSpecificReplication *stats)
 {
     ReplicationSecondary *s = secondary_state(bs);
     uint64_t copied = secondary_copied_bytes(bs);
@@ -331,34 +343,20 @@ static void secondary_get_stats(BlockDriverState *bs,
     secondary_merge_get_stats(bs, &stats->u.secondary);
 }
 
-static void secondary_cleanup(BlockDriverState *bs)
+void secondary_free(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
 
     g_free(s->secondary->top_id);
+    g_free(s->secondary->guard_name);
     g_free(s->secondary);
 }
 
-static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+bool secondary_new(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 {
     BDRVReplicationState *s = bs->opaque;
-    const char *top_id = qemu_opt_get(opts, REPLICATION_OPT_TOP_ID);
-
-    if (!top_id) {
-        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is missing");
-        error_append_hint(errp, "In secondary mode it names the root node "
-                          "above this one.\n");
-        return false;
-    }
-    if (!*top_id) {
-        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is empty");
-        error_append_hint(errp, "It is the root node, which the guest's device "
-                          "uses.\n");
-        return false;
-    }
 
     s->secondary = g_new0(ReplicationSecondary, 1);
-    s->secondary->top_id = g_strdup(top_id);
     qemu_co_mutex_init(&s->secondary->split_lock);
     qemu_co_mutex_init(&s->secondary->settle_lock);
     s->secondary->merge_at_quit_ms =
@@ -367,16 +365,50 @@ static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     if (s->secondary->merge_at_quit_ms > UINT32_MAX) {
         error_setg(errp, "Parameter '" REPLICATION_OPT_MERGE_AT_QUIT "' is "
                    "too large");
-        secondary_cleanup(bs);
+        secondary_free(bs);
         return false;
     }
 
     return true;
 }
 
+static bool secondary_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+{
+    const char *top_id = qemu_opt_get(opts, REPLICATION_OPT_TOP_ID);
+
+    if (!top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is missing");
+        error_append_hint(errp, "In secondary mode it names the root node "
+                          "above this one. A secondary with '"
+                          REPLICATION_OPT_REPLICA_NODE_NAME "' makes its own "
+                          "overlays, and does without.\n");
+        return false;
+    }
+    if (!*top_id) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' is empty");
+        error_append_hint(errp, "It is the root node, which the guest's device "
+                          "uses.\n");
+        return false;
+    }
+    if (!strcmp(top_id, bdrv_get_node_name(bs))) {
+        error_setg(errp, "Parameter '" REPLICATION_OPT_TOP_ID "' names "
+                   "replication node '%s' itself", top_id);
+        error_append_hint(errp, "It is the root node above, or the drive that "
+                          "uses this one.\n");
+        return false;
+    }
+
+    if (!secondary_new(bs, opts, errp)) {
+        return false;
+    }
+    secondary_state(bs)->top_id = g_strdup(top_id);
+
+    return true;
+}
+
 const ReplicationRole replication_secondary_role = {
     .init               = secondary_init,
-    .cleanup            = secondary_cleanup,
+    .cleanup            = secondary_free,
     .child_perm         = secondary_child_perm,
     .check_parents      = secondary_check_parents,
     .parents_changed    = secondary_parents_changed,

@@ -12,9 +12,16 @@
 #include "replication-above.h"
 #include "replication-int.h"
 
+/* What only a secondary has that makes its own overlays */
+typedef struct ReplicationStandby ReplicationStandby;
+
 /* What says nothing else is protected by the BQL. */
 struct ReplicationSecondary {
+    /* NULL if we are a standby, which has the other ones */
     char *top_id;
+    ReplicationStandby *standby;
+    char *guard_name;
+
     /* For how long the end of QEMU may wait for a merge */
     uint64_t merge_at_quit_ms;
 
@@ -42,7 +49,10 @@ struct ReplicationSecondary {
     /* What stands above, as long as we have @top */
     ReplicationAbove *above;
     BlockJob *backup_job;
-    /* Above the filter of @backup_job */
+    /* The filter that saves what is overwritten, if that is not a job's */
+    BlockDriverState *cbw;
+    ProgressMeter progress;
+    /* Above that filter */
     BlockDriverState *guard;
     BlockJob *commit_job;
     /* Nodes that we have made scratch, referenced */
@@ -60,7 +70,7 @@ struct ReplicationSecondary {
 
     /* Bytes that the guest wrote since the active overlay was emptied */
     Stat64 active_bytes;
-    /* What @backup_job has copied, when last seen and up to the checkpoint */
+    /* What was saved, when last seen and up to the checkpoint */
     uint64_t copied;
     uint64_t copied_before;
 
@@ -112,6 +122,55 @@ secondary_disk(BlockDriverState *bs)
     return child_bs(secondary_hidden(bs)->backing);
 }
 
+/* replication-secondary.c */
+
+/* Parse the options of all secondaries.  secondary_free() is the way back. */
+bool secondary_new(BlockDriverState *bs, QemuOpts *opts, Error **errp);
+void secondary_free(BlockDriverState *bs);
+
+/* What the roles share */
+void GRAPH_RDLOCK secondary_parents_changed(BlockDriverState *bs);
+bool GRAPH_RDLOCK secondary_refuse_to_lose_guest(BlockDriverState *bs,
+                                                 Error **errp);
+/* The guest has written to @node, and that does not come to @bs */
+void secondary_bypassed(BlockDriverState *bs, const char *node);
+bool secondary_in_sync(BlockDriverState *bs, Error **errp);
+bool secondary_checkpoint(BlockDriverState *bs, Error **errp);
+void secondary_get_error(BlockDriverState *bs, Error **errp);
+void secondary_get_stats(BlockDriverState *bs,
+                         BlockStatsSpecificReplication *stats);
+int coroutine_fn GRAPH_RDLOCK secondary_co_write(BlockDriverState *bs,
+                                                 const WriteRequest *w);
+int coroutine_fn GRAPH_RDLOCK secondary_co_flush(BlockDriverState *bs);
+void secondary_left_behind(BlockDriverState *bs, int ret);
+
+/* Throw away what the guest has written since the checkpoint */
+bool secondary_empty_active(BlockDriverState *bs, Error **errp);
+
+/* replication-standby.c.  On another secondary, the functions do nothing. */
+
+/*
+ * The primary writes to the disk.  Whether what it overwrites is saved, and may
+ * as well not be.
+ */
+bool standby_primary_writes(BlockDriverState *bs);
+
+/* Saving has failed with @ret: do without it, if the primary may go on then */
+void standby_give_up_saving(BlockDriverState *bs, int ret);
+
+/* Whether nothing has to be saved that the primary overwrites */
+bool standby_saves_nothing(BlockDriverState *bs);
+
+/* The overlays are empty, or something is left there that is of no use */
+void standby_checkpointed(BlockDriverState *bs, bool done);
+
+/* Begin the merge when the overlays are such that it may be interrupted */
+void standby_prepare_merge(BlockDriverState *bs);
+bool standby_prepares_merge(BlockDriverState *bs);
+
+/* The merge has ended, and @bs may have another role.  Returns its stage. */
+ReplicationNodeStage standby_merged(BlockDriverState *bs);
+
 /* replication-secondary-take.c */
 
 void secondary_child_perm(BlockDriverState *bs, BdrvChild *c,
@@ -128,6 +187,19 @@ bool GRAPH_RDLOCK secondary_is_below(BlockDriverState *bs,
 
 /* Take all that is needed to run, or nothing */
 bool secondary_start(BlockDriverState *bs, Error **errp);
+
+/*
+ * Take what lies between the active overlay and @disk.  secondary_release() is
+ * the way back, on failure too.
+ */
+bool secondary_take_chain(BlockDriverState *bs, BlockDriverState *disk,
+                          Error **errp);
+
+/* Nothing in the overlays is to survive a crash */
+void secondary_begin_scratch(BlockDriverState *bs);
+
+/* Whether the data of @bs goes through the host's page cache */
+bool GRAPH_RDLOCK secondary_uses_page_cache(BlockDriverState *bs);
 
 /* Take what is needed to empty the overlays */
 bool secondary_take_overlays(BlockDriverState *bs, Error **errp);
@@ -161,7 +233,14 @@ void secondary_release(BlockDriverState *bs);
 int GRAPH_RDLOCK secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
                                  BlockDriverState *disk);
 
+/* Put it there once, after a failover.  Returns an error until it is. */
+int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs);
+
 void secondary_failover(BlockDriverState *bs, Error **errp);
+
+/* Begin to merge, or say that it has failed, which takes @err */
+bool secondary_start_commit(BlockDriverState *bs, Error **errp);
+void secondary_failover_failed(BlockDriverState *bs, Error *err);
 void secondary_finish(BlockDriverState *bs, int64_t quit_ns);
 
 /* Requests in the stages FAILOVER and FAILOVER_FAILED */
@@ -177,12 +256,20 @@ void secondary_merge_get_stats(BlockDriverState *bs,
 /*
  * Insert a filter above the copy-before-write filter @cbw that remembers failed
  * writes, for the replication node @owner, which has to outlive it.  It also
- * keeps @cbw from copying what @active covers.
+ * keeps @cbw from copying what @active covers.  With a @name, it is for others
+ * to use until it is watched.
  */
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
                                            BlockDriverState *active,
                                            BlockDriverState *owner,
-                                           Error **errp);
+                                           const char *name, Error **errp);
+
+/*
+ * Forget what was, and have nobody come any more until
+ * replication_guard_unwatch().  Returns false if there is nobody who can write.
+ */
+bool replication_guard_watch(BlockDriverState *bs);
+void replication_guard_unwatch(BlockDriverState *bs);
 
 /* The first failure of a write that came through: a negative errno, or 0 */
 int replication_guard_error(BlockDriverState *bs);

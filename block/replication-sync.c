@@ -12,6 +12,7 @@
 #include "block/blockjob_int.h"
 #include "qemu/job.h"
 #include "replication-holder.h"
+#include "replication-int.h"
 
 /* How often the job looks how far the node has got */
 #define LOOK_EVERY_NS (50 * SCALE_MS)
@@ -200,9 +201,12 @@ void qmp_x_block_replica_sync(const char *job_id, const char *node_name,
 void qmp_x_block_replica_detach(const char *node_name, bool has_force,
                                 bool force, Error **errp)
 {
-    BlockDriverState *bs = replica_lookup(node_name, errp);
+    BlockDriverState *bs = bdrv_lookup_bs(node_name, node_name, errp);
+    const ReplicationRole *role = bs ? replication_role(bs) : NULL;
 
-    if (bs) {
+    if (role && role->detach) {
+        role->detach(bs, errp);
+    } else if (bs && replication_replica_may_change(bs, errp)) {
         replication_replica_detach(bs, has_force && force);
     }
 }

@@ -35,6 +35,23 @@ static QemuOptsList replication_runtime_opts = {
             .help = "Device or node at the root above this node (secondary)",
         },
         {
+            .name = REPLICATION_OPT_REPLICA_NODE_NAME,
+            .type = QEMU_OPT_STRING,
+            .help = "Name of the node to export to the primary; the node makes "
+                    "its own overlays (secondary)",
+        },
+        {
+            .name = REPLICATION_OPT_OVERLAY_DIR,
+            .type = QEMU_OPT_STRING,
+            .help = "Where it makes them (secondary)",
+        },
+        {
+            .name = REPLICATION_OPT_KEEP_CHECKPOINT,
+            .type = QEMU_OPT_BOOL,
+            .help = "Whether it keeps what its disk had while that is brought "
+                    "in step (secondary)",
+        },
+        {
             .name = REPLICATION_OPT_WRITE_BEHIND,
             .type = QEMU_OPT_SIZE,
             .help = "Memory for writes that the secondary does not have yet "
@@ -74,6 +91,9 @@ static const struct {
     ReplicationMode mode;
 } replication_mode_opts[] = {
     { REPLICATION_OPT_TOP_ID,       REPLICATION_MODE_SECONDARY },
+    { REPLICATION_OPT_REPLICA_NODE_NAME, REPLICATION_MODE_SECONDARY },
+    { REPLICATION_OPT_OVERLAY_DIR, REPLICATION_MODE_SECONDARY },
+    { REPLICATION_OPT_KEEP_CHECKPOINT, REPLICATION_MODE_SECONDARY },
     { REPLICATION_OPT_WRITE_BEHIND, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_WRITE_BEHIND_MS, REPLICATION_MODE_PRIMARY },
     { REPLICATION_OPT_REPLICA_TIMEOUT, REPLICATION_MODE_PRIMARY },
@@ -91,14 +111,13 @@ static bool replication_can_read(BlockDriverState *bs)
 }
 
 static int coroutine_fn GRAPH_RDLOCK
-replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
-                           QEMUIOVector *qiov, size_t qiov_offset,
-                           BdrvRequestFlags flags)
+replication_do_read(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                    QEMUIOVector *qiov, size_t qiov_offset,
+                    BdrvRequestFlags flags)
 {
     BDRVReplicationState *s = bs->opaque;
     int ret;
 
-    qatomic_inc(&s->requests);
     if (s->role->co_await_writes && replication_can_read(bs)) {
         s->role->co_await_writes(bs, offset, bytes);
     }
@@ -113,6 +132,21 @@ replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
         ret = s->role->co_read_failed(bs, offset, bytes, qiov, qiov_offset,
                                       flags, ret);
     }
+
+    return ret;
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+replication_co_preadv_part(BlockDriverState *bs, int64_t offset, int64_t bytes,
+                           QEMUIOVector *qiov, size_t qiov_offset,
+                           BdrvRequestFlags flags)
+{
+    BDRVReplicationState *s = bs->opaque;
+    int ret;
+
+    qatomic_inc(&s->requests);
+    ret = replication_do_read(bs, offset, bytes, qiov, qiov_offset, flags);
+    qatomic_inc(&s->requests_done);
 
     return ret;
 }
@@ -145,10 +179,13 @@ static int coroutine_fn GRAPH_RDLOCK
 replication_do_write(BlockDriverState *bs, const WriteRequest *w)
 {
     BDRVReplicationState *s = bs->opaque;
+    int ret;
 
     qatomic_inc(&s->requests);
+    ret = s->role->co_write(bs, w);
+    qatomic_inc(&s->requests_done);
 
-    return s->role->co_write(bs, w);
+    return ret;
 }
 
 static int coroutine_fn GRAPH_RDLOCK
@@ -197,8 +234,6 @@ replication_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
 static int coroutine_fn GRAPH_RDLOCK replication_co_flush(BlockDriverState *bs)
 {
     BDRVReplicationState *s = bs->opaque;
-
-    qatomic_inc(&s->requests);
 
     return s->role->co_flush(bs);
 }
@@ -419,14 +454,41 @@ static bool replication_has_child_opt(QDict *options, const char *name)
     return false;
 }
 
+/* A secondary that makes its own overlays, and is going to be a primary */
+static bool replication_is_standby(ReplicationMode mode, QemuOpts *opts)
+{
+    return mode == REPLICATION_MODE_SECONDARY &&
+           qemu_opt_get(opts, REPLICATION_OPT_REPLICA_NODE_NAME);
+}
+
+static bool replication_check_standby_opts(QemuOpts *opts, Error **errp)
+{
+    const char *const names[] = {
+        REPLICATION_OPT_OVERLAY_DIR,
+        REPLICATION_OPT_KEEP_CHECKPOINT,
+    };
+
+    for (int i = 0; i < ARRAY_SIZE(names); i++) {
+        if (qemu_opt_get(opts, names[i])) {
+            error_setg(errp, "Parameter '%s' is only for a secondary with '"
+                       REPLICATION_OPT_REPLICA_NODE_NAME "'", names[i]);
+            return false;
+        }
+    }
+
+    return true;
+}
+
 static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
                                         QDict *options, Error **errp)
 {
+    bool is_standby = replication_is_standby(mode, opts);
+
     for (int i = 0; i < ARRAY_SIZE(replication_mode_opts); i++) {
         const char *name = replication_mode_opts[i].name;
         ReplicationMode wanted = replication_mode_opts[i].mode;
 
-        if (mode != wanted && qemu_opt_get(opts, name)) {
+        if (mode != wanted && !is_standby && qemu_opt_get(opts, name)) {
             error_setg(errp, "Parameter '%s' is only for %s mode", name,
                        ReplicationMode_str(wanted));
             return false;
@@ -439,13 +501,16 @@ static bool replication_check_mode_opts(ReplicationMode mode, QemuOpts *opts,
         return false;
     }
 
-    return true;
+    return is_standby || replication_check_standby_opts(opts, errp);
 }
 
 /* What @options are left are for the children */
 static const ReplicationRole *
-replication_choose_role(ReplicationMode mode, QDict *options)
+replication_choose_role(ReplicationMode mode, QemuOpts *opts, QDict *options)
 {
+    if (replication_is_standby(mode, opts)) {
+        return &replication_standby_role;
+    }
     if (mode == REPLICATION_MODE_SECONDARY) {
         return &replication_secondary_role;
     }
@@ -509,7 +574,7 @@ static int replication_parse_options(BlockDriverState *bs, QDict *options,
         goto out;
     }
 
-    s->role = replication_choose_role(s->mode, options);
+    s->role = replication_choose_role(s->mode, opts, options);
     if (!replication_check_metadata_opts(bs, opts, options, errp)) {
         goto out;
     }
@@ -614,6 +679,9 @@ static const char *const replication_strong_runtime_opts[] = {
     REPLICATION_OPT_REPLICA_TIMEOUT,
     REPLICATION_OPT_LOG_SIZE,
     REPLICATION_OPT_MERGE_AT_QUIT,
+    REPLICATION_OPT_REPLICA_NODE_NAME,
+    REPLICATION_OPT_OVERLAY_DIR,
+    REPLICATION_OPT_KEEP_CHECKPOINT,
 
     NULL
 };

@@ -265,6 +265,8 @@ class Replicas(NamedTuple):
             if not self.disk:
                 made.append(self.folder / f'disk{number}')
                 nodes.sparse(made[-1], self.size)
+            if self.active == nodes.OWN_OVERLAYS:
+                continue
             for kind, options in ('active', self.active), ('hidden', ''):
                 made.append(self.folder / f'{kind}{number}')
                 nodes.create(build, made[-1], self.size, options)
@@ -275,8 +277,17 @@ class Replicas(NamedTuple):
         return disk_node(f'disk{number}', self.disk
                          or self.folder / f'disk{number}', self.aio)
 
+    def arrives_at(self, number: int) -> str:
+        """Where the primary writes."""
+        own = self.active == nodes.OWN_OVERLAYS
+        return f'replica{number}' if own else f'disk{number}'
+
     def chain(self, number: int) -> Json:
         """What stands above it."""
+        if self.active == nodes.OWN_OVERLAYS:
+            return nodes.standby(
+                f'top{number}', f'replica{number}', f'disk{number}',
+                **{'overlay-dir': str(self.folder)})
         below: nodes.Below = f'disk{number}'
         for kind in 'hidden', 'active':
             below = {**disk_node(f'{kind}{number}',
@@ -297,10 +308,12 @@ def open_secondary(place: Place, subject: str, replicas: Replicas
             host.serve()
             for number in range(replicas.disks):
                 host.add(replicas.disk_node(number))
-                host.export(f'disk{number}')
-                if subject != UNPROTECTED:
-                    host.add(replicas.chain(number))
-                    host.export(f'top{number}')
+                if subject == UNPROTECTED:
+                    host.export(f'disk{number}')
+                    continue
+                host.add(replicas.chain(number))
+                host.export(replicas.arrives_at(number))
+                host.export(f'top{number}')
             if subject != UNPROTECTED:
                 host.begin('secondary')
             yield host, guest

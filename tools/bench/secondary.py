@@ -13,12 +13,16 @@ from hosts import (GIB, MIB, OURS, STOCK, SUBJECTS, UNPROTECTED, Replicas,
                    TimedHost, fill, open_secondary)
 from host import replicate
 from load import Arrival, in_a_row, load, scattered
-from nodes import RECOMMENDED_ACTIVE
+from nodes import OWN_OVERLAYS, RECOMMENDED_ACTIVE
 
 CLUSTER = 65536
 FRESH, AGAIN, IN_STEP = 'fresh', 'again', 'fresh, in step'
 MOVED = 'moved per byte'
-OVERLAYS = {'': 'default overlays', RECOMMENDED_ACTIVE: 'recommended overlays'}
+OVERLAYS = {'': 'default overlays', RECOMMENDED_ACTIVE: 'recommended overlays',
+            OWN_OVERLAYS: 'own overlays'}
+# What has them
+COMPARED = {'': SUBJECTS, RECOMMENDED_ACTIVE: (STOCK, OURS),
+            OWN_OVERLAYS: (OURS,)}
 
 SIZES = {GIB: '1 GiB', 1024 * GIB: '1 TiB'}
 IDLE, DIRTY, MORE_DIRTY = 'idle', 'dirty', '64 MiB dirty'
@@ -52,8 +56,10 @@ def measure_arrival(setting: Setting, arrival: Arrival, replicas: Replicas,
     with open_secondary(setting.place, subject, replicas) as (host, guest):
         def arrive(*names: str) -> Values:
             before = host.moved
-            speeds = load(setting.place, host, 'disk0', *map(arrival.job,
-                                                             names))
+            export = ('disk0' if subject == UNPROTECTED else
+                      replicas.arrives_at(0))
+            speeds = load(setting.place, host, export,
+                          *map(arrival.job, names))
             # what comes again is written, and nothing else
             moved = (host.moved - before) / arrival.data - len(names) + 1
             return {**{rows[name].figure(subject): speeds[name]
@@ -89,14 +95,16 @@ def cells(setting: Setting) -> List[Cell]:
                      in_a_row(CLUSTER, 4, 256 * MIB)]
     result = []
     for arrival in arrivals:
-        # the overlays matter most to small blocks one at a time
-        for overlays in OVERLAYS if arrival is arrivals[0] else ['']:
+        for overlays, subjects in COMPARED.items():
+            # these matter most to small blocks one at a time
+            if overlays == RECOMMENDED_ACTIVE and arrival is not arrivals[0]:
+                continue
             result.append(Cell(
                 f'{arrival.title}, {OVERLAYS[overlays]}',
                 partial(measure_arrival, setting, arrival, Replicas(
                     memory, GIB, active=overlays, disk=image)),
                 tuple(arrival_rows(arrival, overlays).values()),
-                (STOCK, OURS) if overlays else SUBJECTS))
+                subjects))
     return result
 
 

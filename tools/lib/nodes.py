@@ -26,6 +26,8 @@ Below = Union[str, Json]
 # The secondary's guest writes new blocks of it at nearly the speed of a plain
 # disk then.  The hidden overlay is better off without.
 RECOMMENDED_ACTIVE = 'extended_l2=on,cluster_size=128k'
+# In place of options: the node makes both overlays
+OWN_OVERLAYS = 'own'
 TOOL_SECONDS = 60
 
 
@@ -60,6 +62,12 @@ def secondary(name: str, top: str, active: Below, **options: Any) -> Json:
     """What keeps the guest's view of the last checkpoint."""
     return {'driver': 'replication', 'mode': 'secondary', 'node-name': name,
             'top-id': top, 'file': active, **options}
+
+
+def standby(name: str, replica: str, disk: Below, **options: Any) -> Json:
+    """The same, with overlays that it makes by itself."""
+    return {'driver': 'replication', 'mode': 'secondary', 'node-name': name,
+            'replica-node-name': replica, 'file': disk, **options}
 
 
 def link(name: str, server: Union[Path, Json], export: str, **options: Any

@@ -22,7 +22,8 @@ EVENTS_SHOWN = 8
 CODES = {'bold': '1', 'dim': '2', 'red': '31;1', 'green': '32',
          'yellow': '33', 'cyan': '36'}
 STAGES = {'running': 'green', 'done': 'cyan', 'failover': 'yellow',
-          'stopped': 'yellow', 'broken': 'red', 'failover-failed': 'red'}
+          'stopped': 'yellow', 'syncing': 'yellow', 'broken': 'red',
+          'failover-failed': 'red'}
 
 
 @dataclass

@@ -1,0 +1,882 @@
+/*
+ * Block replication: a secondary that makes its own overlays
+ *
+ * It is opened with the disk alone.  Active and hidden are files of its own,
+ * and all that another secondary takes when it is started is taken at once.  So
+ * what the primary overwrites to bring the disk in step is saved, too, and a
+ * failover meanwhile rolls back to what the disk had.  When the merge of a
+ * failover has ended, the node is a primary without a replica.
+ *
+ * As long as the overlays mean nothing without this process, their names end in
+ * ".scratch", and whoever finds them may overwrite them.  Before a merge begins
+ * they get their other names: what is found there may be the rest of a disk.
+ *
+ * SPDX-License-Identifier: GPL-2.0-or-later
+ */
+
+#include "qemu/osdep.h"
+#include "qapi/error.h"
+#include "qemu/cutils.h"
+#include "qemu/error-report.h"
+#include "qemu/main-loop.h"
+#include "qemu/option.h"
+#include "qemu/units.h"
+#include "qobject/qdict.h"
+#include "system/runstate.h"
+#include "copy-before-write.h"
+#include "replication-holder.h"
+#include "replication-secondary.h"
+
+/*
+ * The guest's writes, and what is copied before the primary's, are rounded to
+ * subclusters, 32 in a cluster.  The copies are serialised by clusters.
+ */
+#define ACTIVE_CLUSTER (128 * KiB)
+#define HIDDEN_CLUSTER (64 * KiB)
+
+/* Where the overlays of a disk are that is no regular file */
+#define DEFAULT_OVERLAY_DIR "/var/tmp"
+
+typedef struct StandbyOverlay {
+    /* While it means nothing without us, and else */
+    char *scratch;
+    char *kept;
+
+    /* The file is there by the name of... */
+    bool is_scratch;
+    bool is_kept;
+} StandbyOverlay;
+
+struct ReplicationStandby {
+    /* Options */
+    char *overlay_dir;
+    bool keep_checkpoint;
+    /* Of the primary that the node becomes */
+    WriteBehindOptions queue;
+    uint64_t timeout_ms;
+
+    char *dir;
+    StandbyOverlay active;
+    StandbyOverlay hidden;
+
+    /* What the primary overwrites is saved, even if the node does not run */
+    bool saves; /* atomic */
+    /* Something was overwritten that was not saved */
+    bool overwritten; /* atomic */
+    /* Where the guest wrote past the running node, or NULL.  BQL. */
+    char *bypassed;
+    /* Does what others ask for who cannot: requests, changes of the graph */
+    QEMUBH *bh;
+
+    /* A merge begins when everything is flushed; with this result.  BQL. */
+    bool prepares_merge;
+    int flushed;
+    QEMUBH *merge_bh;
+
+    /* The node is being closed, and becomes nothing any more */
+    bool closing;
+};
+
+static ReplicationStandby *standby_state(BlockDriverState *bs)
+{
+    return secondary_state(bs)->standby;
+}
+
+/* Whether a failover would give a whole disk */
+static bool standby_can_roll_back(BlockDriverState *bs)
+{
+    return replication_stage(bs) != REPLICATION_STAGE_BROKEN &&
+           !qatomic_read(&standby_state(bs)->overwritten);
+}
+
+bool standby_saves_nothing(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    if (!st || replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        return false;
+    }
+
+    return replication_stage(bs) == REPLICATION_STAGE_BROKEN ||
+           !qatomic_read(&st->saves);
+}
+
+bool standby_primary_writes(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    if (!st || replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+        return false;
+    }
+    if (replication_stage(bs) != REPLICATION_STAGE_SYNCING) {
+        qemu_bh_schedule(st->bh);
+    }
+    if (standby_saves_nothing(bs)) {
+        qatomic_set(&st->overwritten, true);
+        return false;
+    }
+
+    return true;
+}
+
+void standby_give_up_saving(BlockDriverState *bs, int ret)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    qatomic_set(&st->overwritten, true);
+    if (qatomic_xchg(&st->saves, false)) {
+        warn_report("Replication node '%s' does not keep what its disk had "
+                    "before the primary brings it in step: %s",
+                    bdrv_get_node_name(bs), strerror(-ret));
+        qemu_bh_schedule(st->bh);
+    }
+}
+
+static void standby_bh(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationSecondary *s = secondary_state(bs);
+    BlockDriverState *hidden = s->hidden->bs;
+    ReplicationNodeStage stage;
+
+    bdrv_ref(bs);
+    bdrv_ref(hidden);
+    /* And all above, which are the primary and this node */
+    bdrv_drained_begin(hidden);
+    stage = replication_stage(bs);
+    if (stage == REPLICATION_STAGE_NONE || stage == REPLICATION_STAGE_STOPPED) {
+        /* The first write of the primary has come */
+        replication_set_stage(bs, REPLICATION_STAGE_SYNCING);
+    }
+    if (stage == REPLICATION_STAGE_RUNNING && standby_state(bs)->bypassed) {
+        secondary_bypassed(bs, standby_state(bs)->bypassed);
+    }
+    if (replication_stage(bs) == REPLICATION_STAGE_SYNCING &&
+        qatomic_read(&standby_state(bs)->overwritten)) {
+        /* Room is scarce where it was, and if this fails, nothing is lost */
+        bdrv_graph_rdlock_main_loop();
+        bdrv_make_empty(s->hidden, NULL);
+        bdrv_graph_rdunlock_main_loop();
+    }
+    bdrv_drained_end(hidden);
+    bdrv_unref(hidden);
+    bdrv_unref(bs);
+}
+
+void standby_checkpointed(BlockDriverState *bs, bool done)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    if (st) {
+        qatomic_set(&st->overwritten, !done);
+        qatomic_set(&st->saves, done && st->keep_checkpoint);
+    }
+}
+
+/* The file or the device that the data of @bs is in, or NULL */
+static const char *GRAPH_RDLOCK standby_image(BlockDriverState *bs)
+{
+    BlockDriverState *below;
+
+    while ((below = bdrv_primary_bs(bs))) {
+        bs = below;
+    }
+    if (!bs->drv || !bs->drv->protocol_name || !bs->exact_filename[0] ||
+        (strcmp(bs->drv->format_name, "file") &&
+         strcmp(bs->drv->format_name, "host_device"))) {
+        return NULL;
+    }
+
+    return bs->exact_filename;
+}
+
+static void standby_name_overlay(StandbyOverlay *overlay, const char *prefix,
+                                 const char *which)
+{
+    overlay->kept = g_strdup_printf("%s.standby-%s.qcow2", prefix, which);
+    overlay->scratch = g_strdup_printf("%s.standby-%s.scratch", prefix, which);
+}
+
+/* Such that no other disk of this host has the same names */
+static void standby_name_overlays(BlockDriverState *bs, const char *image)
+{
+    ReplicationStandby *st = standby_state(bs);
+    g_autofree char *path = image ? realpath(image, NULL) : NULL;
+    g_autofree char *prefix = NULL;
+    g_autofree char *name = NULL;
+    struct stat sb;
+
+    if (!path) {
+        name = g_strdup(bdrv_get_node_name(bs));
+    } else if (!st->overlay_dir && stat(path, &sb) == 0 &&
+               S_ISREG(sb.st_mode)) {
+        st->dir = g_path_get_dirname(path);
+        name = g_path_get_basename(path);
+    } else {
+        name = g_strdelimit(g_strdup(path + 1), "/", '-');
+    }
+    if (!st->dir) {
+        st->dir = g_canonicalize_filename(st->overlay_dir ?:
+                                          DEFAULT_OVERLAY_DIR, NULL);
+    }
+    prefix = g_build_filename(st->dir, name, NULL);
+    standby_name_overlay(&st->active, prefix, "active");
+    standby_name_overlay(&st->hidden, prefix, "hidden");
+}
+
+/* What a merge has left has data that is nowhere else */
+static bool standby_check_left(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    const StandbyOverlay *overlays[] = { &st->active, &st->hidden };
+
+    for (int i = 0; i < ARRAY_SIZE(overlays); i++) {
+        if (access(overlays[i]->kept, F_OK) < 0 && errno == ENOENT) {
+            continue;
+        }
+        error_setg(errp, "Replication node '%s' finds '%s' of an earlier one, "
+                   "which may have a part of its disk's data",
+                   bdrv_get_node_name(bs), overlays[i]->kept);
+        error_append_hint(errp, "If the disk is the one to go on with, put the "
+                          "data there with 'qemu-img commit -b DISK %s'. Then, "
+                          "or if a primary is going to overwrite the whole "
+                          "disk, remove that file and '%s'.\n",
+                          st->active.kept, st->hidden.kept);
+        return false;
+    }
+
+    return true;
+}
+
+static bool standby_create(BlockDriverState *bs, StandbyOverlay *overlay,
+                           int64_t length, int64_t cluster,
+                           const char *backing, const char *backing_fmt,
+                           Error **errp)
+{
+    ERRP_GUARD();
+    QemuOpts *opts = qemu_opts_create(bdrv_qcow2.create_opts, NULL, 0,
+                                      &error_abort);
+    int ret;
+
+    qemu_opt_set_number(opts, BLOCK_OPT_SIZE, length, &error_abort);
+    qemu_opt_set_number(opts, BLOCK_OPT_CLUSTER_SIZE, cluster, &error_abort);
+    qemu_opt_set_bool(opts, BLOCK_OPT_EXTL2, true, &error_abort);
+    if (backing) {
+        /* For qemu-img only, should nobody else be left */
+        qemu_opt_set(opts, BLOCK_OPT_BACKING_FILE, backing, &error_abort);
+        qemu_opt_set(opts, BLOCK_OPT_BACKING_FMT, backing_fmt, &error_abort);
+    }
+    ret = bdrv_create(&bdrv_qcow2, overlay->scratch, opts, errp);
+    qemu_opts_del(opts);
+    if (ret < 0) {
+        error_prepend(errp, "Replication node '%s' cannot make its overlay "
+                      "'%s': ", bdrv_get_node_name(bs), overlay->scratch);
+        return false;
+    }
+    overlay->is_scratch = true;
+
+    return true;
+}
+
+static BlockDriverState *standby_open_overlay(BlockDriverState *bs,
+                                              StandbyOverlay *overlay,
+                                              BlockDriverState *backing,
+                                              bool direct, Error **errp)
+{
+    QDict *options = qdict_new();
+    int flags = BDRV_O_RDWR | BDRV_O_UNMAP |
+                (bs->open_flags & BDRV_O_INACTIVE);
+
+    qdict_put_str(options, "driver", "qcow2");
+    qdict_put_str(options, "file.driver", "file");
+    qdict_put_str(options, "file.filename", overlay->scratch);
+    qdict_put_str(options, "backing", bdrv_get_node_name(backing));
+    qdict_put_str(options, BDRV_OPT_DISCARD, "unmap");
+    qdict_put_str(options, BDRV_OPT_CACHE_DIRECT, direct ? "on" : "off");
+
+    return bdrv_open(NULL, NULL, options, flags, errp);
+}
+
+/* Returns the active overlay, with a reference, or NULL */
+static BlockDriverState *standby_make_overlays(BlockDriverState *bs,
+                                               Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    BlockDriverState *disk, *format, *hidden, *active;
+    g_autofree char *image = NULL;
+    const char *fmt;
+    int64_t length;
+    bool direct;
+
+    bdrv_graph_rdlock_main_loop();
+    disk = bs->file->bs;
+    format = bdrv_skip_filters(disk);
+    image = g_strdup(standby_image(disk));
+    fmt = format->drv->is_format ? format->drv->format_name : "raw";
+    direct = !secondary_uses_page_cache(disk);
+    length = bdrv_getlength(disk);
+    bdrv_graph_rdunlock_main_loop();
+    if (length < 0) {
+        error_setg_errno(errp, -length, "Replication node '%s': failed to get "
+                         "the length of its disk", bdrv_get_node_name(bs));
+        return NULL;
+    }
+
+    standby_name_overlays(bs, image);
+    if (!standby_check_left(bs, errp) ||
+        !standby_create(bs, &st->hidden, length, HIDDEN_CLUSTER, image, fmt,
+                        errp) ||
+        !standby_create(bs, &st->active, length, ACTIVE_CLUSTER,
+                        st->hidden.kept, "qcow2", errp)) {
+        return NULL;
+    }
+    hidden = standby_open_overlay(bs, &st->hidden, disk, direct, errp);
+    if (!hidden) {
+        return NULL;
+    }
+    active = standby_open_overlay(bs, &st->active, hidden, direct, errp);
+    bdrv_unref(hidden);
+
+    return active;
+}
+
+static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
+{
+    BlockDriverState *disk, *active;
+    BdrvChild *file;
+    int ret;
+
+    bdrv_graph_rdlock_main_loop();
+    file = bs->file;
+    disk = file->bs;
+    bdrv_graph_rdunlock_main_loop();
+
+    if (bdrv_is_read_only(bs) || bdrv_is_read_only(disk)) {
+        error_setg(errp, "Replication node '%s' or its disk '%s' is read-only, "
+                   "and the primary writes there", bdrv_get_node_name(bs),
+                   bdrv_get_node_name(disk));
+        error_append_hint(errp, "Open both with read-only=off.\n");
+        return false;
+    }
+    active = standby_make_overlays(bs, errp);
+    if (!active) {
+        return false;
+    }
+    ret = bdrv_replace_child_bs(file, active, errp);
+    bdrv_unref(active);
+
+    if (ret < 0 || !secondary_take_chain(bs, disk, errp)) {
+        return false;
+    }
+    secondary_begin_scratch(bs);
+
+    return true;
+}
+
+/* As in stage RUNNING of any secondary, but there is no node that is named */
+static bool GRAPH_RDLOCK standby_check_parents(BlockDriverState *bs,
+                                               Error **errp)
+{
+    return !secondary_state(bs)->above || !errp ||
+           secondary_refuse_to_lose_guest(bs, errp);
+}
+
+/* What could not be refused shows when the graph lock is dropped */
+static void GRAPH_RDLOCK standby_parents_changed(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    g_autofree char *node = NULL;
+
+    if (s->above) {
+        node = replication_above_bypass(s->above, bs);
+    }
+    /* If that node is being deleted, most likely so are we */
+    if (node && bdrv_find_node(node) && !s->standby->bypassed) {
+        s->standby->bypassed = g_steal_pointer(&node);
+        qemu_bh_schedule(s->standby->bh);
+    }
+    secondary_parents_changed(bs);
+}
+
+static bool standby_sync_dir(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    int fd = qemu_open(st->dir, O_RDONLY, errp);
+    int ret;
+
+    if (fd < 0) {
+        return false;
+    }
+    ret = fsync(fd) < 0 ? -errno : 0;
+    qemu_close(fd);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Replication node '%s' cannot flush '%s'",
+                         bdrv_get_node_name(bs), st->dir);
+    }
+
+    return ret == 0;
+}
+
+static bool standby_keep_overlay(BlockDriverState *bs, StandbyOverlay *overlay,
+                                 Error **errp)
+{
+    if (overlay->is_kept) {
+        return true;
+    }
+    if (rename(overlay->scratch, overlay->kept) < 0) {
+        error_setg_errno(errp, errno, "Replication node '%s' cannot rename its "
+                         "overlay '%s' to '%s'", bdrv_get_node_name(bs),
+                         overlay->scratch, overlay->kept);
+        return false;
+    }
+    overlay->is_scratch = false;
+    overlay->is_kept = true;
+
+    return true;
+}
+
+/* From now on, a crash leaves the overlays to the guest */
+static bool standby_keep_overlays(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    return standby_keep_overlay(bs, &st->hidden, errp) &&
+           standby_keep_overlay(bs, &st->active, errp) &&
+           standby_sync_dir(bs, errp);
+}
+
+static void coroutine_fn standby_flush_entry(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationStandby *st = standby_state(bs);
+
+    bdrv_graph_co_rdlock();
+    st->flushed = secondary_settle(bs);
+    bdrv_graph_co_rdunlock();
+    qemu_bh_schedule(st->merge_bh);
+    bdrv_dec_in_flight(bs);
+}
+
+/*
+ * What the merge is going to overwrite must be nowhere else but on a disk then.
+ * The guest does not wait for that, unless it flushes.
+ */
+void standby_prepare_merge(BlockDriverState *bs)
+{
+    standby_state(bs)->prepares_merge = true;
+    bdrv_inc_in_flight(bs);
+    aio_co_schedule(bdrv_get_aio_context(bs),
+                    qemu_coroutine_create(standby_flush_entry, bs));
+}
+
+bool standby_prepares_merge(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    return st && st->prepares_merge;
+}
+
+static void standby_merge_bh(void *opaque)
+{
+    BlockDriverState *bs = opaque;
+    ReplicationStandby *st = standby_state(bs);
+    AioContext *ctx = bdrv_get_aio_context(bs);
+    Error *err = NULL;
+
+    bdrv_ref(bs);
+    bdrv_drained_begin(bs);
+    st->prepares_merge = false;
+    if (st->flushed < 0) {
+        error_setg_errno(&err, -st->flushed, "Replication node '%s' could not "
+                         "flush its overlays and its disk",
+                         bdrv_get_node_name(bs));
+    } else if (standby_keep_overlays(bs, &err)) {
+        secondary_start_commit(bs, &err);
+    }
+    if (err) {
+        error_report("%s", error_get_pretty(err));
+        secondary_failover_failed(bs, err);
+    }
+    bdrv_drained_end(bs);
+    /* The filter of the job, which has just come, may have led it away */
+    bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
+    bdrv_unref(bs);
+}
+
+static void standby_remove_overlay(StandbyOverlay *overlay)
+{
+    const char *path = overlay->is_kept ? overlay->kept : overlay->scratch;
+
+    if ((overlay->is_kept || overlay->is_scratch) && unlink(path) < 0) {
+        warn_report("Could not remove '%s', which is of no more use: %s", path,
+                    strerror(errno));
+    }
+    overlay->is_kept = false;
+    overlay->is_scratch = false;
+}
+
+static void standby_remove_overlays(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    standby_remove_overlay(&st->active);
+    standby_remove_overlay(&st->hidden);
+}
+
+static void standby_free(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    ReplicationStandby *st = s->standby;
+    StandbyOverlay *overlays[] = { &st->active, &st->hidden };
+
+    for (int i = 0; i < ARRAY_SIZE(overlays); i++) {
+        g_free(overlays[i]->scratch);
+        g_free(overlays[i]->kept);
+    }
+    qemu_bh_delete(st->bh);
+    qemu_bh_delete(st->merge_bh);
+    progress_destroy(&s->progress);
+    g_free(st->overlay_dir);
+    g_free(st->dir);
+    g_free(st->bypassed);
+    g_free(st);
+    secondary_free(bs);
+}
+
+static void standby_become_primary(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    BDRVReplicationState *node = bs->opaque;
+    WriteBehindOptions queue = s->standby->queue;
+    uint64_t timeout_ms = s->standby->timeout_ms;
+    QDict *options[] = { bs->options, bs->explicit_options };
+
+    standby_free(bs);
+    node->mode = REPLICATION_MODE_PRIMARY;
+    node->role = &replication_holder_role;
+    replication_holder_take_over(bs, &queue, timeout_ms);
+    for (int i = 0; i < ARRAY_SIZE(options); i++) {
+        qdict_put_str(options[i], REPLICATION_OPT_MODE,
+                      ReplicationMode_str(node->mode));
+        qdict_put_null(options[i], REPLICATION_OPT_REPLICA);
+        qdict_del(options[i], REPLICATION_OPT_REPLICA_NODE_NAME);
+        qdict_del(options[i], REPLICATION_OPT_OVERLAY_DIR);
+        qdict_del(options[i], REPLICATION_OPT_KEEP_CHECKPOINT);
+        qdict_del(options[i], REPLICATION_OPT_MERGE_AT_QUIT);
+    }
+    bdrv_graph_rdlock_main_loop();
+    bdrv_child_refresh_perms(bs, bs->file, NULL);
+    bdrv_graph_rdunlock_main_loop();
+}
+
+ReplicationNodeStage standby_merged(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+    int ret;
+
+    if (!st) {
+        return REPLICATION_STAGE_DONE;
+    }
+
+    /* What the guest has flushed was safe in the overlays until now */
+    bdrv_graph_rdlock_main_loop();
+    ret = bdrv_flush(bs->file->bs);
+    bdrv_graph_rdunlock_main_loop();
+    if (ret < 0) {
+        warn_report("Replication node '%s' keeps '%s' and '%s', because its "
+                    "disk could not be flushed after their merge: %s",
+                    bdrv_get_node_name(bs), st->active.kept, st->hidden.kept,
+                    strerror(-ret));
+    } else {
+        standby_remove_overlays(bs);
+    }
+    if (st->closing) {
+        return REPLICATION_STAGE_DONE;
+    }
+    standby_become_primary(bs);
+
+    return REPLICATION_STAGE_NONE;
+}
+
+static bool standby_start(BlockDriverState *bs, Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    ReplicationAbove *above = replication_above_new();
+    g_autofree char *bypass = NULL;
+    bool inactive;
+
+    bdrv_graph_rdlock_main_loop();
+    inactive = bdrv_is_inactive(bs);
+    above = replication_above_update(above, bs);
+    bypass = replication_above_bypass(above, bs);
+    bdrv_graph_rdunlock_main_loop();
+
+    if (inactive) {
+        error_setg(errp, "Cannot start replication node '%s': it is inactive",
+                   bdrv_get_node_name(bs));
+        error_append_hint(errp, "Wait for the migration to end, or activate it "
+                          "with blockdev-set-active.\n");
+        goto fail;
+    }
+    if (bypass) {
+        error_setg(errp, "Cannot start replication node '%s': what is written "
+                   "to an overlay of node '%s' does not come to it",
+                   bdrv_get_node_name(bs), bypass);
+        error_append_hint(errp, "Commit the overlay.\n");
+        goto fail;
+    }
+    if (!replication_guard_watch(s->guard)) {
+        error_setg(errp, "Cannot start replication node '%s': nobody can write "
+                   "to its node '%s'", bdrv_get_node_name(bs),
+                   bdrv_get_node_name(s->guard));
+        error_append_hint(errp, "Export that to the primary first, for example "
+                          "with block-export-add.\n");
+        goto fail;
+    }
+    s->above = above;
+    g_clear_pointer(&s->standby->bypassed, g_free);
+    qatomic_set(&s->left_behind, false);
+
+    return true;
+
+fail:
+    replication_above_free(above);
+    return false;
+}
+
+/* What start has taken; the rest stays until the node is closed or promoted */
+static void standby_release(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    if (s->above) {
+        replication_above_free(g_steal_pointer(&s->above));
+        replication_guard_unwatch(s->guard);
+    }
+}
+
+/* The disk is what the primary has written, and the next sync may come */
+static bool standby_stop(BlockDriverState *bs, Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    int ret;
+
+    if (!secondary_checkpoint(bs, errp)) {
+        return false;
+    }
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    ret = bdrv_flush(s->guard);
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "The disk of replication node '%s' could "
+                         "not be flushed", bdrv_get_node_name(bs));
+    }
+
+    return ret == 0;
+}
+
+/* If that is so, the disk is going to be this side's: see to it that it is */
+static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
+{
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (standby_can_roll_back(bs)) {
+        return bdrv_activate(bs, errp) == 0;
+    }
+    error_setg(errp, "Cannot fail over replication node '%s': the primary has "
+               "overwritten a part of its disk, and what was there was not "
+               "kept", bdrv_get_node_name(bs));
+    error_append_hint(errp, "The primary has to survive. Stop replication "
+                      "without failover, and bring the disk in step.\n");
+
+    return false;
+}
+
+static void standby_failover(BlockDriverState *bs, Error **errp)
+{
+    ERRP_GUARD();
+
+    if (standby_may_roll_back(bs, errp)) {
+        standby_release(bs);
+        secondary_failover(bs, errp);
+    } else if (!standby_can_roll_back(bs)) {
+        replication_lose_checkpoint(bs, error_copy(*errp));
+    }
+}
+
+static bool standby_may_detach(BlockDriverState *bs, Error **errp)
+{
+    switch (replication_stage(bs)) {
+    case REPLICATION_STAGE_FAILOVER:
+    case REPLICATION_STAGE_FAILOVER_FAILED:
+    case REPLICATION_STAGE_DONE:
+        error_setg(errp, "Replication node '%s' has no primary any more: it "
+                   "has failed over", bdrv_get_node_name(bs));
+        return false;
+    case REPLICATION_STAGE_RUNNING:
+        if (!runstate_check(RUN_STATE_RUNNING)) {
+            break;
+        }
+        error_setg(errp, "Cannot throw away what the guest has written to "
+                   "replication node '%s' while it runs",
+                   bdrv_get_node_name(bs));
+        error_append_hint(errp, "Stop the VM, which has to be reset "
+                          "afterwards.\n");
+        return false;
+    default:
+        break;
+    }
+
+    return standby_may_roll_back(bs, errp);
+}
+
+static void standby_detach(BlockDriverState *bs, Error **errp)
+{
+    if (!standby_may_detach(bs, errp)) {
+        return;
+    }
+    bdrv_drain_all_begin();
+    if (secondary_empty_active(bs, errp)) {
+        standby_release(bs);
+        secondary_failover(bs, errp);
+    }
+    bdrv_drain_all_end();
+}
+
+static int coroutine_fn GRAPH_RDLOCK
+standby_co_write(BlockDriverState *bs, const WriteRequest *w)
+{
+    /* There is no guest any more, and its overlay stays empty */
+    if (replication_stage(bs) == REPLICATION_STAGE_STOPPED) {
+        return -EIO;
+    }
+
+    return secondary_co_write(bs, w);
+}
+
+static bool standby_may_resize(BlockDriverState *bs, int64_t length,
+                               Error **errp)
+{
+    error_setg(errp, "Cannot resize the disk of replication node '%s', which "
+               "has overlays of its length", bdrv_get_node_name(bs));
+    error_append_hint(errp, "Remove the node, resize the disk on both sides, "
+                      "and add the node again.\n");
+
+    return false;
+}
+
+static void standby_get_stats(BlockDriverState *bs,
+                              BlockStatsSpecificReplication *stats)
+{
+    secondary_get_stats(bs, stats);
+    stats->u.secondary.has_rollback_available = true;
+    stats->u.secondary.rollback_available = standby_can_roll_back(bs);
+}
+
+/* Whether the overlays have what nobody else may have */
+static bool standby_is_worth_keeping(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    switch (replication_stage(bs)) {
+    case REPLICATION_STAGE_RUNNING:
+    case REPLICATION_STAGE_SYNCING:
+        return standby_can_roll_back(bs) &&
+               (secondary_copied_bytes(bs) > s->copied_before ||
+                stat64_get(&s->active_bytes));
+    case REPLICATION_STAGE_FAILOVER:
+    case REPLICATION_STAGE_FAILOVER_FAILED:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Somebody closes the node, or it could not be opened */
+static void standby_cleanup(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    ReplicationStandby *st = s->standby;
+    Error *local_err = NULL;
+
+    st->closing = true;
+    if (standby_is_worth_keeping(bs) &&
+        !standby_keep_overlays(bs, &local_err)) {
+        warn_report_err(local_err);
+    }
+    if (s->guard) {
+        /* It stays as long as the primary is there */
+        bdrv_drained_begin(s->guard);
+        replication_guard_fence(s->guard);
+        bdrv_drained_end(s->guard);
+    }
+    secondary_release(bs);
+    if (st->active.is_kept) {
+        warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
+                    "part of its disk's data", bdrv_get_node_name(bs),
+                    st->active.kept, st->hidden.kept);
+    } else {
+        standby_remove_overlays(bs);
+    }
+    standby_free(bs);
+}
+
+static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
+{
+    const char *name = qemu_opt_get(opts, REPLICATION_OPT_REPLICA_NODE_NAME);
+    ReplicationStandby options = {};
+    ReplicationSecondary *s;
+
+    if (qemu_opt_get(opts, REPLICATION_OPT_TOP_ID)) {
+        error_setg(errp, "Parameters '" REPLICATION_OPT_TOP_ID "' and '"
+                   REPLICATION_OPT_REPLICA_NODE_NAME "' exclude each other");
+        return false;
+    }
+    if (!replication_primary_get_opts(opts, &options.queue,
+                                      &options.timeout_ms, errp) ||
+        !secondary_new(bs, opts, errp)) {
+        return false;
+    }
+
+    s = secondary_state(bs);
+    options.overlay_dir =
+        g_strdup(qemu_opt_get(opts, REPLICATION_OPT_OVERLAY_DIR));
+    options.keep_checkpoint =
+        qemu_opt_get_bool(opts, REPLICATION_OPT_KEEP_CHECKPOINT, true);
+    options.saves = options.keep_checkpoint;
+    options.bh = aio_bh_new(qemu_get_aio_context(), standby_bh, bs);
+    options.merge_bh = aio_bh_new(qemu_get_aio_context(), standby_merge_bh, bs);
+    s->guard_name = g_strdup(name);
+    s->standby = g_memdup2(&options, sizeof(options));
+    progress_init(&s->progress);
+
+    return true;
+}
+
+const ReplicationRole replication_standby_role = {
+    .is_standby         = true,
+
+    .init               = standby_init,
+    .cleanup            = standby_cleanup,
+    .opened             = standby_opened,
+    .child_perm         = secondary_child_perm,
+    .check_parents      = standby_check_parents,
+    .parents_changed    = standby_parents_changed,
+
+    .start              = standby_start,
+    .in_sync            = secondary_in_sync,
+    .checkpoint         = secondary_checkpoint,
+    .stop               = standby_stop,
+    .failover           = standby_failover,
+    .detach             = standby_detach,
+    .get_error          = secondary_get_error,
+    .get_stats          = standby_get_stats,
+    .release            = standby_release,
+    .finish             = secondary_finish,
+
+    .may_resize         = standby_may_resize,
+    .co_write           = standby_co_write,
+    .co_flush           = secondary_co_flush,
+    .left_behind        = secondary_left_behind,
+};
