@@ -1430,7 +1430,7 @@ static void holder_failover(BlockDriverState *bs, Error **errp)
 }
 
 static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
-                       uint64_t timeout_ms)
+                       uint64_t timeout_ms, uint64_t log_size)
 {
     BDRVReplicationState *node = bs->opaque;
     ReplicationHolder *s;
@@ -1438,7 +1438,7 @@ static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
     s = node->holder = g_new0(ReplicationHolder, 1);
     s->queue_options = *queue;
     s->timeout_ms = timeout_ms;
-    s->log_size = DEFAULT_LOG_SIZE;
+    s->log_size = log_size;
     s->above = replication_above_new();
     qemu_co_mutex_init(&s->ranges_lock);
     QLIST_INIT(&s->ranges);
@@ -1458,10 +1458,9 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
         return false;
     }
-    holder_new(bs, &queue, timeout_ms);
-    holder_state(bs)->log_size = qemu_opt_get_size(opts,
-                                                   REPLICATION_OPT_LOG_SIZE,
-                                                   DEFAULT_LOG_SIZE);
+    holder_new(bs, &queue, timeout_ms,
+               qemu_opt_get_size(opts, REPLICATION_OPT_LOG_SIZE,
+                                 DEFAULT_LOG_SIZE));
 
     return true;
 }
@@ -1474,7 +1473,8 @@ void replication_holder_take_over(BlockDriverState *bs,
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    holder_new(bs, queue, timeout_ms);
+    /* Without metadata, which a secondary cannot have */
+    holder_new(bs, queue, timeout_ms, 0);
     holder_state(bs)->changes =
         replication_changes_new(bs->total_sectors * BDRV_SECTOR_SIZE);
     /* If that is not the length, it is known before a replica is attached */
