@@ -15,7 +15,7 @@ CONFIGURE=(
     --without-default-features
     --enable-{system,tools,replication,kvm,tcg}
     --enable-{linux-aio,linux-io-uring,colo-proxy}
-    --enable-{avx2,cap-ng,gnutls,keyring,libusb,numa,pixman,seccomp,slirp}
+    --enable-{cap-ng,gnutls,keyring,libusb,numa,pixman,seccomp,slirp}
     --enable-{tpm,usb-redir,vhost-kernel,vhost-net,vhost-user,vnc,zstd}
     --disable-docs
     --disable-download
@@ -86,6 +86,9 @@ choose_source() {
         PRISTINE=$(fetch_source "$BASE_NAME") ||
             die "no source of QEMU $BASE_NAME: $PRISTINE"
     fi
+    # newer ones have it without being asked
+    ! grep -q "'avx2'" "$PRISTINE/meson_options.txt" ||
+        OPTIONS+=(--enable-avx2)
     FROM=(--base "$BASE_NAME" --pristine "$PRISTINE")
 }
 
