@@ -92,6 +92,7 @@ static void test_damage(void)
 static void test_rotate(void)
 {
     ReplicationOwnRecord own = { .base = gen('b') };
+    QemuUUID base = gen('b');
 
     replication_own_record_rotate(&own);
     g_assert(qemu_uuid_is_null(&own.history[0]));
@@ -104,7 +105,7 @@ static void test_rotate(void)
         g_assert_cmpmem(&own.history[1], 7 * sizeof(QemuUUID), &old.history[0],
                         7 * sizeof(QemuUUID));
     }
-    g_assert(qemu_uuid_is_equal(&own.base, &(QemuUUID[]) { gen('b') }[0]));
+    g_assert(qemu_uuid_is_equal(&own.base, &base));
 }
 
 /*
@@ -233,6 +234,7 @@ static void check_error(const Rule *rule, const ReplicationRecords *r,
 {
     const char *text = error_get_pretty(err);
     char generation[UUID_STR_LEN];
+    QemuUUID current = gen('c');
 
     g_assert(rule->error);
     g_assert(strstr(text, rule->error));
@@ -240,7 +242,7 @@ static void check_error(const Rule *rule, const ReplicationRecords *r,
     if (strstr(rule->error, "damaged") || strstr(rule->error, "version")) {
         return;
     }
-    qemu_uuid_unparse(&(QemuUUID[]) { gen('c') }[0], generation);
+    qemu_uuid_unparse(&current, generation);
     g_assert(strstr(text, generation));
     qemu_uuid_unparse(replication_records_has_peer(r) ? &r->peer.generation :
                       &r->own.current, generation);
