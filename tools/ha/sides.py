@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Two keepers on this machine, each with an address of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+from guest import Guest
+from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
+
+PROGRAM = Path(__file__).resolve().parents[2] / 'ha/qemu-replication'
+POLL = 0.05
+# Its start and its check of all that it has want much of the CPU
+GUEST_SECONDS = 200.0
+NAMES = ('east', 'west')
+Json = Dict[str, Any]
+
+
+class SideError(Exception):
+    """A keeper did not do what it had to."""
+
+
+def toml(table: Json, name: str = '') -> str:
+    """As much of TOML as a configuration has."""
+    plain, tables = [], []
+    for key, value in table.items():
+        below = f'{name}.{key}' if name else key
+        if isinstance(value, dict):
+            tables.append(toml(value, below))
+        elif isinstance(value, list) and value \
+                and isinstance(value[0], dict):
+            tables += [f'[[{below}]]\n{toml(each)}' for each in value]
+        else:
+            plain.append(f'{key} = {json.dumps(value)}')
+    head = f'[{name}]\n' if name and plain else ''
+    return head + '\n'.join(plain + tables) + '\n'
+
+
+def addresses() -> List[str]:
+    """Two that no other test has."""
+    net = f'127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}'
+    return [f'{net}.1', f'{net}.2']
+
+
+def configuration(build: Path, folder: Path, disks: Disks) -> Json:
+    """A VM without a guest."""
+    return {
+        'run': f'{folder}/{{host}}', 'state': f'{folder}/{{host}}/state',
+        'vm': {'name': 'vm1', 'qemu': str(build / 'qemu-system-x86_64'),
+               'arguments': []},
+        'disk': [{'file': f'{folder}/{{host}}/disk{disk}.raw',
+                  'size': str(disks.size), 'format': 'raw',
+                  'device': f'virtio-blk-pci,id=vd{disk}'}
+                 for disk in range(disks.count)],
+        'host': {name: {'address': address}
+                 for name, address in zip(NAMES, addresses())},
+        'limits': {'checkpoint_ms': 500, 'answer': 5, 'stalled': 5}}
+
+
+def with_guest(config: Json, guest: Guest, disks: Disks) -> Json:
+    """The guest that checks every block it has written."""
+    accel = accelerator()
+    return dict(config, vm=dict(config['vm'], arguments=[
+        '-nodefaults', '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
+        '-machine', f'pc,accel={accel}', '-m', '160',
+        '-cpu', 'host' if accel == 'kvm' else 'qemu64',
+        '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
+        '-append', 'console=ttyS0 quiet panic=-1 ' + disks.kernel_arguments,
+        '-chardev', 'file,id=log,path={run}/guest.log',
+        '-serial', 'chardev:log',
+        '-chardev', 'socket,id=work,path={run}/work.sock,server=on,wait=off',
+        '-serial', 'chardev:work']))
+
+
+class Side:
+    """A host: its keeper, and the QEMU that this one has started."""
+
+    def __init__(self, config: Path, folder: Path, name: str) -> None:
+        self.config = config
+        self.folder = folder / name
+        self.name = name
+        self.folder.mkdir(exist_ok=True)
+        self._keeper: Optional['subprocess.Popen[bytes]'] = None
+        self._console: Optional[Console] = None
+        self._closing = threading.Event()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._told = self.folder / 'status.json'
+
+    def start(self) -> None:
+        """Start the keeper, and wait until it answers."""
+        if not self._listener.is_alive():
+            self._listener.start()
+        self._told.unlink(missing_ok=True)
+        with open(self.folder / 'keeper.log', 'ab') as log:
+            # pylint: disable=consider-using-with
+            self._keeper = subprocess.Popen(
+                ['setpriv', '--pdeathsig', 'KILL', str(PROGRAM), 'keeper',
+                 str(self.config), '--host', self.name],
+                stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self.wait(lambda: self.status() is not None, 'the keeper')
+
+    def kill_keeper(self) -> None:
+        """Kill the keeper; QEMU goes on."""
+        assert self._keeper
+        self._keeper.kill()
+        self._keeper.wait(timeout=STEP_SECONDS)
+
+    def status(self) -> Optional[Json]:
+        """What the keeper has told last."""
+        if not self._told.exists():
+            return None
+        return dict(json.loads(self._told.read_text('utf-8')))
+
+    @property
+    def state(self) -> str:
+        """Where the keeper is in its table."""
+        return str((self.status() or {'state': 'none'})['state'])
+
+    def run(self, command: str, *words: str
+            ) -> 'subprocess.CompletedProcess[str]':
+        """Use the command line."""
+        return subprocess.run(
+            [str(PROGRAM), command, str(self.config), '--host', self.name,
+             *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=GUEST_SECONDS, check=False)
+
+    def order(self, command: str, *words: str, status: int = 0) -> str:
+        """Have something done; return what is said."""
+        done = self.run(command, *words)
+        if done.returncode != status:
+            raise SideError(f'{self.name}: {command} {" ".join(words)}: '
+                            f'status {done.returncode}: {done.stdout}')
+        return done.stdout
+
+    @property
+    def pid(self) -> int:
+        """QEMU's."""
+        told = self.status()
+        if not told or not told['pid']:
+            raise SideError(f'{self.name}: no QEMU runs')
+        return int(told['pid'])
+
+    def signal(self, number: signal.Signals) -> int:
+        """Send QEMU a signal; return who got it."""
+        pid = self.pid
+        os.kill(pid, number)
+        return pid
+
+    def wait(self, done: Callable[[], bool], what: str,
+             seconds: float = STEP_SECONDS) -> None:
+        """Wait for something that can be asked for."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            if time.monotonic() > deadline:
+                raise SideError(f'{self.name}: {what} took more than '
+                                f'{seconds:.0f} s: {self.status()}; the '
+                                f'guest: {self.heard()}')
+            time.sleep(POLL)
+
+    def heard(self) -> str:
+        """What was last heard of the guest."""
+        console = self._console
+        return 'nothing' if not console else \
+            f'{console.beat}, {console.lines("FAIL", "WRONG", "CHECKED")}, ' \
+            f'{"closed" if console.closed else "open"}'
+
+    def wait_for(self, *states: str) -> None:
+        """Wait until it is in one of some states."""
+        self.wait(lambda: self.state in states, ' or '.join(states))
+
+    def _listen(self) -> None:
+        """Hear each QEMU's guest from the start.
+
+        A serial port that is migrated to where nobody listens may stand
+        still.
+        """
+        heard = 0
+        while not self._closing.wait(POLL):
+            pid = (self.status() or {}).get('pid')
+            if pid and pid != heard:
+                try:
+                    fresh = Console(self.folder / 'work.sock')
+                except OSError:
+                    # it is not that far
+                    continue
+                if self._console:
+                    self._console.close()
+                self._console, heard = fresh, pid
+
+    @property
+    def console(self) -> Console:
+        """What the guest of this QEMU says."""
+        self.wait(lambda: self._console is not None
+                  and not self._console.closed, 'a guest')
+        assert self._console
+        return self._console
+
+    def check_guest(self) -> int:
+        """Have the guest check all that it ever wrote.
+
+        Returns how many blocks that were; a wrong one is an error.
+        """
+        console, since = self.console, time.time()
+
+        def works() -> bool:
+            beat = console.beat
+            return bool(beat and beat.when > since and beat.ready)
+
+        def heard(done: Callable[[], bool]) -> Callable[[], bool]:
+            """Or what is no good."""
+            return lambda: (done() or console.closed
+                            or bool(console.lines('FAIL', 'WRONG')))
+
+        self.wait(heard(works), "the guest's work", GUEST_SECONDS)
+        before = len(console.lines('CHECKED'))
+        console.send('check')
+        self.wait(heard(lambda: len(console.lines('CHECKED')) > before),
+                  "the guest's check", GUEST_SECONDS)
+        told = console.lines('FAIL', 'WRONG', 'CHECKED')
+        if not told or fields(told[0]).get('wrong') != '0':
+            raise SideError(f'{self.name}: the guest says: {told}')
+        return int(fields(told[-1])['blocks'])
+
+    @property
+    def last_pid(self) -> int:
+        """QEMU's, whether or not there is a keeper."""
+        return int((self.folder / 'qemu.pid').read_text('utf-8'))
+
+    def words(self) -> str:
+        """What keeper and QEMU have said."""
+        return '\n'.join(f'{path}:\n{path.read_text("utf-8")}' for path in (
+            self.folder / 'keeper.log', self.folder / 'qemu.log')
+            if path.exists())
+
+    def close(self) -> None:
+        """End the keeper and its QEMU, whatever they do."""
+        self._closing.set()
+        if self._listener.is_alive():
+            self._listener.join(STEP_SECONDS)
+        if self._console:
+            self._console.close()
+        if self._keeper:
+            self.kill_keeper()
+        try:
+            pid = self.last_pid
+            line = Path(f'/proc/{pid}/cmdline').read_bytes()
+            if bytes(self.folder) in line:
+                os.kill(pid, signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            # it has ended
+            pass
