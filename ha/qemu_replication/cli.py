@@ -50,7 +50,7 @@ def parse(words: List[str]) -> argparse.Namespace:
                                      metavar='COMMAND')
     texts = {name: (getattr(Commands, name).__doc__ or '').rstrip('.')
              for name in ('protect', 'standby', 'failover', 'alone', 'switch',
-                          'stop')}
+                          'stop', 'demote', 'quit')}
     for name, text in {**texts, **HELP}.items():
         command = commands.add_parser(name, help=text, description=text,
                                       epilog=STATUSES)

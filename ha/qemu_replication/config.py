@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration of a VM: one file, the same on both hosts."""
 
+import os
 import re
 import socket
 import tomllib
@@ -178,6 +179,7 @@ def _read(kind: Type[T], table: Any, where: str) -> T:
 
 
 def _choose_host(path: Path, hosts: Dict[str, Host], name: str) -> str:
+    name = name or os.environ.get('QEMU_REPLICATION_HOST', '')
     if not name:
         name = socket.gethostname().split('.')[0]
         if name not in hosts:

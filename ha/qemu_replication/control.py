@@ -8,6 +8,7 @@ keeper answers with lines {"say": TEXT} until the last, {"status": NUMBER}.
 import asyncio
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Callable, Container, Dict, NamedTuple
 
@@ -25,6 +26,10 @@ LONG_SECONDS = 3600.0
 RUNS_VM = tuple(name for name, state in STATES.items()
                 if state.role == PRIMARY
                 and name not in ('booting', 'promoting', 'stuck'))
+IDLE = tuple(name for name, state in STATES.items()
+             if state.role == STANDBY)
+# So long after its last answer the keeper ends
+QUIT_SECONDS = 0.2
 Say = Callable[[str], None]
 
 
@@ -169,6 +174,18 @@ class Commands:
             await self._post('stop')
         return Goal(AT_REST, (), self._config.limits.answer + 60)
 
+    async def demote(self, _force: bool) -> Goal:
+        """End QEMU here, for the other side to take the VM."""
+        if STATES[self._keeper.state].role == PRIMARY:
+            await self._post('demote')
+        return Goal(AT_REST + IDLE, (), self._config.limits.answer + 60)
+
+    async def quit(self, _force: bool) -> Goal:
+        """End the keeper, but not QEMU."""
+        asyncio.get_running_loop().call_later(
+            QUIT_SECONDS, os.kill, os.getpid(), signal.SIGTERM)
+        return Goal(STATES, (), 1)
+
 
 class Control:
     """The socket."""
@@ -192,7 +209,8 @@ class Control:
         try:
             request = json.loads(await reader.readline())
             if request['command'] == 'status':
-                send(await self._status())
+                send(await self._status() if request.get('other', True)
+                     else self._keeper.status())
             else:
                 send({'status': await self._do(
                     request, lambda text: send({'say': text}))})

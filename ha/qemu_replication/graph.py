@@ -28,10 +28,10 @@ Commands = Iterator[Tuple[str, Json]]
 
 LIMITS = 'limits'
 UNMAP = {'discard': 'unmap'}
-# Of the primary's network
-FILTERS = ('m0', 'r0', 'r1', 'comp0', 'io0')
+# Of the network, on either side; rew0 stays, which old connections need
+FILTERS = ('m0', 'r0', 'r1', 'comp0', 'io0', 'f2', 'f1')
 CHARDEVS = ('mirror0', 'compare1', 'compare0-in', 'compare0', 'out0-in',
-            'out0')
+            'out0', 'red1', 'red0')
 # The guest writes new blocks of it at nearly the speed of a plain disk then
 ACTIVE_OPTIONS = 'extended_l2=on,cluster_size=128k'
 # Unlimited: the guest must not wait for a migration that is throttled
@@ -236,16 +236,11 @@ def yank(config: Config) -> List[Json]:
         for number in range(len(config.disks)))]
 
 
-def promoted(config: Config) -> Commands:
+def promoted(config: Config, nodes: List[str]) -> Commands:
     """Have a standby that was promoted be like a primary."""
-    yield 'nbd-server-stop', {}
-    if config.network.device:
-        for name in ('f2', 'f1'):
-            yield 'object-del', {'id': name}
-        for name in ('red1', 'red0'):
-            yield 'chardev-remove', {'id': name}
     for number in range(len(config.disks)):
-        yield 'blockdev-add', _top(config, number, f'replication{number}')
+        if top(number) not in nodes:
+            yield 'blockdev-add', _top(config, number, f'replication{number}')
         yield 'blockdev-reopen', {'options': [_root(number, top(number))]}
 
 

@@ -148,7 +148,7 @@ class Keeper(Works):
             # it may not run by itself, and does no harm when it stands by
             await self._enter('arming', 'this host has stood by')
         elif self.facts.data:
-            await self._enter('down', 'this host has run the VM')
+            await self._enter('waiting', 'this host has run the VM')
         else:
             await self._tell()
         notify('READY=1')
@@ -161,6 +161,9 @@ class Keeper(Works):
         if self.facts.data == 'replica':
             running = all(node['stage'] == 'running' for node in nodes)
             return 'secondary' if in_colo and running else 'arming'
+        if not any(node['mode'] == 'primary' for node in nodes):
+            # it was promoted, but that was not all
+            return 'promoting'
         if in_colo:
             return 'protected' if self._protects(nodes) else 'asking'
         return 'detaching'
@@ -171,8 +174,6 @@ class Keeper(Works):
         if self._off:
             self.post('off', 'the guest was shut down')
         else:
-            if self.state == 'protected':
-                self.judge.died_in_step()
             self.post('died', self.machine.ended)
 
     def _on_event(self, event: Json) -> None:
@@ -215,7 +216,7 @@ class Keeper(Works):
         mine = [node for node in nodes if node['mode'] == 'secondary']
         if self.state == 'standby' and mine and all(
                 node['stage'] == 'running' for node in mine):
-            self._tries = 0
+            self._tries, self._in_step_since = 0, time.time()
             self.post('in-step', 'the primary has brought it in step')
         elif self.state == 'secondary' and self._colo_ended:
             self.post('lost', 'COLO has ended')
@@ -243,6 +244,7 @@ class Keeper(Works):
             'progress': self.progress,
             'protected': self.state in ('protected', 'secondary')
             and self._protects(nodes),
+            'in-step-since': self._in_step_since,
             'facts': asdict(self.facts), 'pid': self.machine.pid
             if self.machine.runs else None,
             'guest': self._look.get('status', 'none'), 'disks': [

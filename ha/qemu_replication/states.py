@@ -25,6 +25,8 @@ class State:
     on: Dict[str, str] = field(default_factory=dict)
 
 
+# Of a QEMU that runs the VM; the cluster may have the peer take it then
+ENDS = {'stop': 'stopped', 'demote': 'waiting'}
 STATES = {
     # nothing runs
     'stopped': State(
@@ -34,8 +36,13 @@ STATES = {
         'nothing runs here, and the peer has the VM', data=REPLICA, on={
             'boot': 'booting', 'arm': 'arming'}),
     'down': State(
-        'QEMU has died while it ran the VM', work='wait_for_new_primary',
+        'QEMU has died while it ran the VM', work='tell_death',
         on={'boot': 'booting', 'arm': 'arming', 'yield': 'arming',
+            'done': 'arming', 'stop': 'stopped'}),
+    'waiting': State(
+        'has run the VM, and waits to hear who has it now', work='wait',
+        on={
+            'boot': 'booting', 'arm': 'arming', 'yield': 'arming',
             'done': 'arming', 'stop': 'stopped'}),
 
     # the VM runs here
@@ -45,38 +52,38 @@ STATES = {
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
             'done': 'copying', 'hold': 'held', 'died': 'down',
-            'off': 'stopped', 'stop': 'stopped'}),
+            'off': 'stopped', **ENDS}),
     'held': State(
         'runs the VM, and was told not to protect it', PRIMARY, on={
             'protect': 'alone', 'died': 'down', 'off': 'stopped',
-            'stop': 'stopped'}),
+            **ENDS}),
     'copying': State(
         'brings the disks of the peer in step', PRIMARY, 'copy', on={
             'done': 'migrating', 'failed': 'detaching', 'lost': 'detaching',
             'drop': 'detaching', 'died': 'down', 'off': 'stopped',
-            'stop': 'stopped'}),
+            **ENDS}),
     'migrating': State(
         'brings the memory of the peer in step', PRIMARY, 'migrate',
         'memory', SHARED, on={
             'done': 'protected', 'failed': 'asking', 'lost': 'asking',
             'not-begun': 'detaching', 'drop': 'detaching', 'died': 'down',
-            'off': 'stopped', 'stop': 'stopped'}),
+            'off': 'stopped', **ENDS}),
     'protected': State(
         'runs the VM, and the peer is in step', PRIMARY, on={
             'lost': 'asking', 'drop': 'detaching', 'switch': 'handing',
             'yield': 'arming', 'died': 'down', 'off': 'stopped',
-            'stop': 'stopped'}),
+            **ENDS}),
     'handing': State(
         'waits for a checkpoint, and for the peer to take the VM', PRIMARY,
         'hand_over', 'failover', on={
             'done': 'protected', 'failed': 'protected', 'lost': 'asking',
-            'yield': 'arming', 'died': 'down', 'stop': 'stopped'}),
+            'yield': 'arming', 'died': 'down', **ENDS}),
     'asking': State(
         'has lost the peer, and waits for word that it is down', PRIMARY,
         'ask', on={
             'done': 'detaching', 'drop': 'detaching', 'ousted': 'arming',
             'yield': 'arming', 'died': 'down', 'off': 'stopped',
-            'stop': 'stopped'}),
+            **ENDS}),
     'detaching': State(
         'goes on alone', PRIMARY, 'detach', 'failover', SOLE, on={
             'done': 'alone', 'hold': 'held', 'failed': 'stuck',
@@ -84,7 +91,7 @@ STATES = {
     'stuck': State(
         'could not go on alone', PRIMARY, on={
             'drop': 'detaching', 'died': 'down', 'off': 'stopped',
-            'stop': 'stopped'}),
+            **ENDS}),
 
     # this host stands by
     'arming': State(
@@ -115,6 +122,6 @@ STATES = {
             'died': 'down'}),
 }
 # Where the VM does not run and is not about to
-AT_REST = ('stopped', 'yielded', 'down')
+AT_REST = ('stopped', 'yielded', 'down', 'waiting')
 # Where the VM can be taken from, as far as this keeper knows
 PROMOTABLE = ('secondary', 'orphan')

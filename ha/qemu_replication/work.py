@@ -11,7 +11,7 @@ from typing import Awaitable, Callable, List
 from . import graph
 from .config import Config, Json
 from .facts import Facts
-from .judge import Judge, Verdict
+from .judge import Verdict, new_judge
 from .machine import Machine
 from .monitor import Failed, Monitor
 from .peer import Peer, Unreachable
@@ -36,9 +36,11 @@ class Works:
         self.facts = Facts.read(self.facts_path)
         # why it came to this, what is in the way, and how far it is
         self.why = self.problem = self.progress = ''
-        self.judge = Judge(self)
+        self.judge = new_judge(self)
         # a person does not want it protected
         self.hold = False
+        # from when on the peer may have been in step
+        self._in_step_since = time.time()
         self._tries = 0
         self._off = self._colo_ended = False
 
@@ -75,6 +77,7 @@ class Works:
         self._new_run()
         self.save_facts()
         await self._start(graph.primary_nodes(self.config), [])
+        await self.judge.promoted()
 
     def _new_run(self) -> None:
         self.facts.run, self.facts.replica_of = secrets.token_hex(8), ''
@@ -148,6 +151,7 @@ class Works:
                 raise Failed(f'{node["node"]}: the copy has failed')
 
     async def _do_migrate(self) -> None:
+        self._in_step_since = time.time()
         await self._monitor.all(graph.connect_network(
             self.config, 'rew0' in await self._objects()))
         await self._monitor.all(graph.migrate(self.config))
@@ -208,7 +212,7 @@ class Works:
     async def _do_ask(self) -> str:
         """Go on only when the peer cannot take the VM any more."""
         while True:
-            verdict = await self.judge.of_peer()
+            verdict = await self.judge.of_peer(self._in_step_since)
             if verdict is Verdict.OUT:
                 return 'done'
             if verdict is Verdict.PROMOTED:
@@ -262,6 +266,9 @@ class Works:
             await self._monitor.attempt('x-block-replica-detach', {
                 'node-name': graph.top(number), 'force': True})
             await self._until(partial(self._deleted, graph.link(number)))
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
         chardevs = await self._monitor.cmd('query-chardev')
         await self._monitor.all(graph.disconnect_network(
             await self._objects(), [item['label'] for item in chardevs]))
@@ -271,9 +278,17 @@ class Works:
                                           {'node-name': node})
         return why is None or 'Failed to find node' in why
 
-    async def _do_wait_for_new_primary(self) -> None:
-        """The peer may have got the VM while this host was down."""
-        await self.machine.end()
+    async def _do_tell_death(self) -> None:
+        await self.judge.has_ended(True)
+        await self._wait_for_new_primary()
+
+    async def _do_wait(self) -> None:
+        await self.machine.end(QUIT_SECONDS)
+        await self.judge.has_ended(False)
+        await self._wait_for_new_primary()
+
+    async def _wait_for_new_primary(self) -> None:
+        """The peer may have got the VM, or will."""
         while True:
             try:
                 told = await self.peer.ask('status')
@@ -315,14 +330,21 @@ class Works:
         raise Failed(why, 'orphaned' if self._colo_ended else 'failed')
 
     async def _do_promote(self) -> None:
-        for node in await self._monitor.replication():
-            if node['stage'] != 'running':
-                raise Failed(f'{node["node"]} is {node["stage"]}: there is no '
-                             'checkpoint to go back to', 'unfit')
-        self.facts.generation += 1
-        self.facts.data, self.facts.merging = SOLE, True
-        self._new_run()
-        self.save_facts()
-        await self._monitor.cmd('x-colo-lost-heartbeat')
+        nodes = await self._monitor.replication()
+        if (await self._monitor.cmd('query-migrate'))['status'] == 'colo':
+            for node in nodes:
+                if node['stage'] != 'running':
+                    raise Failed(f'{node["node"]} is {node["stage"]}: there '
+                                 'is no checkpoint to go back to', 'unfit')
+            self.facts.generation += 1
+            self.facts.data, self.facts.merging = SOLE, True
+            self._new_run()
+            self.save_facts()
+            await self._monitor.cmd('x-colo-lost-heartbeat')
         await self._wait_until_running()
-        await self._monitor.all(graph.promoted(self.config))
+        # an earlier keeper may have done it
+        await self._monitor.attempt('nbd-server-stop')
+        await self._disconnect()
+        await self._monitor.all(graph.promoted(
+            self.config, [node['node'] for node in nodes]))
+        await self.judge.promoted()

@@ -7,6 +7,7 @@ whose guest has checked every block that it ever wrote.
 """
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -16,7 +17,6 @@ import unittest
 from pathlib import Path
 from typing import Dict, List
 
-import command
 from guest import get_guest
 from guesthost import MIB, Disks
 from sides import NAMES, Side, configuration, toml, with_guest
@@ -43,7 +43,8 @@ class PairTest(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
-        command.begin()
+        # unittest goes on after any other exception
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         # pylint: disable=consider-using-with
         holder = tempfile.TemporaryDirectory(prefix='ha-')
         cls.addClassCleanup(holder.cleanup)
@@ -63,6 +64,7 @@ class PairTest(unittest.TestCase):
         for name in NAMES:
             cls.sides[name] = Side(path, cls.folder, name)
             cls.addClassCleanup(cls.sides[name].close)
+            atexit.register(cls.sides[name].close)
         cls._first_start()
 
     @classmethod
