@@ -64,8 +64,9 @@ def mypy(args: argparse.Namespace) -> bool:
                                   ROOT / 'ha']))
         files = scripts(str(folder.relative_to(ROOT)), 'python', '.py')
         if files:
-            good &= run(['mypy', '--strict', '--follow-imports=silent']
-                        + files, {'MYPYPATH': path})
+            good &= run(['mypy', '--strict', '--follow-imports=silent',
+                         '--scripts-are-modules'] + files,
+                        {'MYPYPATH': path})
     tests = args.tree / IOTESTS
     path = f'{args.tree / "python"}:{tests}'
     for file in scripts(IOTESTS, 'python', '.py'):
