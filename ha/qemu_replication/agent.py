@@ -207,11 +207,9 @@ class Agent:
         if told['state'] in AT_REST:
             return SUCCESS if self.order('protect', wait=False) == DONE \
                 else ERROR
-        # the peer's keeper is asked first; else the cluster has to know
-        status = self.order('failover')
-        if status != DONE and self._peer_is_down(told['in-step-since']):
-            status = self.order('failover', force=True)
-        return SUCCESS if status == DONE else ERROR
+        # what the cluster does not know, the peer's keeper is asked
+        down = self._peer_is_down(told['in-step-since'])
+        return SUCCESS if self.order('failover', down) == DONE else ERROR
 
     def _peer_is_down(self, since: float) -> bool:
         """It is not in our part of the cluster, which has quorum."""

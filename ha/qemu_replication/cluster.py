@@ -103,12 +103,8 @@ def was_fenced(node: str, since: float) -> bool:
 
 
 def _seconds(text: str) -> float:
-    """When something was, by stonith_admin."""
-    for form in ('%Y-%m-%d %H:%M:%S.%f %z', '%Y-%m-%d %H:%M:%S %z',
-                 '%a %b %d %H:%M:%S %Y'):
-        try:
-            return datetime.strptime(text, form).timestamp()
-        except ValueError:
-            # another version
-            pass
-    return 0.0
+    """When something was, by stonith_admin: "2026-11-29 23:59:59Z"."""
+    try:
+        return datetime.fromisoformat(text.replace(' +', '+')).timestamp()
+    except ValueError:
+        return 0.0
