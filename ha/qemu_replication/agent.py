@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from . import check, cluster
-from .cli import ask
+from .client import DONE, ask
 from .config import Config, ConfigError, Json, config_path, load
-from .control import DONE
-from .monitor import Failed
+from .errors import Failed
 from .states import AT_REST, PRIMARY, SHARED
 
 SUCCESS, ERROR, ARGS, UNIMPLEMENTED, PERM, INSTALLED, CONFIGURED, \
@@ -212,15 +211,13 @@ class Agent:
         return SUCCESS if self.order('failover', down) == DONE else ERROR
 
     def _peer_is_down(self, since: float) -> bool:
-        """It is not in our part of the cluster, which has quorum."""
-        now = cluster.membership()
-        if not now.quorate or self.config.peer in now.members:
-            say(f'{self.config.peer} is not known to be down')
-            return False
-        if not cluster.fences() or cluster.was_fenced(self.config.peer,
-                                                      since):
+        """Who has quorum knows it: by fencing, or there is none."""
+        peer, now = self.config.peer, cluster.membership()
+        if now.quorate and (
+                cluster.was_fenced(peer, since)
+                or peer not in now.members and not cluster.fences()):
             return True
-        say(f'{self.config.peer} was not fenced')
+        say(f'{peer} is not known to be down')
         return False
 
     def demote(self) -> int:

@@ -7,7 +7,6 @@ import json
 import logging
 import runpy
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Iterator, List
 
 from . import check
 from .config import Config, ConfigError, Json, config_path, load
-from .control import DONE, FAILED, NO_KEEPER, WRONG, Commands, Control
+from .client import DONE, FAILED, NO_KEEPER, WRONG, ask
+from .control import Commands, Control
 from .keeper import Keeper
 
 HELP = {
@@ -34,8 +34,6 @@ FORCE_HELP = {
                     'host: that is powered off, or cannot come back'}
 STATUSES = '''exit status: 0 done, 1 failed, 2 wrong command line or
 configuration, 3 no keeper, 4 refused, 5 not done in time'''
-# A command may take long, but the keeper says something at once
-FIRST_SECONDS = 30.0
 DOUBTFUL, UNPROTECTED = 1, 2
 # In a checkout, and where it was installed
 TOPS = ('../../tools/top/top.py', '../top/top.py')
@@ -73,19 +71,6 @@ def parse(words: List[str]) -> argparse.Namespace:
                                  metavar='S', help='when the last checkpoint '
                                  'is longer ago, it is in doubt (60 s)')
     return parser.parse_args(words)
-
-
-def ask(config: Config, request: Json) -> Iterator[Json]:
-    """Ask the keeper; give what it answers."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(FIRST_SECONDS)
-        sock.connect(str(config.control))
-        sock.sendall(json.dumps(request).encode() + b'\n')
-        with sock.makefile('r', encoding='utf-8') as lines:
-            for line in lines:
-                # it has bounds of its own from here on
-                sock.settimeout(None)
-                yield json.loads(line)
 
 
 def no_keeper(config: Config, exc: OSError) -> int:

@@ -6,7 +6,7 @@ import subprocess
 from datetime import datetime
 from typing import List, NamedTuple, Optional
 
-from .monitor import Failed
+from .errors import Failed
 
 SECONDS = 15.0
 # Of this host, and of a peer that is in step

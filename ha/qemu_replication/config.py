@@ -84,7 +84,7 @@ class Limits:
     failover: float = 60.0
     # for the migration of the memory
     memory: float = 600.0
-    # for the peer's disk to do anything, whatever is waited for
+    # for the peer to do anything, whatever is waited for
     stalled: float = 10.0
 
 

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Callable, Container, Dict, NamedTuple
 
 from . import check
+from .client import DONE, FAILED, LATE, REFUSED
 from .config import Json
 from .keeper import Keeper
-from .monitor import Failed
-from .peer import Unreachable
+from .errors import Failed, Unreachable
 from .states import AT_REST, PRIMARY, PROMOTABLE, SOLE, STANDBY, STATES
 
-# Exit statuses of all commands but "status"
-DONE, FAILED, WRONG, NO_KEEPER, REFUSED, LATE = range(6)
 # A wait for what has bounds of its own, or for a person
 LONG_SECONDS = 3600.0
 RUNS_VM = tuple(name for name, state in STATES.items()
@@ -177,6 +175,7 @@ class Commands:
     async def demote(self, _force: bool) -> Goal:
         """End QEMU here, for the other side to take the VM."""
         if STATES[self._keeper.state].role == PRIMARY:
+            await self._keeper.judge.gives_way()
             await self._post('demote')
         return Goal(AT_REST + IDLE, (), self._config.limits.answer + 60)
 

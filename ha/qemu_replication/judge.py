@@ -6,8 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from . import cluster
-from .monitor import Failed
-from .peer import Unreachable
+from .errors import Failed, Unreachable
 
 if TYPE_CHECKING:
     from .work import Works
@@ -58,8 +57,11 @@ class Judge:
     async def promoted(self) -> None:
         """The VM runs here now."""
 
-    async def has_ended(self, died: bool) -> None:
-        """QEMU has ended where the VM ran, by itself or as it was told."""
+    async def gives_way(self) -> None:
+        """The VM does not run here any more, but there, if that can be."""
+
+    async def has_died(self) -> None:
+        """QEMU has ended where the VM ran."""
 
 
 class ClusterJudge(Judge):
@@ -110,7 +112,7 @@ class ClusterJudge(Judge):
             # the VM is worth more
             self._works.problem = str(exc)
 
-    async def has_ended(self, died: bool) -> None:
+    async def gives_way(self) -> None:
         """With the peer in step, that goes on: no start from the disks."""
         config = self._works.config
         while self._works.facts.data == 'shared':
@@ -121,8 +123,11 @@ class ClusterJudge(Judge):
             except Failed as exc:
                 self._works.problem = str(exc)
                 await asyncio.sleep(RETRY_SECONDS)
-        if died:
-            await asyncio.to_thread(cluster.fail, self._resource, config.here)
+
+    async def has_died(self) -> None:
+        await self.gives_way()
+        await asyncio.to_thread(cluster.fail, self._resource,
+                                self._works.config.here)
 
 
 def new_judge(works: 'Works') -> Judge:

@@ -18,7 +18,7 @@ from typing import List, Optional
 from .config import Config, Json
 from .facts import write_whole
 from .machine import Machine
-from .monitor import Failed
+from .errors import Failed
 from .peer import Peer
 from .states import AT_REST, PRIMARY, SOLE, STATES
 from .work import LOOK_SECONDS, Works
@@ -220,15 +220,26 @@ class Keeper(Works):
             self.post('in-step', 'the primary has brought it in step')
         elif self.state == 'secondary' and self._colo_ended:
             self.post('lost', 'COLO has ended')
-        elif self.state == 'protected' and nodes and any(
-                node.get('error', {}).get('reason') == 'forward'
-                for node in nodes if node['mode'] == 'primary'):
-            self.post('lost', 'the peer is not in step any more')
+        elif self.state == 'protected':
+            self._conclude_protected([node for node in nodes
+                                      if node['mode'] == 'primary'])
         if self.facts.merging and mine and all(
                 node['disk-complete'] for node in mine) \
                 and self.state not in ('standby', 'secondary', 'promoting'):
             self.facts.merging = False
             self.save_facts()
+
+    def _conclude_protected(self, nodes: List[Json]) -> None:
+        limits = self.config.limits
+        age = max((node['checkpoint-age-ns'] for node in nodes), default=0)
+        if self._colo_ended or any(
+                node.get('error', {}).get('reason') == 'forward'
+                for node in nodes):
+            self.post('lost', 'the peer is not in step any more')
+        elif age / 1e9 > limits.checkpoint_ms / 1000 + limits.stalled:
+            # COLO waits for a peer that is gone without a word for ever, and
+            # the guest with it
+            self.post('lost', f'no checkpoint for {age / 1e9:.0f} s')
 
     # What others ask
 

@@ -10,7 +10,8 @@ from typing import Callable, List, Optional
 
 from . import graph
 from .config import Config, Json
-from .monitor import Failed, Monitor
+from .errors import Failed
+from .monitor import Monitor
 
 KILL_SECONDS = 20.0
 LOG_BYTES = 1000

@@ -9,21 +9,9 @@ from qemu.qmp import EventListener, QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from .config import Json
+from .errors import Failed, Refused
 
 RETRY_SECONDS = 0.05
-
-
-class Failed(Exception):
-    """Something that had to work did not; the text says what."""
-
-    def __init__(self, text: str, event: str = 'failed') -> None:
-        super().__init__(text)
-        # what it means to a state
-        self.event = event
-
-
-class Refused(Failed):
-    """QEMU has answered with an error."""
 
 
 class Monitor:

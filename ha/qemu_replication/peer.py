@@ -17,14 +17,10 @@ from typing import Awaitable, Callable, Optional, Tuple
 
 from .check import psk
 from .config import Config, Json
-from .monitor import Failed
+from .errors import Unreachable, Failed
 
 MAX_LINE = 1 << 20
 Answer = Callable[[Json], Awaitable[Json]]
-
-
-class Unreachable(Failed):
-    """The other keeper does not answer."""
 
 
 def _tls(config: Config, end: str) -> Optional[ssl.SSLContext]:

@@ -45,6 +45,11 @@ STATES = {
             'boot': 'booting', 'arm': 'arming', 'yield': 'arming',
             'done': 'arming', 'stop': 'stopped'}),
 
+    'off': State(
+        'the guest has shut down', work='tell_off', on={
+            'boot': 'booting', 'arm': 'arming', 'yield': 'arming',
+            'stop': 'stopped'}),
+
     # the VM runs here
     'booting': State(
         'starts the VM', PRIMARY, 'boot', 'start', SOLE, on={
@@ -52,26 +57,26 @@ STATES = {
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
             'done': 'copying', 'hold': 'held', 'died': 'down',
-            'off': 'stopped', **ENDS}),
+            'off': 'off', **ENDS}),
     'held': State(
         'runs the VM, and was told not to protect it', PRIMARY, on={
-            'protect': 'alone', 'died': 'down', 'off': 'stopped',
+            'protect': 'alone', 'died': 'down', 'off': 'off',
             **ENDS}),
     'copying': State(
         'brings the disks of the peer in step', PRIMARY, 'copy', on={
             'done': 'migrating', 'failed': 'detaching', 'lost': 'detaching',
-            'drop': 'detaching', 'died': 'down', 'off': 'stopped',
+            'drop': 'detaching', 'died': 'down', 'off': 'off',
             **ENDS}),
     'migrating': State(
         'brings the memory of the peer in step', PRIMARY, 'migrate',
         'memory', SHARED, on={
             'done': 'protected', 'failed': 'asking', 'lost': 'asking',
             'not-begun': 'detaching', 'drop': 'detaching', 'died': 'down',
-            'off': 'stopped', **ENDS}),
+            'off': 'off', **ENDS}),
     'protected': State(
         'runs the VM, and the peer is in step', PRIMARY, on={
             'lost': 'asking', 'drop': 'detaching', 'switch': 'handing',
-            'yield': 'arming', 'died': 'down', 'off': 'stopped',
+            'yield': 'arming', 'died': 'down', 'off': 'off',
             **ENDS}),
     'handing': State(
         'waits for a checkpoint, and for the peer to take the VM', PRIMARY,
@@ -82,15 +87,15 @@ STATES = {
         'has lost the peer, and waits for word that it is down', PRIMARY,
         'ask', on={
             'done': 'detaching', 'drop': 'detaching', 'ousted': 'arming',
-            'yield': 'arming', 'died': 'down', 'off': 'stopped',
+            'yield': 'arming', 'died': 'down', 'off': 'off',
             **ENDS}),
     'detaching': State(
         'goes on alone', PRIMARY, 'detach', 'failover', SOLE, on={
             'done': 'alone', 'hold': 'held', 'failed': 'stuck',
-            'died': 'down', 'off': 'stopped'}),
+            'died': 'down', 'off': 'off'}),
     'stuck': State(
         'could not go on alone', PRIMARY, on={
-            'drop': 'detaching', 'died': 'down', 'off': 'stopped',
+            'drop': 'detaching', 'died': 'down', 'off': 'off',
             **ENDS}),
 
     # this host stands by
@@ -122,6 +127,6 @@ STATES = {
             'died': 'down'}),
 }
 # Where the VM does not run and is not about to
-AT_REST = ('stopped', 'yielded', 'down', 'waiting')
+AT_REST = ('stopped', 'yielded', 'down', 'waiting', 'off')
 # Where the VM can be taken from, as far as this keeper knows
 PROMOTABLE = ('secondary', 'orphan')

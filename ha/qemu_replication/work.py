@@ -13,9 +13,11 @@ from .config import Config, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .monitor import Failed, Monitor
-from .peer import Peer, Unreachable
-from .states import PRIMARY, SOLE
+from .errors import Failed
+from .monitor import Monitor
+from .errors import Unreachable
+from .peer import Peer
+from .states import PRIMARY, SHARED, SOLE
 
 LOOK_SECONDS = 1.0
 POLL_SECONDS = 0.1
@@ -151,7 +153,7 @@ class Works:
                 raise Failed(f'{node["node"]}: the copy has failed')
 
     async def _do_migrate(self) -> None:
-        self._in_step_since = time.time()
+        self._in_step_since, self._colo_ended = time.time(), False
         await self._monitor.all(graph.connect_network(
             self.config, 'rew0' in await self._objects()))
         await self._monitor.all(graph.migrate(self.config))
@@ -279,13 +281,26 @@ class Works:
         return why is None or 'Failed to find node' in why
 
     async def _do_tell_death(self) -> None:
-        await self.judge.has_ended(True)
+        await self.judge.has_died()
         await self._wait_for_new_primary()
 
     async def _do_wait(self) -> None:
         await self.machine.end(QUIT_SECONDS)
-        await self.judge.has_ended(False)
         await self._wait_for_new_primary()
+
+    async def _do_tell_off(self) -> None:
+        """The peer has nothing to take over, and shall not wait."""
+        while self.facts.data == SHARED:
+            try:
+                told = await self.peer.ask('yield',
+                                           generation=self.facts.generation)
+                if told['yields']:
+                    self.facts.data = SOLE
+                    self.save_facts()
+                    self.problem = ''
+            except Unreachable as exc:
+                self.problem = str(exc)
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _wait_for_new_primary(self) -> None:
         """The peer may have got the VM, or will."""

@@ -57,6 +57,7 @@ CIB = '''<cib admin_epoch="0" epoch="1" num_updates="0"
  <crm_config><cluster_property_set id="options">
   <nvpair id="fencing" name="stonith-enabled" value="true"/>
   <nvpair id="dc" name="dc-deadtime" value="1s"/>
+  <nvpair id="load" name="load-threshold" value="10000%"/>
  </cluster_property_set></crm_config>
  <nodes>
   <node id="1" uname="east"><instance_attributes id="east-attributes">

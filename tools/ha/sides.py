@@ -16,7 +16,7 @@ from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
 PROGRAM = Path(__file__).resolve().parents[2] / 'ha/qemu-replication'
 POLL = 0.05
 # Its start and its check of all that it has want much of the CPU
-GUEST_SECONDS = 200.0
+GUEST_SECONDS = 500.0
 NAMES = ('east', 'west')
 Json = Dict[str, Any]
 
@@ -155,6 +155,11 @@ class Side:
     def state(self) -> str:
         """Where the keeper is in its table."""
         return str((self.status() or {'state': 'none'})['state'])
+
+    @property
+    def data(self) -> str:
+        """What this host's disks are."""
+        return str((self.status() or {'facts': {}})['facts'].get('data'))
 
     def run(self, command: str, *words: str
             ) -> 'subprocess.CompletedProcess[str]':

@@ -26,7 +26,7 @@ from qemu_replication import cluster
 from qemu_replication.config import load
 from qemu_replication.facts import Facts
 from qemu_replication.judge import Judge, Verdict, new_judge
-from qemu_replication.peer import Unreachable
+from qemu_replication.errors import Unreachable
 from sides import PROGRAM, configuration, toml
 
 AGENT = PROGRAM.with_name('ocf-vm')
@@ -244,9 +244,11 @@ class AgentTest(FakeCluster):
         keeper = self.keeper('orphan', 'standby', 'replica')
         for members, since, asked in (
                 # it is there; not fenced; fenced before it was in step
-                (['east', 'west'], 2000, 'failover'),
+                (['east', 'west'], 0, 'failover'),
                 (['east'], 0, 'failover'), (['east'], 500, 'failover'),
-                (['east'], 2000, 'failover force')):
+                (['east'], 2000, 'failover force'),
+                # it is up again
+                (['east', 'west'], 2000, 'failover force')):
             with self.subTest(members=members, since=since):
                 self.program('corosync-quorumtool', quorum(*members))
                 self.program('stonith_admin', fenced(since) if since else '')

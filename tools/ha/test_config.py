@@ -16,7 +16,7 @@ from guesthost import MIB, Disks
 from qemu_replication import check
 from qemu_replication.config import Config, ConfigError, load
 from qemu_replication.facts import Facts
-from qemu_replication.monitor import Failed
+from qemu_replication.errors import Failed
 from qemu_replication.peer import Peer
 from qemu_replication.states import STATES
 from qemu_replication.work import Works

@@ -203,6 +203,17 @@ class PairTest(unittest.TestCase):
             if disk['node'].startswith('top'))
         self.assertGreater(copied, 0)
 
+    def test_shutdown(self) -> None:
+        """The guest's own: the standby does not take over, but waits."""
+        self.primary.console.send('finish')
+        self.unprotected(self.primary, 'off')
+        self.unprotected(self.standby, 'standby')
+        self.primary.wait(lambda: self.primary.data == 'sole',
+                          'the peer to give up')
+        self.assertEqual(self.primary.console.lines('FAIL', 'WRONG'), [])
+        self.primary.order('protect')
+        self.protected(self.primary, self.standby)
+
     def test_refusals(self) -> None:
         """What would do harm is not done."""
         before = self.same()
