@@ -156,14 +156,14 @@ class Node:
         self.name = name
         self._cluster = cluster
         self.number = number
-        self._boots = 0
+        self._boots = self._cables = 0
         self.namespace = ''
         self._process: 'subprocess.Popen[bytes] | None' = None
 
     @property
     def _veth(self) -> str:
-        # each boot has its own: the kernel lets go of one late
-        return f'v{self.number}-{self._boots}'
+        # each has its own name: the kernel lets go of one late
+        return f'v{self.number}-{self._cables}'
 
     def start(self) -> None:
         """Power it on."""
@@ -171,13 +171,7 @@ class Node:
         cluster = self._cluster
         self.namespace = f'{cluster.prefix}-{self.name}{self._boots}'
         ip('netns', 'add', self.namespace)
-        ip('-n', cluster.switch, 'link', 'add', self._veth, 'type', 'veth',
-           'peer', 'name', 'eth0', 'netns', self.namespace)
-        ip('-n', cluster.switch, 'link', 'set', self._veth, 'master', 'br0',
-           'up')
-        ip('-n', self.namespace, 'addr', 'add',
-           f'{cluster.address(self)}/24', 'dev', 'eth0')
-        ip('-n', self.namespace, 'link', 'set', 'eth0', 'up')
+        self.plug()
         with open(cluster.folder / f'{self.name}.log', 'ab') as log:
             # pylint: disable=consider-using-with
             self._process = subprocess.Popen(
@@ -188,6 +182,17 @@ class Node:
                  str(cluster.folder / f'etc-{self.name}')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True)
+
+    def plug(self) -> None:
+        """Put its cable in."""
+        self._cables += 1
+        switch = self._cluster.switch
+        ip('-n', switch, 'link', 'add', self._veth, 'type', 'veth',
+           'peer', 'name', 'eth0', 'netns', self.namespace)
+        ip('-n', switch, 'link', 'set', self._veth, 'master', 'br0', 'up')
+        ip('-n', self.namespace, 'addr', 'add',
+           f'{self._cluster.address(self)}/24', 'dev', 'eth0')
+        ip('-n', self.namespace, 'link', 'set', 'eth0', 'up')
 
     def unplug(self) -> None:
         """Cut its cable."""
