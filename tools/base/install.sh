@@ -14,8 +14,10 @@ STEP=install
 
 programs=(qemu-system-x86_64 qemu-img qemu-io qemu-nbd
           storage-daemon/qemu-storage-daemon)
+tools=$(dirname "$(readlink -f "$0")")/..
 # gives QEMU a command, for docs/protect-a-vm.txt
-qmp=$(dirname "$(readlink -f "$0")")/../guide/qmp.py
+qmp=$tools/guide/qmp.py
+ha=$tools/../ha
 helpers=(qemu-bridge-helper qemu-pr-helper)
 # seabios, ipxe-qemu, whose files Debian 13 has moved, and what
 # qemu-system-data has for x86
@@ -76,6 +78,7 @@ assemble() {
     for name in "${helpers[@]}"; do
         install -m 755 "$build/$name" "$new/libexec/"
     done
+    assemble_ha
     for name in "$tree"/pc-bios/keymaps/*; do
         [[ $name == */meson.build ]] ||
             install -m 644 "$name" "$share/keymaps/"
@@ -87,6 +90,18 @@ assemble() {
     printf '%s\n\nQEMU %s, %s\n\n' "$title" "$(cat "$tree/VERSION")" \
         'see docs/block-replication.txt where it came from' >"$new/$note"
     contents "$new" | sed 's/^/  /' >>"$new/$note"
+}
+
+# The keepers of ha/, with what they use: QEMU's module for QMP, the watcher.
+assemble_ha() {
+    local lib=$new/lib/qemu-replication
+    mkdir -p "$lib"/{qemu_replication,qemu/qmp,top} "$new/share/systemd"
+    install -m 644 "$ha"/qemu_replication/*.py "$lib/qemu_replication/"
+    install -m 644 "$tree"/python/qemu/qmp/*.py "$lib/qemu/qmp/"
+    install -m 644 "$tools"/top/{top,figures,view,watch}.py "$lib/top/"
+    install -m 755 "$ha/qemu-replication" "$new/bin/"
+    install -m 755 "$ha/ocf-vm" "$new/libexec/"
+    install -m 644 "$ha"/*.service "$new/share/systemd/"
 }
 
 # Whoever ends this leaves what was there.

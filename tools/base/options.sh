@@ -30,7 +30,7 @@ read_commands() {
         else
             option=$command.${option%% *}
         fi
-        for name in SUITES RANDOM_SUITES SANITIZE_SUITES SERIES_NAMES; do
+        for name in SUITES HA_SUITES RANDOM_SUITES SANITIZE_SUITES SERIES_NAMES; do
             local -n words=$name
             text=${text//@$name@/${words[*]}}
         done

@@ -49,6 +49,7 @@ def c_files(suffixes: str) -> List[str]:
 def flake8(_args: argparse.Namespace) -> bool:
     """All of our Python."""
     return run(['flake8'] + scripts('tools', 'python', '.py')
+               + scripts('ha', 'python', '.py')
                + scripts(IOTESTS, 'python', '.py'))
 
 
@@ -56,14 +57,16 @@ def mypy(args: argparse.Namespace) -> bool:
     """All of our Python: each folder is a program of its own."""
     python = str(args.tree / 'python')
     good = True
-    for folder in sorted((ROOT / 'tools').iterdir()):
-        # the series uses modules of base
+    for folder in [ROOT / 'ha', *sorted((ROOT / 'tools').iterdir())]:
+        # the series uses modules of base; tests of ha, the demo's guest
         path = ':'.join(map(str, [python, folder, ROOT / 'tools/lib',
-                                  ROOT / 'tools/base']))
-        files = scripts(f'tools/{folder.name}', 'python', '.py')
+                                  ROOT / 'tools/base', ROOT / 'tools/colo',
+                                  ROOT / 'ha']))
+        files = scripts(str(folder.relative_to(ROOT)), 'python', '.py')
         if files:
-            good &= run(['mypy', '--strict', '--follow-imports=silent']
-                        + files, {'MYPYPATH': path})
+            good &= run(['mypy', '--strict', '--follow-imports=silent',
+                         '--scripts-are-modules'] + files,
+                        {'MYPYPATH': path})
     tests = args.tree / IOTESTS
     path = f'{args.tree / "python"}:{tests}'
     for file in scripts(IOTESTS, 'python', '.py'):

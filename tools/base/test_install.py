@@ -88,10 +88,12 @@ class InstallTest(unittest.TestCase):
         """Programs, helpers, keymaps and links to firmware; nothing else."""
         share = self.prefix / 'share/qemu'
         self.assertEqual(names(self.prefix),
-                         {'bin', 'libexec', 'share', 'README'})
-        self.assertEqual(names(self.prefix / 'bin'), PROGRAMS | {'qmp'})
-        self.assertEqual(names(self.prefix / 'libexec'), HELPERS)
-        self.assertEqual(names(self.prefix / 'share'), {'qemu'})
+                         {'bin', 'lib', 'libexec', 'share', 'README'})
+        self.assertEqual(names(self.prefix / 'bin'),
+                         PROGRAMS | {'qmp', 'qemu-replication'})
+        self.assertEqual(names(self.prefix / 'libexec'),
+                         HELPERS | {'ocf-vm'})
+        self.assertEqual(names(self.prefix / 'share'), {'qemu', 'systemd'})
         self.assertIn('en-us', names(share / 'keymaps'))
         links = [path for path in share.iterdir() if path.name != 'keymaps']
         # of each package one
@@ -99,6 +101,25 @@ class InstallTest(unittest.TestCase):
                               'kvmvapic.bin'}, {path.name for path in links})
         for link in links:
             self.assertTrue(link.is_symlink() and link.exists(), link)
+
+    def test_keeper(self) -> None:
+        """It finds what it needs, and leaves nothing behind."""
+        before = sorted(self.prefix.rglob('*'))
+        with tempfile.TemporaryDirectory(dir=self.top) as folder:
+            config = Path(folder, 'vm1.toml')
+            config.write_text(
+                f'run = "{folder}/run"\nstate = "{folder}/state"\n'
+                f'vm.name = "vm1"\nvm.arguments = []\n'
+                f'vm.qemu = "{self.prefix}/bin/qemu-system-x86_64"\n'
+                'host.east.address = "127.0.0.1"\n'
+                'host.west.address = "127.0.0.2"\n'
+                f'[[disk]]\nfile = "{folder}/disk"\nsize = "1M"\n',
+                'utf-8')
+            self.program('qemu-replication', 'check', str(config), '--host',
+                         'east')
+        self.assertIn('resource-agent', self.run_in_homes(
+            str(self.prefix / 'libexec/ocf-vm'), 'meta-data'))
+        self.assertEqual(sorted(self.prefix.rglob('*')), before)
 
     def test_files_of_others(self) -> None:
         """What somebody has put there is not removed by the next one."""

@@ -99,7 +99,11 @@ class Console:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
         self._news = threading.Condition()
         self.closed = False
         self._lines: List[str] = []

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The OCF agent: it has the keeper do what Pacemaker wants.
+
+It knows how to ask, and what an answer means to Pacemaker; the keeper does
+the rest, and sets the scores.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Dict, List, Optional
+
+from . import check, cluster
+from .client import DONE, ask
+from .config import Config, ConfigError, Json, config_path, load
+from .errors import Failed
+from .states import AT_REST, PRIMARY, SHARED
+
+SUCCESS, ERROR, ARGS, UNIMPLEMENTED, PERM, INSTALLED, CONFIGURED, \
+    NOT_RUNNING, RUNNING_PROMOTED, FAILED_PROMOTED = range(10)
+KEEPER_SECONDS = 20.0
+POLL_SECONDS = 0.1
+
+METADATA = '''<?xml version="1.0"?>
+<!DOCTYPE resource-agent SYSTEM "ra-api-1.dtd">
+<resource-agent name="vm" version="1.0">
+<version>1.1</version>
+<longdesc lang="en">
+A VM that a second host goes on with when the first one dies, with QEMU's COLO
+and block replication.  A promotable clone of two: the promoted one runs the
+VM, the other one stands by.  Promotion scores are set by the keeper of the
+VM; give the host that has the VM's disks one before the first start.
+</longdesc>
+<shortdesc lang="en">VM protected by block replication</shortdesc>
+<parameters>
+<parameter name="config" unique="1" required="1">
+<longdesc lang="en">
+The VM's name, for /etc/qemu-replication/NAME.toml, or the path of that file,
+which is the same on both hosts.  Its [cluster] has judge = "pacemaker" and
+the name of this resource.
+</longdesc>
+<shortdesc lang="en">configuration</shortdesc>
+<content type="string"/>
+</parameter>
+</parameters>
+<actions>
+<action name="start" timeout="90s"/>
+<action name="stop" timeout="120s"/>
+<action name="promote" timeout="120s"/>
+<action name="demote" timeout="120s"/>
+<action name="monitor" role="Promoted" timeout="30s" interval="5s"/>
+<action name="monitor" role="Unpromoted" timeout="30s" interval="6s"/>
+<action name="validate-all" timeout="60s"/>
+<action name="meta-data" timeout="5s"/>
+</actions>
+</resource-agent>
+'''
+
+
+def say(text: str) -> None:
+    """To Pacemaker's log."""
+    print(text, file=sys.stderr)
+
+
+class Agent:
+    """One call of it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def status(self) -> Optional[Json]:
+        """What the keeper tells; nothing, if there is none."""
+        try:
+            return next(ask(self.config, {'command': 'status',
+                                          'other': False}), None)
+        except OSError:
+            return None
+
+    def order(self, command: str, force: bool = False, wait: bool = True
+              ) -> int:
+        """Have the keeper do something."""
+        status = ERROR
+        try:
+            for answer in ask(self.config, {'command': command, 'wait': wait,
+                                            'force': force}):
+                if 'say' in answer:
+                    say(answer['say'])
+                status = answer.get('status', status)
+        except OSError as exc:
+            say(f'no keeper: {exc}')
+        return status
+
+    def _start_keeper(self) -> bool:
+        """It goes on without us, as QEMU does without it."""
+        with open(self.config.run / 'keeper.log', 'ab') as log:
+            # pylint: disable=consider-using-with
+            subprocess.Popen(
+                [sys.executable, '-B', '-m', __package__, 'keeper',
+                 str(self.config.path), '--host', self.config.here],
+                env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True)
+        deadline = time.monotonic() + KEEPER_SECONDS
+        while self.status() is None:
+            if time.monotonic() > deadline:
+                say(f'the keeper did not start: see {self.config.run}/'
+                    'keeper.log')
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def _qemu_runs(self) -> bool:
+        """One whose keeper has gone."""
+        pidfile = self.config.run / 'qemu.pid'
+        try:
+            pid = int(pidfile.read_text('utf-8'))
+            line = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
+        except (OSError, ValueError):
+            return False
+        return os.fsencode(pidfile) in line
+
+    # What Pacemaker asks for
+
+    def validate_all(self) -> int:
+        """Is this host able to do it?"""
+        for name, wanted in (('clone_max', '2'), ('promoted_max', '1')):
+            value = os.environ.get(f'OCF_RESKEY_CRM_meta_{name}', wanted)
+            if value != wanted:
+                say(f'{name.replace("_", "-")} has to be {wanted}')
+                return CONFIGURED
+        if not self.config.cluster.resource:
+            say(f'{self.config.path}: [cluster] has to have judge = '
+                '"pacemaker", and a resource')
+            return CONFIGURED
+        found = list(check.problems(self.config, False))
+        for problem in found:
+            say(problem)
+        return INSTALLED if found else SUCCESS
+
+    def monitor(self) -> int:
+        """What runs here?"""
+        told = self.status()
+        if told is None:
+            if not self._qemu_runs():
+                return NOT_RUNNING
+            # it is found again
+            if not self._start_keeper():
+                return ERROR
+            told = self.status()
+        if told is None:
+            return ERROR
+        if told['state'] in ('down', 'stuck'):
+            # the keeper does so as well; no answer before it is done
+            if told['facts']['data'] == SHARED:
+                cluster.delete_score(self.config.cluster.resource,
+                                     self.config.here)
+            return FAILED_PROMOTED
+        return RUNNING_PROMOTED if told['role'] == PRIMARY else SUCCESS
+
+    def start(self) -> int:
+        """Have a keeper, and stand by unless these are the VM's disks."""
+        if self.validate_all() != SUCCESS:
+            return INSTALLED
+        if self.status() is None and not self._start_keeper():
+            return ERROR
+        told = self.status()
+        if told is None:
+            return ERROR
+        if told['state'] in ('stopped', 'yielded') \
+                and not self._has_data(told):
+            return SUCCESS if self.order('standby') == DONE else ERROR
+        return SUCCESS
+
+    def _has_data(self, told: Json) -> bool:
+        """Whether the VM can be started from these disks."""
+        data = told['facts']['data']
+        if data:
+            return bool(data != 'replica')
+        return cluster.score(self.config.cluster.resource,
+                             self.config.here) is not None
+
+    def stop(self) -> int:
+        """End all of it."""
+        if self.status() is None and (not self._qemu_runs()
+                                      or not self._start_keeper()):
+            return SUCCESS if not self._qemu_runs() else ERROR
+        if self.order('stop', force=True) != DONE:
+            return ERROR
+        self.order('quit')
+        deadline = time.monotonic() + KEEPER_SECONDS
+        while self.status() is not None:
+            if time.monotonic() > deadline:
+                return ERROR
+            time.sleep(POLL_SECONDS)
+        return SUCCESS
+
+    def promote(self) -> int:
+        """Run the VM here."""
+        told = self.status()
+        if told is None:
+            return NOT_RUNNING
+        if told['role'] == PRIMARY:
+            return SUCCESS
+        if told['state'] in AT_REST:
+            return SUCCESS if self.order('protect', wait=False) == DONE \
+                else ERROR
+        # what the cluster does not know, the peer's keeper is asked
+        down = self._peer_is_down(told['in-step-since'])
+        return SUCCESS if self.order('failover', down) == DONE else ERROR
+
+    def _peer_is_down(self, since: float) -> bool:
+        """Who has quorum knows it: by fencing, or there is none."""
+        peer, now = self.config.peer, cluster.membership()
+        if now.quorate and (
+                cluster.was_fenced(peer, since)
+                or peer not in now.members and not cluster.fences()):
+            return True
+        say(f'{peer} is not known to be down')
+        return False
+
+    def demote(self) -> int:
+        """Do not run the VM here any more."""
+        if self.status() is None:
+            return NOT_RUNNING
+        return SUCCESS if self.order('demote') == DONE else ERROR
+
+
+ACTIONS: Dict[str, Callable[[Agent], int]] = {
+    'start': Agent.start, 'stop': Agent.stop, 'monitor': Agent.monitor,
+    'promote': Agent.promote, 'demote': Agent.demote,
+    'validate-all': Agent.validate_all}
+
+
+def main(words: List[str]) -> int:
+    """Do one action."""
+    action = words[0] if words else ''
+    if action in ('meta-data', 'metadata'):
+        print(METADATA, end='')
+        return SUCCESS
+    if action not in ACTIONS:
+        say(f'usage: vm {"|".join(ACTIONS)}|meta-data')
+        return UNIMPLEMENTED
+    try:
+        config = load(config_path(os.environ.get('OCF_RESKEY_config', '')))
+        return ACTIONS[action](Agent(config))
+    except ConfigError as exc:
+        say(str(exc))
+        # there is nothing to stop, where there is no configuration
+        return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(action,
+                                                             CONFIGURED)
+    except Failed as exc:
+        say(str(exc))
+        return ERROR

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What this machine has to have before anything is started."""
+
+import errno
+import ipaddress
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Iterator, List
+
+from .config import Config, Disk, Json
+
+TOOL_SECONDS = 30.0
+# The path of a unix socket
+MAX_PATH = 107
+# What the keeper says itself
+RESERVED = ('-name', '-blockdev', '-drive', '-netdev', '-incoming',
+            '-daemonize', '-pidfile', '-S', '-snapshot')
+NEEDED = ('x-block-replica-sync', 'x-block-replica-detach',
+          'x-colo-lost-heartbeat', 'yank')
+_TLS_FILES = {
+    'none': (), 'psk': ('keys.psk',),
+    'x509': ('ca-cert.pem', 'server-cert.pem', 'server-key.pem',
+             'client-cert.pem', 'client-key.pem')}
+
+
+def problems(config: Config, ports: bool = True) -> Iterator[str]:
+    """All that is wrong here, a line each.
+
+    The ports are in use while QEMU runs.
+    """
+    yield from _addresses(config)
+    yield from _programs(config)
+    for word in config.vm.arguments:
+        if word in RESERVED:
+            yield f'[vm]: arguments may not have {word}: it is set already'
+    yield from _folders(config)
+    for disk in config.disks:
+        yield from _disk(config, disk)
+    yield from _tls(config)
+    yield from _network(config)
+    if ports:
+        yield from _ports(config)
+
+
+def _addresses(config: Config) -> Iterator[str]:
+    for name, host in config.hosts.items():
+        try:
+            ipaddress.ip_address(host.address)
+        except ValueError:
+            yield f'[host.{name}]: "{host.address}" is not an IP address'
+            continue
+        if name == config.here:
+            problem = _cannot_listen(host.address, 0)
+            if problem == errno.EADDRNOTAVAIL:
+                yield (f'[host.{name}]: {host.address} is not an address of '
+                       'this machine')
+
+
+def _cannot_listen(address: str, port: int) -> int:
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+            probe.listen()
+        except socket.gaierror:
+            # no address at all: that is said elsewhere
+            return errno.EADDRNOTAVAIL
+        except OSError as exc:
+            return exc.errno or errno.EIO
+    return 0
+
+
+def _ports(config: Config) -> Iterator[str]:
+    for name, port in vars(config.ports).items():
+        if name == 'keeper':
+            # the keeper itself has it
+            continue
+        problem = _cannot_listen(config.address, port)
+        if problem and problem != errno.EADDRNOTAVAIL:
+            yield (f'[ports]: {name}: {config.address}:{port}: '
+                   f'{os.strerror(problem)}')
+
+
+def qemu_img(config: Config) -> str:
+    """The tool that belongs to the QEMU."""
+    qemu = shutil.which(config.vm.qemu) or config.vm.qemu
+    return str(Path(qemu).with_name('qemu-img'))
+
+
+def _programs(config: Config) -> Iterator[str]:
+    found = shutil.which(config.vm.qemu)
+    if not found:
+        yield f'[vm]: qemu: there is no program {config.vm.qemu}'
+        return
+    if not os.access(qemu_img(config), os.X_OK):
+        yield f'[vm]: qemu: there is no {qemu_img(config)} beside it'
+    missing = [name for name in NEEDED if name not in _commands(found)]
+    if missing:
+        yield (f'[vm]: {found} is not a QEMU with this replication driver: '
+               f'it has no {missing[0]}')
+
+
+def _commands(qemu: str) -> List[str]:
+    """The QMP commands that a QEMU has."""
+    asked = ''.join(json.dumps({'execute': name}) for name in (
+        'qmp_capabilities', 'query-commands', 'quit'))
+    try:
+        told = subprocess.run(
+            [qemu, '-machine', 'none', '-nodefaults', '-no-user-config', '-S',
+             '-display', 'none', '-qmp', 'stdio'], input=asked, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False,
+            timeout=TOOL_SECONDS).stdout
+        return [command['name'] for line in told.splitlines()
+                for answer in [json.loads(line).get('return')]
+                if isinstance(answer, list) for command in answer]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return []
+
+
+def _folders(config: Config) -> Iterator[str]:
+    for folder in (config.run, config.state):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            yield f'{folder}: {exc.strerror}'
+            continue
+        if not os.access(folder, os.W_OK):
+            yield f'{folder}: cannot be written to'
+    longest = config.run / 'compare0.sock'
+    if len(str(longest)) > MAX_PATH:
+        yield f'run: {config.run} is too long for the path of a socket'
+
+
+def image(config: Config, disk: Disk) -> Json:
+    """What qemu-img says of a disk; an error has the key "error"."""
+    try:
+        told = subprocess.run(
+            [qemu_img(config), 'info', '-U', '--output=json', '-f',
+             disk.format, disk.file], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, check=False,
+            timeout=TOOL_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        return {'error': str(exc)}
+    if told.returncode:
+        lines = told.stderr.strip().splitlines()
+        return {'error': lines[-1] if lines else 'qemu-img failed'}
+    return dict(json.loads(told.stdout))
+
+
+def _disk(config: Config, disk: Disk) -> Iterator[str]:
+    for folder in {Path(disk.file).parent, disk.overlay('hidden').parent}:
+        if not os.access(folder, os.W_OK):
+            yield f'[[disk]] {disk.file}: {folder} cannot be written to'
+    # a host that is to stand by makes it
+    if not os.path.exists(disk.file) or not os.access(qemu_img(config),
+                                                      os.X_OK):
+        return
+    told = image(config, disk)
+    if 'error' in told:
+        yield f'[[disk]] {disk.file}: {told["error"]}'
+    elif told['virtual-size'] != disk.bytes:
+        yield (f'[[disk]] {disk.file}: its size is {told["virtual-size"]} '
+               f'bytes, and not {disk.size}, which is {disk.bytes}')
+    elif 'backing-filename' in told:
+        yield (f'[[disk]] {disk.file}: it is an overlay of '
+               f'{told["backing-filename"]}: commit or convert it')
+
+
+def _tls(config: Config) -> Iterator[str]:
+    for name in _TLS_FILES[config.tls.kind]:
+        path = Path(config.tls.dir) / name
+        if not os.access(path, os.R_OK):
+            yield f'[tls]: {path}: no such file, or it cannot be read'
+        elif 'key' in name and path.stat().st_mode & 0o077:
+            yield f'[tls]: {path}: others may read it: chmod 600'
+    if config.tls.kind == 'psk' and not psk(config):
+        yield (f'[tls]: {config.tls.dir}/keys.psk: there is no line "qemu:" '
+               'and 64 hexadecimal digits')
+
+
+def psk(config: Config) -> bytes:
+    """The key that both hosts have; nothing, if there is none."""
+    try:
+        for line in (Path(config.tls.dir) / 'keys.psk').read_text(
+                'utf-8').splitlines():
+            user, _, digits = line.partition(':')
+            if user == 'qemu' and len(digits) >= 32:
+                return bytes.fromhex(digits)
+    except (OSError, ValueError):
+        # problems() tells
+        pass
+    return b''
+
+
+def _network(config: Config) -> Iterator[str]:
+    words = dict(word.partition('=')[::2]
+                 for word in config.network.netdev.split(','))
+    net = Path('/sys/class/net')
+    if config.network.bridge and not (
+            net / config.network.bridge / 'bridge').exists():
+        yield f'[network]: there is no bridge {config.network.bridge}'
+    if 'tap' in words:
+        if words.get('vhost', 'off') != 'off':
+            yield '[network]: netdev: COLO needs vhost=off'
+        if 'ifname' in words and not (net / words['ifname']).exists():
+            yield f'[network]: there is no interface {words["ifname"]}'

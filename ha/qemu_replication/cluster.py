@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is asked of Pacemaker and Corosync, and set there."""
+
+import re
+import subprocess
+from datetime import datetime
+from typing import List, NamedTuple, Optional
+
+from .errors import Failed
+
+SECONDS = 15.0
+# Of this host, and of a peer that is in step
+OWN_SCORE, PEER_SCORE = 200, 100
+# crm_attribute: no such attribute
+CRM_EX_NOSUCH = 105
+
+
+def _run(*words: str) -> 'subprocess.CompletedProcess[str]':
+    try:
+        return subprocess.run(words, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT, timeout=SECONDS,
+                              stdin=subprocess.DEVNULL, check=False)
+    except FileNotFoundError as exc:
+        raise Failed(f'there is no {words[0]}') from exc
+    except subprocess.TimeoutExpired as exc:
+        raise Failed(f'{words[0]} took more than {SECONDS:g} s') from exc
+
+
+def _attribute(resource: str, node: str, *words: str
+               ) -> 'subprocess.CompletedProcess[str]':
+    return _run('crm_attribute', f'--promotion={resource}', '-N', node, '-l',
+                'forever', *words)
+
+
+def score(resource: str, node: str) -> Optional[int]:
+    """The promotion score of a node."""
+    told = _attribute(resource, node, '-G', '-q')
+    if told.returncode == CRM_EX_NOSUCH:
+        return None
+    found = re.search(r'^-?\d+$', told.stdout, re.MULTILINE)
+    if told.returncode or not found:
+        raise Failed(f'crm_attribute: {told.stdout.strip()}')
+    return int(found[0])
+
+
+def set_score(resource: str, node: str, value: int) -> None:
+    """Let the node be promoted."""
+    told = _attribute(resource, node, '-v', str(value))
+    if told.returncode:
+        raise Failed(f'crm_attribute: {told.stdout.strip()}')
+
+
+def delete_score(resource: str, node: str) -> None:
+    """From now on the node may not be promoted."""
+    told = _attribute(resource, node, '-D')
+    if told.returncode not in (0, CRM_EX_NOSUCH):
+        raise Failed(f'crm_attribute: {told.stdout.strip()}')
+
+
+def fail(resource: str, node: str) -> None:
+    """Have the cluster look at a resource at once."""
+    _run('crm_resource', '--fail', '-r', resource, '-N', node)
+
+
+class Membership(NamedTuple):
+    """What Corosync says at a moment."""
+    ring: str
+    quorate: bool
+    members: List[str]
+
+
+def membership() -> Membership:
+    """Who is in this part of the cluster."""
+    told = _run('corosync-quorumtool', '-s')
+    ring = re.search(r'^Ring ID:\s*(\S+)', told.stdout, re.MULTILINE)
+    quorate = re.search(r'^Quorate:\s*Yes', told.stdout, re.MULTILINE)
+    # number, votes, maybe those of a qdevice, and the name
+    members = [line.replace('(local)', '').split()[-1] for line in re.findall(
+        r'^\s*\d+\s+\d+\s+\S.*$', told.stdout, re.MULTILINE)]
+    if not ring or not members:
+        raise Failed(f'corosync-quorumtool: {told.stdout.strip()}')
+    return Membership(ring[1], bool(quorate), members)
+
+
+def fences() -> bool:
+    """Does the cluster power off a node that is lost?"""
+    told = _run('crm_attribute', '-t', 'crm_config', '-n', 'stonith-enabled',
+                '-G', '-q')
+    return told.stdout.strip().lower() not in ('false', '0', 'no', 'off')
+
+
+def was_fenced(node: str, since: float) -> bool:
+    """Has the node been fenced with success since a time?"""
+    told = _run('stonith_admin', '--history', node, '--output-as', 'xml')
+    for event in re.findall(r'<fence_event [^>]*>', told.stdout):
+        words = dict(re.findall(r'([\w-]+)="([^"]*)"', event))
+        if words.get('target') == node \
+                and words.get('status') == 'success' \
+                and words.get('action') in ('reboot', 'off') \
+                and _seconds(words.get('completed', '')) >= since:
+            return True
+    return False
+
+
+def _seconds(text: str) -> float:
+    """When something was, by stonith_admin: "2026-11-29 23:59:59Z"."""
+    try:
+        return datetime.fromisoformat(text.replace(' +', '+')).timestamp()
+    except ValueError:
+        return 0.0

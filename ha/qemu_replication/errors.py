@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What may go wrong."""
+
+
+class Failed(Exception):
+    """Something that had to work did not; the text says what."""
+
+    def __init__(self, text: str, event: str = 'failed') -> None:
+        super().__init__(text)
+        # what it means to a state
+        self.event = event
+
+
+class Refused(Failed):
+    """QEMU has answered with an error."""
+
+
+class Unreachable(Failed):
+    """The other keeper does not answer."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a keeper must not forget, and files that are there or not."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .config import Json
+
+
+def write_whole(path: Path, value: Json, durable: bool) -> None:
+    """Replace a file, so that whoever reads it finds all of it."""
+    fresh = path.with_name(path.name + '.new')
+    with open(fresh, 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=1)
+        file.write('\n')
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.replace(fresh, path)
+    if durable:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@dataclass
+class Facts:
+    """About the disks of this host."""
+    # grows whenever a standby takes the VM
+    generation: int = 0
+    # as in states; nothing on a host where nothing was done yet
+    data: str = ''
+    # names a run of QEMU that knows what the peer's disks lack
+    run: str = ''
+    # the run whose replica the disks are
+    replica_of: str = ''
+    # whether data may still be in the overlays
+    merging: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> 'Facts':
+        """From a file, if there is one."""
+        if not path.exists():
+            return cls()
+        return cls(**json.loads(path.read_text('utf-8')))
+
+    def save(self, path: Path) -> None:
+        """To a file, for good."""
+        write_whole(path, asdict(self), True)

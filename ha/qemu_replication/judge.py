@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who says that the peer cannot run the VM any more."""
+
+import asyncio
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from . import cluster
+from .errors import Failed, Unreachable
+
+if TYPE_CHECKING:
+    from .work import Works
+
+RETRY_SECONDS = 1.0
+
+
+class Verdict(Enum):
+    """On the peer."""
+    UNKNOWN = 'unknown'
+    # it cannot take the VM, unless it is brought in step again
+    OUT = 'out'
+    # it has taken it
+    PROMOTED = 'promoted'
+
+
+class Judge:
+    """Takes the word of the peer's keeper; else a person has to vouch."""
+
+    def __init__(self, works: 'Works') -> None:
+        self._works = works
+
+    async def of_peer(self, since: float) -> Verdict:
+        """Have the peer give up its claim to the VM; lost at a time."""
+        works = self._works
+        try:
+            told = await works.peer.ask('yield',
+                                        generation=works.facts.generation)
+        except Unreachable as exc:
+            return await self._of_silent_peer(str(exc), since)
+        if told['yields']:
+            return Verdict.OUT
+        works.problem = f'{works.config.peer}: {told["because"]}'
+        if told['generation'] > works.facts.generation:
+            return Verdict.PROMOTED
+        return Verdict.UNKNOWN
+
+    async def _of_silent_peer(self, why: str, _since: float) -> Verdict:
+        """Nobody there can be asked."""
+        self._works.problem = (
+            f'{why}: make sure that {self._works.config.peer} is down, and '
+            'say "alone --peer-is-down"')
+        return Verdict.UNKNOWN
+
+    async def in_step(self) -> None:
+        """From now on the peer may take the VM."""
+
+    async def promoted(self) -> None:
+        """The VM runs here now."""
+
+    async def gives_way(self) -> None:
+        """The VM does not run here any more, but there, if that can be."""
+
+    async def has_died(self) -> None:
+        """QEMU has ended where the VM ran."""
+
+
+class ClusterJudge(Judge):
+    """Pacemaker's scores say who may be promoted.
+
+    The peer's is there only while the peer is in step, and is deleted before
+    this side goes on alone.
+    """
+
+    @property
+    def _resource(self) -> str:
+        return self._works.config.cluster.resource
+
+    async def of_peer(self, since: float) -> Verdict:
+        try:
+            await asyncio.to_thread(cluster.delete_score, self._resource,
+                                    self._works.config.peer)
+            return await super().of_peer(since)
+        except Failed as exc:
+            self._works.problem = str(exc)
+            return Verdict.UNKNOWN
+
+    async def _of_silent_peer(self, why: str, since: float) -> Verdict:
+        """The score is gone.  Is that so where the peer would ask?"""
+        works, peer = self._works, self._works.config.peer
+        before = await asyncio.to_thread(cluster.membership)
+        fenced = await asyncio.to_thread(cluster.was_fenced, peer, since)
+        # again: it has to be so in the part of the cluster that is asked
+        await asyncio.to_thread(cluster.delete_score, self._resource, peer)
+        after = await asyncio.to_thread(cluster.membership)
+        if before == after and after.quorate \
+                and (peer in after.members or fenced):
+            return Verdict.OUT
+        works.problem = (f'{why}: waits until the cluster has quorum, and '
+                         f'{peer} is in it or has been fenced')
+        return Verdict.UNKNOWN
+
+    async def in_step(self) -> None:
+        await asyncio.to_thread(cluster.set_score, self._resource,
+                                self._works.config.peer, cluster.PEER_SCORE)
+
+    async def promoted(self) -> None:
+        try:
+            await asyncio.to_thread(
+                cluster.set_score, self._resource, self._works.config.here,
+                cluster.OWN_SCORE)
+        except Failed as exc:
+            # the VM is worth more
+            self._works.problem = str(exc)
+
+    async def gives_way(self) -> None:
+        """With the peer in step, that goes on: no start from the disks."""
+        config = self._works.config
+        while self._works.facts.data == 'shared':
+            try:
+                await asyncio.to_thread(cluster.delete_score, self._resource,
+                                        config.here)
+                break
+            except Failed as exc:
+                self._works.problem = str(exc)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def has_died(self) -> None:
+        await self.gives_way()
+        await asyncio.to_thread(cluster.fail, self._resource,
+                                self._works.config.here)
+
+
+def new_judge(works: 'Works') -> Judge:
+    """As the configuration has it."""
+    return ClusterJudge(works) if works.config.cluster.resource \
+        else Judge(works)

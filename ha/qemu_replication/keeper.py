@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keeps a VM protected: one process on each host, beside QEMU.
+
+It never decides by itself that the other host is dead.  A host gives up the
+VM when its own keeper says so, once QEMU has ended there, or when a person
+or the cluster vouches for it.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import time
+from dataclasses import asdict
+from typing import List, Optional
+
+from .config import Config, Json
+from .facts import write_whole
+from .machine import Machine
+from .errors import Failed
+from .peer import Peer
+from .states import AT_REST, PRIMARY, SOLE, STATES
+from .work import LOOK_SECONDS, Works
+
+log = logging.getLogger('keeper')
+
+
+def notify(text: str) -> None:
+    """Tell systemd, if it has started us."""
+    path = os.environ.get('NOTIFY_SOCKET', '')
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.connect(path.replace('@', '\0', 1))
+            sock.sendall(text.encode())
+
+
+class Event:
+    """What has happened, and in which state if it is of that only."""
+
+    def __init__(self, name: str, why: str = '',
+                 entered: Optional[int] = None) -> None:
+        self.name = name
+        self.why = why
+        self.entered = entered
+        # whether it has led to another state
+        self.taken: 'asyncio.Future[bool]' = \
+            asyncio.get_running_loop().create_future()
+
+
+class Keeper(Works):
+    """One side."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(
+            config, Machine(config, self._on_event, self._on_death),
+            Peer(config, self._answer))
+        self.state = 'stopped'
+        self.since = time.time()
+        self.changed = asyncio.Condition()
+        self._events: 'asyncio.Queue[Event]' = asyncio.Queue()
+        self._entered = 0
+        self._work: Optional['asyncio.Task[None]'] = None
+        self._look: Json = {}
+
+    # The machine of states
+
+    def post(self, name: str, why: str = '') -> Event:
+        """Something has happened."""
+        event = Event(name, why)
+        self._events.put_nowait(event)
+        return event
+
+    async def run(self) -> None:
+        """Serve for ever."""
+        await self.peer.serve()
+        await self._begin()
+        looking = asyncio.create_task(self._look_often())
+        try:
+            while True:
+                await self._handle(await self._events.get())
+        finally:
+            looking.cancel()
+            if self._work:
+                self._work.cancel()
+            await self.peer.close()
+            await self._monitor.close()
+
+    async def _handle(self, event: Event) -> None:
+        new = STATES[self.state].on.get(event.name)
+        if new and event.entered in (None, self._entered):
+            await self._enter(new, event.why or event.name)
+            event.taken.set_result(True)
+        else:
+            event.taken.set_result(False)
+
+    async def _enter(self, new: str, why: str) -> None:
+        if self._work:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+            self._work = None
+        state = STATES[new]
+        log.info('%s -> %s: %s', self.state, new, why)
+        self.state, self.since, self.why = new, time.time(), why
+        self.problem = self.progress = ''
+        self._entered += 1
+        if state.data and self.facts.data != state.data:
+            self.facts.data = state.data
+            self.save_facts()
+        if state.work:
+            self._work = asyncio.create_task(self._do(state.work, state.limit,
+                                                      self._entered))
+        await self._tell()
+
+    async def _do(self, work: str, limit: str, entered: int) -> None:
+        """The work of a state."""
+        bound = getattr(self.config.limits, limit) if limit else None
+        try:
+            name = await asyncio.wait_for(getattr(self, f'_do_{work}')(),
+                                          bound)
+            event = Event(name or 'done', entered=entered)
+        except asyncio.TimeoutError:
+            event = Event('failed', f'{work} took more than {bound:g} s',
+                          entered)
+        except Failed as exc:
+            event = Event(exc.event, str(exc), entered)
+        except (OSError, subprocess.SubprocessError) as exc:
+            event = Event('failed', str(exc), entered)
+        except Exception:  # pylint: disable=broad-except
+            log.exception('a mistake of this program')
+            event = Event('failed', 'a mistake of this program', entered)
+        self._events.put_nowait(event)
+
+    async def _tell(self) -> None:
+        """Let all who watch know."""
+        status = self.status()
+        write_whole(self.config.run / 'status.json', status, False)
+        notify(f'STATUS={status["says"]}')
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _begin(self) -> None:
+        """Go on where an earlier keeper has stopped."""
+        if await self.machine.adopt():
+            await self._look_once()
+            await self._enter(await self._find_state(), 'QEMU was found')
+        elif self.facts.data == 'replica':
+            # it may not run by itself, and does no harm when it stands by
+            await self._enter('arming', 'this host has stood by')
+        elif self.facts.data:
+            await self._enter('waiting', 'this host has run the VM')
+        else:
+            await self._tell()
+        notify('READY=1')
+
+    async def _find_state(self) -> str:
+        """What a QEMU is that was found."""
+        nodes = await self._monitor.replication()
+        migration = await self._monitor.cmd('query-migrate')
+        in_colo = migration.get('status') == 'colo'
+        if self.facts.data == 'replica':
+            running = all(node['stage'] == 'running' for node in nodes)
+            return 'secondary' if in_colo and running else 'arming'
+        if not any(node['mode'] == 'primary' for node in nodes):
+            # it was promoted, but that was not all
+            return 'promoting'
+        if in_colo:
+            return 'protected' if self._protects(nodes) else 'asking'
+        return 'detaching'
+
+    # What QEMU tells
+
+    def _on_death(self) -> None:
+        if self._off:
+            self.post('off', 'the guest was shut down')
+        else:
+            self.post('died', self.machine.ended)
+
+    def _on_event(self, event: Json) -> None:
+        name, data = event['event'], event.get('data', {})
+        if name == 'SHUTDOWN' and data.get('reason') == 'guest-shutdown':
+            self._off = STATES[self.state].role == PRIMARY
+        elif name == 'COLO_EXIT':
+            self._colo_ended = True
+            self.post('lost', f'COLO has ended: {data.get("reason")}')
+        elif name == 'REPLICATION_ERROR' and data['reason'] == 'forward':
+            self.post('lost', f'{data.get("node-name")}: the peer\'s disk '
+                      'cannot be reached')
+        elif name == 'REPLICATION_STAGE_CHANGE':
+            asyncio.create_task(self._look_once())
+
+    async def _look_often(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._look_once()
+            await self._tell()
+
+    async def _look_once(self) -> None:
+        """Ask QEMU how it is, which may tell what no event has told."""
+        if not self.machine.runs:
+            self._look = {}
+            return
+        entered = self._entered
+        try:
+            nodes = await self._monitor.replication()
+            status = (await self._monitor.cmd('query-status'))['status']
+        except Failed as exc:
+            self._look = {'status': 'silent', 'nodes': []}
+            if self.machine.runs and entered == self._entered:
+                self._events.put_nowait(Event('silent', str(exc), entered))
+            return
+        self._look = {'status': status, 'nodes': nodes}
+        await self._conclude(nodes)
+
+    async def _conclude(self, nodes: List[Json]) -> None:
+        mine = [node for node in nodes if node['mode'] == 'secondary']
+        if self.state == 'standby' and mine and all(
+                node['stage'] == 'running' for node in mine):
+            self._tries, self._in_step_since = 0, time.time()
+            self.post('in-step', 'the primary has brought it in step')
+        elif self.state == 'secondary' and self._colo_ended:
+            self.post('lost', 'COLO has ended')
+        elif self.state == 'protected':
+            self._conclude_protected([node for node in nodes
+                                      if node['mode'] == 'primary'])
+        if self.facts.merging and mine and all(
+                node['disk-complete'] for node in mine) \
+                and self.state not in ('standby', 'secondary', 'promoting'):
+            self.facts.merging = False
+            self.save_facts()
+
+    def _conclude_protected(self, nodes: List[Json]) -> None:
+        limits = self.config.limits
+        age = max((node['checkpoint-age-ns'] for node in nodes), default=0)
+        if self._colo_ended or any(
+                node.get('error', {}).get('reason') == 'forward'
+                for node in nodes):
+            self.post('lost', 'the peer is not in step any more')
+        elif age / 1e9 > limits.checkpoint_ms / 1000 + limits.stalled:
+            # COLO waits for a peer that is gone without a word for ever, and
+            # the guest with it
+            self.post('lost', f'no checkpoint for {age / 1e9:.0f} s')
+
+    # What others ask
+
+    def status(self) -> Json:
+        """All that there is to know."""
+        state = STATES[self.state]
+        nodes = self._look.get('nodes', [])
+        return {
+            'vm': self.config.vm.name, 'host': self.config.here,
+            'peer': self.config.peer, 'state': self.state,
+            'role': state.role, 'says': state.says, 'since': self.since,
+            'why': self.why, 'problem': self.problem,
+            'progress': self.progress,
+            'protected': self.state in ('protected', 'secondary')
+            and self._protects(nodes),
+            'in-step-since': self._in_step_since,
+            'facts': asdict(self.facts), 'pid': self.machine.pid
+            if self.machine.runs else None,
+            'guest': self._look.get('status', 'none'), 'disks': [
+                {'node': node['node'], 'stage': node['stage'],
+                 'protects': node['protects'],
+                 'unprotected': node.get('unprotected', {}).get('text'),
+                 'checkpoint-age': node.get('checkpoint-age-ns', 0) / 1e9,
+                 'out-of-sync-bytes': node.get('out-of-sync-bytes'),
+                 'copied-bytes': node.get('copied-bytes')}
+                for node in nodes]}
+
+    async def _answer(self, body: Json) -> Json:
+        """What the peer's keeper wants to know."""
+        what = body.get('ask')
+        if what == 'status':
+            return self.status()
+        if what == 'yield':
+            return await self._answer_yield(int(body['generation']))
+        if what == 'in-step' and self.state == 'standby':
+            self.facts.replica_of = str(body['run'])
+            self.facts.generation = int(body['generation'])
+            self.save_facts()
+            return {'ok': True}
+        if what in ('take', 'switch') and what in STATES[self.state].on:
+            return {'ok': await self.post(
+                what, f'{self.config.peer} wants it').taken,
+                'because': f'it {STATES[self.state].says}'}
+        return {'ok': False, 'because': f'it {STATES[self.state].says}'}
+
+    async def _answer_yield(self, generation: int) -> Json:
+        """Give up any claim to the VM, for good, before this is answered."""
+        yields = False
+        if self.facts.generation <= generation:
+            dead = self.machine.dead
+            if self.state in AT_REST and self.facts.data == SOLE:
+                # the peer has no newer data
+                pass
+            elif self.state in ('yielded', 'arming'):
+                yields = True
+            else:
+                yields = await self.post(
+                    'yield', f'{self.config.peer} has the VM').taken
+            if yields:
+                await dead.wait()
+        return {'yields': yields, 'generation': self.facts.generation,
+                'because': f'it {STATES[self.state].says}'}

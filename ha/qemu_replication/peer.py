@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How one keeper asks the other.
+
+A request is a line of JSON, and so is the answer.  With a key, each is signed
+together with a number that the one who is asked has drawn: nobody else can
+ask, nor say again what was said before.  With certificates, TLS does that.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import secrets
+import ssl
+from pathlib import Path
+from typing import Awaitable, Callable, Optional, Tuple
+
+from .check import psk
+from .config import Config, Json
+from .errors import Unreachable, Failed
+
+MAX_LINE = 1 << 20
+Answer = Callable[[Json], Awaitable[Json]]
+
+
+def _tls(config: Config, end: str) -> Optional[ssl.SSLContext]:
+    if config.tls.kind != 'x509':
+        return None
+    folder = Path(config.tls.dir)
+    context = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH if end == 'server'
+        else ssl.Purpose.SERVER_AUTH, cafile=str(folder / 'ca-cert.pem'))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(folder / f'{end}-cert.pem',
+                            folder / f'{end}-key.pem')
+    return context
+
+
+class Peer:
+    """Both directions."""
+
+    def __init__(self, config: Config, answer: Answer) -> None:
+        self._config = config
+        self._answer = answer
+        self._key = psk(config) if config.tls.kind == 'psk' else b''
+        self._server: Optional[asyncio.AbstractServer] = None
+
+    def _sign(self, *parts: str) -> str:
+        return hmac.new(self._key, '\n'.join(parts).encode(),
+                        hashlib.sha256).hexdigest()
+
+    def _pack(self, nonce: str, way: str, body: Json) -> bytes:
+        text = json.dumps(body)
+        return json.dumps([text, self._sign(nonce, way, text)]).encode() \
+            + b'\n'
+
+    def _unpack(self, nonce: str, way: str, line: bytes) -> Json:
+        try:
+            text, signed = json.loads(line)
+            good = hmac.compare_digest(signed, self._sign(nonce, way, text))
+            body = json.loads(text)
+        except (ValueError, TypeError) as exc:
+            raise Unreachable('the other keeper talks nonsense') from exc
+        if not good or not isinstance(body, dict):
+            raise Unreachable('the other keeper has another key')
+        return body
+
+    async def serve(self) -> None:
+        """Listen to the other one."""
+        self._server = await asyncio.start_server(
+            self._serve_one, self._config.address, self._config.ports.keeper,
+            limit=MAX_LINE, ssl=_tls(self._config, 'server'))
+
+    async def close(self) -> None:
+        """Stop listening."""
+        if self._server:
+            self._server.close()
+
+    async def _serve_one(self, reader: asyncio.StreamReader,
+                         writer: asyncio.StreamWriter) -> None:
+        nonce = secrets.token_hex(16)
+        try:
+            writer.write(nonce.encode() + b'\n')
+            line = await asyncio.wait_for(reader.readline(),
+                                          self._config.limits.answer)
+            body = await self._answer(self._unpack(nonce, 'ask', line))
+            writer.write(self._pack(nonce, 'tell', body))
+            await writer.drain()
+        except (OSError, ValueError, asyncio.TimeoutError, Failed):
+            # whoever it was gets no answer
+            pass
+        finally:
+            writer.close()
+
+    async def ask(self, what: str, **more: object) -> Json:
+        """Ask the other keeper."""
+        try:
+            return await asyncio.wait_for(self._ask(what, more),
+                                          self._config.limits.answer)
+        except asyncio.TimeoutError as exc:
+            raise Unreachable(f'the keeper on {self._config.peer} does not '
+                              'answer') from exc
+        except (OSError, ValueError) as exc:
+            text = getattr(exc, 'strerror', None) or exc
+            raise Unreachable(f'no keeper on {self._config.peer}: {text}'
+                              ) from exc
+
+    async def _ask(self, what: str, more: Json) -> Json:
+        context = _tls(self._config, 'client')
+        reader, writer = await asyncio.open_connection(
+            self._config.peer_address, self._config.ports.keeper,
+            limit=MAX_LINE, ssl=context)
+        try:
+            nonce, line = await self._talk(reader, writer, what, more)
+            return self._unpack(nonce, 'tell', line)
+        finally:
+            writer.close()
+
+    async def _talk(self, reader: asyncio.StreamReader,
+                    writer: asyncio.StreamWriter, what: str,
+                    more: Json) -> Tuple[str, bytes]:
+        nonce = (await reader.readline()).decode().strip()
+        writer.write(self._pack(nonce, 'ask', {'ask': what, **more}))
+        line = await reader.readline()
+        if not line:
+            raise OSError(0, 'it has closed the connection')
+        return nonce, line

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a keeper does with QEMU in each state; states.py bounds it."""
+
+import asyncio
+import secrets
+import subprocess
+import time
+from functools import partial
+from typing import Awaitable, Callable, List
+
+from . import graph
+from .config import Config, Json
+from .facts import Facts
+from .judge import Verdict, new_judge
+from .machine import Machine
+from .errors import Failed
+from .monitor import Monitor
+from .errors import Unreachable
+from .peer import Peer
+from .states import PRIMARY, SHARED, SOLE
+
+LOOK_SECONDS = 1.0
+POLL_SECONDS = 0.1
+# After a failed attempt to protect, the next one waits longer and longer
+LONGEST_PAUSE = 60.0
+QUIT_SECONDS = 10.0
+MERGE_SECONDS = 3600.0
+
+
+class Works:
+    """Each _do_... is the work of a state."""
+
+    def __init__(self, config: Config, machine: Machine, peer: Peer) -> None:
+        self.config = config
+        self.machine = machine
+        self.peer = peer
+        self.facts_path = config.state / 'facts.json'
+        self.facts = Facts.read(self.facts_path)
+        # why it came to this, what is in the way, and how far it is
+        self.why = self.problem = self.progress = ''
+        self.judge = new_judge(self)
+        # a person does not want it protected
+        self.hold = False
+        # from when on the peer may have been in step
+        self._in_step_since = time.time()
+        self._tries = 0
+        self._off = self._colo_ended = False
+
+    @property
+    def _monitor(self) -> Monitor:
+        return self.machine.monitor
+
+    def save_facts(self) -> None:
+        """Keep them, before anything is done that needs them."""
+        self.facts.save(self.facts_path)
+
+    @staticmethod
+    def _protects(nodes: List[Json]) -> bool:
+        """Whether all disks are safe; a promoted one has two nodes."""
+        nodes = [node for node in nodes if node['mode'] == 'primary'] or nodes
+        return bool(nodes) and all(node['protects'] for node in nodes)
+
+    async def _until(self, done: Callable[[], Awaitable[bool]]) -> None:
+        """Wait; whoever calls has a bound."""
+        while not await done():
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _pause(self) -> None:
+        """Do not try again at once what has failed."""
+        if self._tries:
+            await asyncio.sleep(min(2.0 ** self._tries / 2, LONGEST_PAUSE))
+        self._tries += 1
+
+    # The VM runs here
+
+    async def _do_boot(self) -> None:
+        if self.facts.merging:
+            await self._merge()
+        self._new_run()
+        self.save_facts()
+        await self._start(graph.primary_nodes(self.config), [])
+        await self.judge.promoted()
+
+    def _new_run(self) -> None:
+        self.facts.run, self.facts.replica_of = secrets.token_hex(8), ''
+        self._tries = 0
+
+    async def _start(self, nodes: List[Json], more: List[str]) -> None:
+        self._off = self._colo_ended = False
+        await self.machine.start(nodes, more)
+
+    async def _merge(self) -> None:
+        self.progress = 'merges what a failover has left in the overlays'
+        for command in graph.merge_commands(self.config):
+            await asyncio.to_thread(partial(
+                subprocess.run, command, check=True, timeout=MERGE_SECONDS,
+                stdin=subprocess.DEVNULL))
+        self.facts.merging = False
+
+    async def _do_wait_for_standby(self) -> None:
+        await self._pause()
+        while True:
+            try:
+                told = await self.peer.ask('status')
+                self.problem = ''
+                if told['facts']['generation'] > self.facts.generation:
+                    self.problem = (f'{self.config.peer} says that it has '
+                                    'taken the VM: one of the two is wrong')
+                elif told['state'] == 'standby':
+                    return
+            except Unreachable as exc:
+                self.problem = str(exc)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _do_copy(self) -> None:
+        told = await self.peer.ask('status')
+        same = told['facts']['replica_of'] == self.facts.run
+        for number in range(len(self.config.disks)):
+            await self._begin_copy(number, same)
+        await self._wait_for_copies()
+        # from now on it is the same one
+        told = await self.peer.ask('in-step', run=self.facts.run,
+                                   generation=self.facts.generation)
+        if not told['ok']:
+            raise Failed(f'{self.config.peer}: {told["because"]}')
+
+    async def _begin_copy(self, number: int, same: bool) -> None:
+        add, sync = graph.copy(self.config, number,
+                               'changed' if same else 'full')
+        await self._monitor.cmd(*add)
+        if not same or await self._monitor.attempt(*sync):
+            full = dict(sync[1], sync='full')
+            await self._monitor.cmd(sync[0], full)
+
+    async def _wait_for_copies(self) -> None:
+        """A job that gets on has no other bound."""
+        best, best_when = -1, time.monotonic()
+        while True:
+            jobs = await self._monitor.cmd('query-block-jobs')
+            if not jobs:
+                break
+            done = sum(job['offset'] for job in jobs)
+            total = sum(job['len'] for job in jobs)
+            self.progress = f'{100 * done // (total or 1)} % copied'
+            if done != best:
+                best, best_when = done, time.monotonic()
+            elif time.monotonic() > best_when + 2 * self.config.limits.stalled:
+                raise Failed('the copy does not get on')
+            await asyncio.sleep(POLL_SECONDS)
+        for node in await self._monitor.replication():
+            if node['mode'] == 'primary' \
+                    and node.get('replica-state') != 'synced':
+                raise Failed(f'{node["node"]}: the copy has failed')
+
+    async def _do_migrate(self) -> None:
+        self._in_step_since, self._colo_ended = time.time(), False
+        await self._monitor.all(graph.connect_network(
+            self.config, 'rew0' in await self._objects()))
+        await self._monitor.all(graph.migrate(self.config))
+
+        async def in_colo() -> bool:
+            told = await self._monitor.cmd('query-migrate')
+            status = told['status']
+            ram = told.get('ram', {})
+            if ram.get('total'):
+                left = 100 * ram['remaining'] // ram['total']
+                self.progress = f'{100 - left} % of the memory'
+            if status in ('failed', 'cancelled'):
+                # COLO has not begun, so the peer cannot have taken the VM
+                raise Failed('the migration of the memory has failed: '
+                             f'{told.get("error-desc", "no reason")}',
+                             'not-begun')
+            return bool(status == 'colo')
+
+        await self._until(in_colo)
+
+        async def protects() -> bool:
+            return self._protects(await self._monitor.replication())
+
+        await self._until(protects)
+        self._tries = 0
+        await self.judge.in_step()
+
+    async def _objects(self) -> List[str]:
+        return [item['name'] for item in await self._monitor.cmd(
+            'qom-list', {'path': '/objects'})]
+
+    async def _do_hand_over(self) -> None:
+        """What is done since the last checkpoint shall be little."""
+
+        async def count() -> int:
+            return min(int(node['checkpoints'])
+                       for node in await self._monitor.replication()
+                       if node['mode'] == 'primary')
+
+        before = await count()
+        await self._monitor.cmd('migrate-set-parameters',
+                                {'x-checkpoint-delay': 1})
+        try:
+            async def newer() -> bool:
+                return await count() > before
+
+            await self._until(newer)
+            told = await self.peer.ask('take')
+            if not told['ok']:
+                raise Failed(f'{self.config.peer}: {told["because"]}')
+            # it asks for the VM, which ends this
+            await asyncio.sleep(self.config.limits.failover)
+        finally:
+            if self.machine.runs:
+                await self._monitor.attempt('migrate-set-parameters', {
+                    'x-checkpoint-delay': self.config.limits.checkpoint_ms})
+
+    async def _do_ask(self) -> str:
+        """Go on only when the peer cannot take the VM any more."""
+        while True:
+            verdict = await self.judge.of_peer(self._in_step_since)
+            if verdict is Verdict.OUT:
+                return 'done'
+            if verdict is Verdict.PROMOTED:
+                return 'ousted'
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _do_detach(self) -> str:
+        # what hangs on the peer is cut off, beside QEMU's main loop
+        for instance in graph.yank(self.config):
+            try:
+                await self._monitor.cmd('yank', {'instances': [instance]},
+                                        oob=True)
+            except Failed:
+                # there is no such connection
+                pass
+        status = (await self._monitor.cmd('query-migrate')).get('status')
+        if status == 'colo':
+            await self._monitor.cmd('x-colo-lost-heartbeat')
+        elif status not in (None, 'none', 'completed', 'failed', 'cancelled'):
+            await self._monitor.attempt('migrate_cancel')
+
+        async def ended() -> bool:
+            told = await self._monitor.cmd('query-migrate')
+            return told.get('status') in (None, 'none', 'completed', 'failed',
+                                          'cancelled')
+
+        await self._until(ended)
+        await self._wait_until_running()
+        await self._let_go()
+        return 'hold' if self.hold else 'done'
+
+    async def _wait_until_running(self) -> None:
+        async def running() -> bool:
+            told = await self._monitor.cmd('query-status')
+            return bool(told['running'])
+
+        await self._until(running)
+
+    async def _let_go(self) -> None:
+        """Take the peer's disks and its network out."""
+        for job in await self._monitor.cmd('query-block-jobs'):
+            # it may end by itself in this moment
+            await self._monitor.attempt('block-job-cancel', {
+                'device': job['device'], 'force': True})
+
+        async def no_job() -> bool:
+            return not await self._monitor.cmd('query-block-jobs')
+
+        await self._until(no_job)
+        for number in range(len(self.config.disks)):
+            await self._monitor.attempt('x-block-replica-detach', {
+                'node-name': graph.top(number), 'force': True})
+            await self._until(partial(self._deleted, graph.link(number)))
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        chardevs = await self._monitor.cmd('query-chardev')
+        await self._monitor.all(graph.disconnect_network(
+            await self._objects(), [item['label'] for item in chardevs]))
+
+    async def _deleted(self, node: str) -> bool:
+        why = await self._monitor.attempt('blockdev-del',
+                                          {'node-name': node})
+        return why is None or 'Failed to find node' in why
+
+    async def _do_tell_death(self) -> None:
+        await self.judge.has_died()
+        await self._wait_for_new_primary()
+
+    async def _do_wait(self) -> None:
+        await self.machine.end(QUIT_SECONDS)
+        await self._wait_for_new_primary()
+
+    async def _do_tell_off(self) -> None:
+        """The peer has nothing to take over, and shall not wait."""
+        while self.facts.data == SHARED:
+            try:
+                told = await self.peer.ask('yield',
+                                           generation=self.facts.generation)
+                if told['yields']:
+                    self.facts.data = SOLE
+                    self.save_facts()
+                    self.problem = ''
+            except Unreachable as exc:
+                self.problem = str(exc)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _wait_for_new_primary(self) -> None:
+        """The peer may have got the VM, or will."""
+        while True:
+            try:
+                told = await self.peer.ask('status')
+                if told['facts']['generation'] > self.facts.generation \
+                        and told['role'] == PRIMARY:
+                    return
+                self.problem = ''
+            except Unreachable as exc:
+                self.problem = str(exc)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def _do_end(self) -> None:
+        await self.machine.end(QUIT_SECONDS)
+
+    # This host stands by
+
+    async def _do_arm(self) -> None:
+        await self.machine.end()
+        await self._pause()
+        if await asyncio.to_thread(graph.make_images, self.config):
+            self.facts.replica_of = ''
+        self.facts.merging = False
+        self.save_facts()
+        await self._start(graph.standby_nodes(self.config),
+                          graph.standby_arguments(self.config))
+        await self._monitor.all(graph.stand_by(self.config))
+
+    async def _do_take(self) -> None:
+        """The primary gives up the VM, and says so when it has."""
+        try:
+            told = await self.peer.ask('yield',
+                                       generation=self.facts.generation)
+            if told['yields']:
+                return
+            why = f'{self.config.peer}: {told["because"]}'
+        except Unreachable as exc:
+            why = (f'{exc}: make sure that {self.config.peer} is down, and '
+                   'say --peer-is-down')
+        raise Failed(why, 'orphaned' if self._colo_ended else 'failed')
+
+    async def _do_promote(self) -> None:
+        nodes = await self._monitor.replication()
+        if (await self._monitor.cmd('query-migrate'))['status'] == 'colo':
+            for node in nodes:
+                if node['stage'] != 'running':
+                    raise Failed(f'{node["node"]} is {node["stage"]}: there '
+                                 'is no checkpoint to go back to', 'unfit')
+            self.facts.generation += 1
+            self.facts.data, self.facts.merging = SOLE, True
+            self._new_run()
+            self.save_facts()
+            await self._monitor.cmd('x-colo-lost-heartbeat')
+        await self._wait_until_running()
+        # an earlier keeper may have done it
+        await self._monitor.attempt('nbd-server-stop')
+        await self._disconnect()
+        await self._monitor.all(graph.promoted(
+            self.config, [node['node'] for node in nodes]))
+        await self.judge.promoted()

@@ -1,0 +1,363 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the OCF agent makes of what it hears, with a cluster that is none.
+
+The programs of Pacemaker and Corosync are scripts that note how they are
+called and say what a test wants; so is the keeper.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+import xml.etree.ElementTree
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from guesthost import MIB, Disks
+from qemu_replication import cluster
+from qemu_replication.config import load
+from qemu_replication.facts import Facts
+from qemu_replication.judge import Judge, Verdict, new_judge
+from qemu_replication.errors import Unreachable
+from sides import PROGRAM, configuration, toml
+
+AGENT = PROGRAM.with_name('ocf-vm')
+SECONDS = 60.0
+SUCCESS, ERROR, CONFIGURED, NOT_RUNNING, PROMOTED, FAILED_PROMOTED = (
+    0, 1, 6, 7, 8, 9)
+NO_SUCH = 105
+QUORUM = '''Quorum information
+------------------
+Ring ID:          {ring}
+Quorate:          {quorate}
+
+Membership information
+----------------------
+    Nodeid      Votes Name
+{members}
+'''
+Json = Dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+
+
+def quorum(*members: str, ring: str = '1.8', quorate: bool = True) -> str:
+    """What corosync-quorumtool says on east."""
+    return QUORUM.format(
+        ring=ring, quorate='Yes' if quorate else 'No', members='\n'.join(
+            f'         {number}          1 {name}'
+            + (' (local)' if name == 'east' else '')
+            for number, name in enumerate(members, 1)))
+
+
+def fenced(when: float, status: str = 'success') -> str:
+    """What stonith_admin says of west."""
+    stamp = time.strftime('%Y-%m-%d %H:%M:%SZ', time.gmtime(when))
+    return (f'<pacemaker-result><fence_event action="reboot" target="west" '
+            f'status="{status}" completed="{stamp}"/></pacemaker-result>')
+
+
+class Keeper:
+    """One that says what it was told to."""
+
+    def __init__(self, path: Path) -> None:
+        self.status: Json = {}
+        # by command, with "force" behind it: exit status, state after that
+        self.answers: Dict[str, Tuple[int, str]] = {}
+        self.asked: List[str] = []
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(path))
+        self._socket.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def tell(self, state: str, role: str, data: str) -> None:
+        """What it is."""
+        self.status = {'state': state, 'role': role, 'facts': {'data': data},
+                       'in-step-since': 1000.0}
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection, connection.makefile('rw') as stream:
+                request = json.loads(stream.readline())
+                stream.write(json.dumps(self._answer(request)) + '\n')
+
+    def _answer(self, request: Json) -> Json:
+        if request['command'] == 'status':
+            return self.status
+        name = request['command'] + (' force' if request.get('force') else '')
+        self.asked.append(name)
+        return {'status': self.answers.get(name, (0, ''))[0]}
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+
+class FakeCluster(unittest.TestCase):
+    """Programs of a cluster, and a keeper."""
+
+    def setUp(self) -> None:
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = Path(holder.name)
+        self.bin = self.folder / 'bin'
+        self.calls_file = self.folder / 'calls'
+        for path in (self.bin, self.folder / 'east', self.folder / 'west'):
+            path.mkdir()
+        for name in ('crm_attribute', 'crm_resource', 'corosync-quorumtool',
+                     'stonith_admin'):
+            self.program(name)
+        table = configuration(OPTIONS.build, self.folder, Disks(1, MIB, 0))
+        table['cluster'] = {'judge': 'pacemaker', 'resource': 'vm'}
+        self.path = self.folder / 'vm1.toml'
+        self.path.write_text(toml(table), 'utf-8')
+        self.config = load(self.path, 'east')
+        before = os.environ['PATH']
+        os.environ['PATH'] = f'{self.bin}:{before}'
+        self.addCleanup(os.environ.update, {'PATH': before})
+
+    def program(self, name: str, text: str = '', status: int = 0) -> None:
+        """Have one say something, and end with a status."""
+        (self.folder / f'{name}.says').write_text(text, 'utf-8')
+        path = self.bin / name
+        path.write_text(f'#!/bin/sh\necho "{name} $*" >>{self.calls_file}\n'
+                        f'cat {self.folder}/{name}.says\nexit {status}\n',
+                        'utf-8')
+        path.chmod(0o755)
+
+    def calls(self, part: str) -> List[str]:
+        """How a program was called."""
+        if not self.calls_file.exists():
+            return []
+        return [line for line in self.calls_file.read_text(
+            'utf-8').splitlines() if part in line]
+
+    def keeper(self, state: str, role: str, data: str) -> Keeper:
+        """A keeper that is there."""
+        keeper = Keeper(self.config.control)
+        self.addCleanup(keeper.close)
+        keeper.tell(state, role, data)
+        return keeper
+
+    def agent(self, action: str, wanted: int, config: Optional[str] = None,
+              **more: str) -> str:
+        """Call the agent as Pacemaker does."""
+        env = dict(os.environ, QEMU_REPLICATION_HOST='east',
+                   OCF_RESKEY_config=config or str(self.path), **more)
+        done = subprocess.run(
+            [sys.executable, str(AGENT), action], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+            timeout=SECONDS)
+        self.assertEqual(done.returncode, wanted, done.stderr)
+        return done.stdout + done.stderr
+
+
+class AgentTest(FakeCluster):
+    """The actions."""
+
+    def test_meta_data(self) -> None:
+        """It is XML, and has all actions."""
+        told = xml.etree.ElementTree.fromstring(self.agent('meta-data', 0))
+        self.assertEqual(told.attrib['name'], 'vm')
+        self.assertEqual(
+            {action.attrib['name'] for action in told.iter('action')},
+            {'start', 'stop', 'promote', 'demote', 'monitor', 'validate-all',
+             'meta-data'})
+        self.assertEqual(
+            {action.attrib.get('role') for action in told.iter('action')
+             if action.attrib['name'] == 'monitor'},
+            {'Promoted', 'Unpromoted'})
+
+    def test_validate_all(self) -> None:
+        """As the command line, and what a promotable clone has to be."""
+        self.agent('validate-all', SUCCESS)
+        self.assertIn('clone-max', self.agent(
+            'validate-all', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3'))
+        self.assertIn('No such file', self.agent(
+            'validate-all', CONFIGURED, '/no/such.toml'))
+        self.agent('monitor', NOT_RUNNING, '/no/such.toml')
+        self.agent('stop', SUCCESS, '/no/such.toml')
+        self.agent('nonsense', 3)
+
+    def test_monitor(self) -> None:
+        """What each state means to Pacemaker."""
+        self.agent('monitor', NOT_RUNNING)
+        keeper = self.keeper('protected', 'primary', 'shared')
+        for state, role, data, wanted in (
+                ('protected', 'primary', 'shared', PROMOTED),
+                ('asking', 'primary', 'shared', PROMOTED),
+                ('alone', 'primary', 'sole', PROMOTED),
+                ('secondary', 'standby', 'replica', SUCCESS),
+                ('arming', 'standby', 'replica', SUCCESS),
+                ('waiting', 'none', 'shared', SUCCESS),
+                ('stuck', 'primary', 'sole', FAILED_PROMOTED),
+                ('down', 'none', 'sole', FAILED_PROMOTED)):
+            with self.subTest(state=state):
+                keeper.tell(state, role, data)
+                self.agent('monitor', wanted)
+        # after all of that there is still the score
+        self.assertEqual(self.calls('crm_attribute'), [])
+        keeper.tell('down', 'none', 'shared')
+        self.agent('monitor', FAILED_PROMOTED)
+        self.assertEqual(self.calls(' -D'), [
+            'crm_attribute --promotion=vm -N east -l forever -D'])
+
+    def test_start(self) -> None:
+        """The host with the VM's disks waits; the other one stands by."""
+        keeper = self.keeper('stopped', 'none', '')
+        self.program('crm_attribute', '200\n')
+        self.agent('start', SUCCESS)
+        self.assertEqual(keeper.asked, [])
+        self.program('crm_attribute', '', NO_SUCH)
+        self.agent('start', SUCCESS)
+        self.assertEqual(keeper.asked, ['standby'])
+        keeper.tell('waiting', 'none', 'shared')
+        self.agent('start', SUCCESS)
+        keeper.tell('standby', 'standby', 'replica')
+        self.agent('start', SUCCESS)
+        self.assertEqual(keeper.asked, ['standby'])
+
+    def test_promote(self) -> None:
+        """The peer gives up, or the cluster knows that it is down."""
+        keeper = self.keeper('orphan', 'standby', 'replica')
+        for members, since, asked in (
+                # it is there; not fenced; fenced before it was in step
+                (['east', 'west'], 0, 'failover'),
+                (['east'], 0, 'failover'), (['east'], 500, 'failover'),
+                (['east'], 2000, 'failover force'),
+                # it is up again
+                (['east', 'west'], 2000, 'failover force')):
+            with self.subTest(members=members, since=since):
+                self.program('corosync-quorumtool', quorum(*members))
+                self.program('stonith_admin', fenced(since) if since else '')
+                keeper.asked.clear()
+                self.agent('promote', SUCCESS)
+                self.assertEqual(keeper.asked, [asked])
+        keeper.asked.clear()
+        self.program('corosync-quorumtool', quorum('east', quorate=False))
+        self.agent('promote', SUCCESS)
+        # without fencing, who has quorum is right
+        self.program('stonith_admin')
+        self.program('crm_attribute', 'false\n')
+        self.agent('promote', SUCCESS)
+        self.assertEqual(keeper.asked, ['failover', 'failover'])
+        self.program('corosync-quorumtool', quorum('east', 'north'))
+        self.agent('promote', SUCCESS)
+        self.assertEqual(keeper.asked[2:], ['failover force'])
+        keeper.answers['failover force'] = (1, '')
+        self.agent('promote', ERROR)
+
+    def test_promote_from_disks(self) -> None:
+        """Where the VM does not run anywhere."""
+        keeper = self.keeper('stopped', 'none', 'sole')
+        self.agent('promote', SUCCESS)
+        self.assertEqual(keeper.asked, ['protect'])
+        keeper.tell('alone', 'primary', 'sole')
+        self.agent('promote', SUCCESS)
+        self.assertEqual(keeper.asked, ['protect'])
+
+    def test_demote(self) -> None:
+        """The keeper does it."""
+        keeper = self.keeper('protected', 'primary', 'shared')
+        self.agent('demote', SUCCESS)
+        self.assertEqual(keeper.asked, ['demote'])
+
+
+class Lost:
+    """What a judge sees of a keeper that has lost its peer."""
+
+    def __init__(self, test: FakeCluster, told: Optional[Json]) -> None:
+        self.config = test.config
+        self.facts = Facts(1, 'shared')
+        self.problem = ''
+        self.peer = self
+        self._told = told
+
+    async def ask(self, _what: str, **_more: object) -> Json:
+        """What the peer's keeper says."""
+        if self._told is None:
+            raise Unreachable('no keeper on west')
+        return self._told
+
+
+class JudgeTest(FakeCluster):
+    """When a host may go on alone."""
+
+    def judge(self, told: Optional[Json] = None) -> Verdict:
+        """What is said at the time 2000 of a peer in step since 1000."""
+        judge: Judge = new_judge(Lost(self, told))  # type: ignore[arg-type]
+        return asyncio.run(judge.of_peer(1000.0))
+
+    def test_word_of_peer(self) -> None:
+        """It is enough, and the score is gone before."""
+        self.assertIs(self.judge({'yields': True}), Verdict.OUT)
+        self.assertEqual(self.calls('crm_attribute'), [
+            'crm_attribute --promotion=vm -N west -l forever -D'])
+        self.assertIs(self.judge({'yields': False, 'generation': 1,
+                                  'because': 'x'}), Verdict.UNKNOWN)
+        self.assertIs(self.judge({'yields': False, 'generation': 2,
+                                  'because': 'x'}), Verdict.PROMOTED)
+
+    def test_score_cannot_be_deleted(self) -> None:
+        """Then the peer may be promoted at any moment."""
+        self.program('crm_attribute', 'no connection', 1)
+        self.assertIs(self.judge({'yields': True}), Verdict.UNKNOWN)
+
+    def test_silent_peer(self) -> None:
+        """The cluster has to know."""
+        for members, quorate, when, wanted in (
+                (['east', 'west'], True, 0, Verdict.OUT),
+                (['east', 'west'], False, 0, Verdict.UNKNOWN),
+                (['east'], True, 0, Verdict.UNKNOWN),
+                (['east'], True, 500, Verdict.UNKNOWN),
+                (['east'], True, 1500, Verdict.OUT),
+                (['east'], False, 1500, Verdict.UNKNOWN)):
+            with self.subTest(members=members, quorate=quorate, when=when):
+                self.program('corosync-quorumtool',
+                             quorum(*members, quorate=quorate))
+                self.program('stonith_admin', fenced(when) if when else '')
+                self.assertIs(self.judge(), wanted)
+        self.program('stonith_admin', fenced(1500, 'failed'))
+        self.program('corosync-quorumtool', quorum('east'))
+        self.assertIs(self.judge(), Verdict.UNKNOWN)
+
+    def test_ring_changes(self) -> None:
+        """While the score is deleted: where was it deleted?"""
+        self.program('corosync-quorumtool', quorum('east', 'west'))
+        # the first deletion comes before the look
+        (self.bin / 'crm_attribute').write_text(
+            f'#!/bin/sh\necho >>{self.folder}/n\n'
+            f'[ $(wc -l <{self.folder}/n) = 1 ] || sed -i s/1.8/1.9/ '
+            f'{self.folder}/corosync-quorumtool.says\n', 'utf-8')
+        self.assertIs(self.judge(), Verdict.UNKNOWN)
+
+    def test_members(self) -> None:
+        """As corosync-quorumtool tells them."""
+        self.program('corosync-quorumtool', quorum('east', 'west'))
+        self.assertEqual(cluster.membership().members, ['east', 'west'])
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1])

@@ -1,0 +1,272 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is wrong with a configuration is said before anything is started."""
+
+import argparse
+import asyncio
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any, Dict, List
+
+from guesthost import MIB, Disks
+from qemu_replication import check
+from qemu_replication.config import Config, ConfigError, load
+from qemu_replication.facts import Facts
+from qemu_replication.errors import Failed
+from qemu_replication.peer import Peer
+from qemu_replication.states import STATES
+from qemu_replication.work import Works
+from sides import configuration, toml
+
+Json = Dict[str, Any]
+KEY = '0123456789abcdef' * 4
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+
+
+def changed(table: Json, key: str, value: Any) -> Json:
+    """The same with another value, or none, at a.b.c or a.0.c."""
+    first, _, rest = key.partition('.')
+    if isinstance(table, list):
+        return [changed(each, rest, value)
+                if str(number) == first else each
+                for number, each in enumerate(table)]
+    result = dict(table)
+    if rest:
+        result[first] = changed(table.get(first, {}), rest, value)
+    elif value is None:
+        del result[first]
+    else:
+        result[first] = value
+    return result
+
+
+class ConfigTest(unittest.TestCase):
+    """Each mistake has its own message."""
+
+    def setUp(self) -> None:
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = Path(holder.name)
+        self.table = configuration(OPTIONS.build, self.folder,
+                                   Disks(2, MIB, 0))
+
+    def load(self, table: Json, host: str = 'east') -> Config:
+        """Have it read, with the folders of the disks."""
+        path = self.folder / 'vm1.toml'
+        path.write_text(toml(table), 'utf-8')
+        for name in ('east', 'west'):
+            (self.folder / name).mkdir(exist_ok=True)
+        return load(path, host)
+
+    def problems(self, key: str = '', value: Any = None) -> List[str]:
+        """What is wrong with one thing changed."""
+        table = changed(self.table, key, value) if key else self.table
+        return list(check.problems(self.load(table)))
+
+    def test_good(self) -> None:
+        """Nothing to object to; each host has its own files."""
+        self.assertEqual(self.problems(), [])
+        config = self.load(self.table, 'west')
+        self.assertEqual(config.disks[1].file,
+                         f'{self.folder}/west/disk1.raw')
+        self.assertEqual(config.peer, 'east')
+        self.assertEqual(config.disks[0].bytes, MIB)
+
+    def test_mistakes(self) -> None:
+        """Of the file itself."""
+        for key, value, text in (
+                ('vm', None, '[vm]: name is missing'),
+                ('vm.name', None, '[vm]: name is missing'),
+                ('vm.name', 5, '[vm]: name has to be a text'),
+                ('vm.name', 'a b', 'letters, digits'),
+                ('vm.arguments', 'x', 'arguments has to be a list'),
+                ('vm.arguments', [1], 'arguments has to be a list'),
+                ('vm.memory', '1G', '[vm] has no memory; there are: name'),
+                ('disk', None, 'no [[disk]]'),
+                ('disk.0.size', '10 G', 'like "10G"'),
+                ('disk.0.size', '0', 'not 0'),
+                ('disk.0.size', '513', 'multiple of 512'),
+                ('disk.1.format', 'vmdk', 'qcow2 or raw'),
+                ('disk.1.file', f'{self.folder}/{{host}}/disk0.raw',
+                 'the same file'),
+                ('host.west', None, 'two hosts'),
+                ('host.third.address', '127.0.0.3', 'two hosts'),
+                ('host.west.address', self.table['host']['east']['address'],
+                 'the same address'),
+                ('host.west', 'x', '[host.west] has to be a table'),
+                ('ports.disks', 0, 'from 1 to 65535'),
+                ('ports.disks', 9998, 'two of them are equal'),
+                ('ports.disks', '9', 'has to be a whole number'),
+                ('limits.answer', 0, 'more than 0'),
+                ('limits.checkpoint_ms', 0.5, 'has to be a whole number'),
+                ('tls.kind', 'ssh', 'none, psk or x509'),
+                ('network.device', 'e1000', 'bridge or a netdev'),
+                ('network.bridge', 'br0', 'wants a device'),
+                ('cluster.judge', 'me', 'operator or pacemaker'),
+                ('cluster.judge', 'pacemaker', 'wants a resource'),
+                ('run', 'here', 'run has to be a folder'),
+                ('fencing', 'yes', 'there is no fencing')):
+            with self.subTest(key=key, value=value):
+                with self.assertRaises(ConfigError) as caught:
+                    self.load(changed(self.table, key, value))
+                self.assertIn(text, str(caught.exception))
+                self.assertTrue(str(caught.exception).startswith(
+                    str(self.folder / 'vm1.toml')))
+                self.assertNotIn('\n', str(caught.exception))
+
+    def test_no_toml(self) -> None:
+        """A file that is none, or not there."""
+        path = self.folder / 'vm2.toml'
+        with self.assertRaisesRegex(ConfigError, 'No such file'):
+            load(path)
+        path.write_text('vm = [', 'utf-8')
+        with self.assertRaisesRegex(ConfigError, 'vm2.toml: '):
+            load(path)
+
+    def test_host(self) -> None:
+        """Which of the hosts this is."""
+        with self.assertRaisesRegex(ConfigError, 'no host north, but east'):
+            self.load(self.table, 'north')
+        with self.assertRaisesRegex(ConfigError, 'say --host'):
+            self.load(self.table, '')
+
+    def expect(self, text: str, key: str, value: Any = None) -> None:
+        """One problem."""
+        found = self.problems(key, value)
+        self.assertEqual(len(found), 1, found)
+        self.assertIn(text, found[0])
+
+    def test_machine(self) -> None:
+        """What this host lacks."""
+        self.expect('no program /no/qemu', 'vm.qemu', '/no/qemu')
+        self.expect('not a QEMU with this replication driver', 'vm.qemu',
+                    self.fake_qemu())
+        self.expect('may not have -drive', 'vm.arguments', ['-drive', 'x'])
+        self.expect('"east1" is not an IP address', 'host.east.address',
+                    'east1')
+        self.expect('192.0.2.77 is not an address of this machine',
+                    'host.east.address', '192.0.2.77')
+        self.expect('/no/hosts cannot be written to', 'disk.0.overlays',
+                    '/no/hosts')
+        self.expect('too long', 'run', f'{self.folder}/{"x" * 90}')
+        self.expect('no bridge nosuch', 'network',
+                    {'device': 'e1000', 'bridge': 'nosuch'})
+        self.expect('vhost=off', 'network', {
+            'device': 'e1000', 'netdev': 'tap,vhost=on'})
+        self.expect('no interface nosuch', 'network', {
+            'device': 'e1000', 'netdev': 'tap,ifname=nosuch'})
+
+    def fake_qemu(self) -> str:
+        """A program that knows nothing."""
+        for name in ('qemu', 'qemu-img'):
+            path = self.folder / name
+            path.write_text('#!/bin/sh\nexit 0\n', 'utf-8')
+            path.chmod(0o755)
+        return str(self.folder / 'qemu')
+
+    def test_port(self) -> None:
+        """One that somebody else has."""
+        with socket.socket() as other:
+            other.bind((self.table['host']['east']['address'], 0))
+            other.listen()
+            self.expect('Address already in use', 'ports.memory',
+                        other.getsockname()[1])
+
+    def test_disk(self) -> None:
+        """Of another size, format, or over another one."""
+        self.load(self.table)
+        path = self.folder / 'east/disk0.raw'
+        path.write_bytes(bytes(MIB // 2))
+        self.expect(f'its size is {MIB // 2} bytes', 'disk.0.device', 'x')
+        self.expect('not in qcow2', 'disk.0.format', 'qcow2')
+        path.unlink()
+        base = self.folder / 'base.raw'
+        base.write_bytes(bytes(MIB))
+        subprocess.run([OPTIONS.build / 'qemu-img', 'create', '-q', '-f',
+                        'qcow2', '-b', base, '-F', 'raw', path], check=True)
+        self.expect(f'overlay of {base}', 'disk.0.format', 'qcow2')
+
+    def test_tls(self) -> None:
+        """Keys that are not there, not secret or none."""
+        tls = {'kind': 'psk', 'dir': str(self.folder)}
+        keys = self.folder / 'keys.psk'
+        self.assertIn('no such file', self.problems('tls', tls)[0])
+        keys.write_text(f'qemu:{KEY}\n', 'utf-8')
+        keys.chmod(0o644)
+        self.expect('others may read it', 'tls', tls)
+        keys.chmod(0o600)
+        self.assertEqual(self.problems('tls', tls), [])
+        keys.write_text('somebody:else\n', 'utf-8')
+        self.expect('no line "qemu:"', 'tls', tls)
+
+    def test_facts(self) -> None:
+        """They are read as they were written."""
+        path = self.folder / 'facts.json'
+        self.assertEqual(Facts.read(path), Facts())
+        facts = Facts(3, 'sole', 'run', 'other', True)
+        facts.save(path)
+        self.assertEqual(Facts.read(path), facts)
+
+    def test_peer(self) -> None:
+        """Who has another key gets no answer, and none is believed."""
+        async def answer(body: Json) -> Json:
+            return {'heard': body['ask'], 'n': body['n']}
+
+        async def talk(theirs: str) -> Json:
+            sides = []
+            for name, key in (('east', KEY), ('west', theirs)):
+                keys = self.folder / name / 'keys.psk'
+                keys.parent.mkdir(exist_ok=True)
+                keys.write_text(f'qemu:{key}\n', 'utf-8')
+                tls = {'kind': 'psk', 'dir': str(keys.parent)}
+                sides.append(Peer(self.load(
+                    changed(self.table, 'tls', tls), name), answer))
+            await sides[1].serve()
+            try:
+                return await sides[0].ask('status', n=7)
+            finally:
+                await sides[1].close()
+
+        self.assertEqual(asyncio.run(talk(KEY)), {'heard': 'status', 'n': 7})
+        with self.assertRaises(Failed):
+            asyncio.run(talk('f' * 64))
+
+
+class StatesTest(unittest.TestCase):
+    """The table."""
+
+    def test_table(self) -> None:
+        """Each way leads somewhere, and each work is known."""
+        led = {new for state in STATES.values() for new in state.on.values()}
+        self.assertEqual(led - STATES.keys(), set())
+        self.assertEqual(STATES.keys() - led, set())
+        for name, state in STATES.items():
+            if state.work:
+                self.assertTrue(hasattr(Works, f'_do_{state.work}'), name)
+            # what has a bound may fail
+            if state.limit:
+                self.assertIn('failed', state.on, name)
+
+    def test_running_qemu_may_die(self) -> None:
+        """In each state in which there is one."""
+        for name, state in STATES.items():
+            if state.role != 'none':
+                self.assertIn('died', state.on, name)
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1])

@@ -1,0 +1,232 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A protected VM loses one side after the other, and heals itself.
+
+Each test begins with a protected VM, on whichever side, and ends with one
+whose guest has checked every block that it ever wrote.
+"""
+
+import argparse
+import atexit
+import json
+import os
+import signal
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Dict, List
+
+from guest import get_guest
+from guesthost import MIB, Disks
+from sides import NAMES, Side, configuration, toml, with_guest
+
+DISKS = Disks(2, 20 * MIB, 16 * MIB)
+REFUSED, NO_KEEPER = 4, 3
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build', type=Path, required=True)
+    parser.add_argument('--cache', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+
+
+class PairTest(unittest.TestCase):
+    """One guest for all tests."""
+    sides: Dict[str, Side]
+    folder: Path
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # unittest goes on after any other exception
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory(prefix='ha-')
+        cls.addClassCleanup(holder.cleanup)
+        cls.folder = Path(holder.name)
+        cls.sides = {}
+        config = with_guest(configuration(OPTIONS.build, cls.folder, DISKS),
+                            get_guest(OPTIONS.cache, print), DISKS)
+        config['tls'] = {'kind': 'psk', 'dir': f'{cls.folder}'}
+        config['network'] = {
+            'device': 'e1000,mac=52:54:00:12:34:56,romfile=',
+            'netdev': 'user,restrict=on'}
+        keys = cls.folder / 'keys.psk'
+        keys.write_text(f'qemu:{os.urandom(32).hex()}\n', 'utf-8')
+        keys.chmod(0o600)
+        path = cls.folder / 'vm1.toml'
+        path.write_text(toml(config), 'utf-8')
+        for name in NAMES:
+            cls.sides[name] = Side(path, cls.folder, name)
+            cls.addClassCleanup(cls.sides[name].close)
+            atexit.register(cls.sides[name].close)
+        cls._first_start()
+
+    @classmethod
+    def _first_start(cls) -> None:
+        east, west = cls.sides.values()
+        assert west.run('standby').returncode == NO_KEEPER
+        for disk in range(DISKS.count):
+            with open(east.folder / f'disk{disk}.raw', 'wb') as image:
+                image.truncate(DISKS.size)
+        east.start()
+        west.start()
+        east.order('protect', '--no-wait')
+        # without another guest beside it that is faster
+        east.check_guest()
+        west.order('standby')
+        east.order('protect')
+
+    def setUp(self) -> None:
+        found = [side for side in self.sides.values()
+                 if side.state == 'protected']
+        self.assertEqual(len(found), 1)
+        self.primary = found[0]
+        self.standby = next(side for side in self.sides.values()
+                            if side is not self.primary)
+
+    def tearDown(self) -> None:
+        """Say what the keepers have said, if that is of use."""
+        outcome = getattr(self, '_outcome').result
+        if any(test is self for test, _ in outcome.failures + outcome.errors):
+            for side in self.sides.values():
+                print(side.words())
+
+    def protected(self, primary: Side, standby: Side) -> None:
+        """Wait until it is, and have the guest judge."""
+        primary.wait_for('protected')
+        standby.wait_for('secondary')
+        self.assertEqual(primary.run('status').returncode, 0)
+        self.assertEqual(standby.run('status').returncode, 0)
+        self.assertEqual(primary.check_guest(), 6144)
+
+    def unprotected(self, side: Side, *states: str) -> None:
+        """It notices, and says so."""
+        side.wait_for(*states)
+        self.assertEqual(side.run('status').returncode, 2)
+
+    def same(self) -> List[int]:
+        """Who both QEMUs are."""
+        return [side.pid for side in self.sides.values()]
+
+    def test_kill_secondary(self) -> None:
+        """The VM goes on where it is, and gets another standby."""
+        before = self.primary.pid
+        dead = self.standby.signal(signal.SIGKILL)
+        self.standby.wait(lambda: self.standby.state == 'secondary'
+                          and self.standby.pid != dead, 'another QEMU')
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.primary.pid, before)
+
+    def test_kill_primary(self) -> None:
+        """A person has the standby take over; the other one stands by."""
+        self.primary.signal(signal.SIGKILL)
+        self.unprotected(self.standby, 'orphan')
+        self.unprotected(self.primary, 'down')
+        self.standby.order('failover')
+        self.protected(self.standby, self.primary)
+
+    def test_kill_primary_and_keeper(self) -> None:
+        """Nobody takes over unless somebody vouches for it."""
+        dead = self.primary
+        dead.signal(signal.SIGKILL)
+        dead.kill_keeper()
+        self.unprotected(self.standby, 'orphan')
+        said = self.standby.order('failover', status=1)
+        self.assertIn('no keeper on', said)
+        self.standby.order('failover', '--peer-is-down')
+        dead.start()
+        self.protected(self.standby, dead)
+
+    def test_hang_secondary(self) -> None:
+        """Its keeper gives it up, and the VM goes on."""
+        before = self.primary.pid
+        hung = self.standby.signal(signal.SIGSTOP)
+        self.standby.wait(lambda: self.standby.state == 'secondary'
+                          and self.standby.pid != hung, 'another QEMU')
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.primary.pid, before)
+
+    def test_hang_primary(self) -> None:
+        """It is ended before the other side takes over."""
+        hung = self.primary.signal(signal.SIGSTOP)
+        self.standby.order('failover')
+        self.protected(self.standby, self.primary)
+        self.assertNotEqual(self.primary.pid, hung)
+
+    def test_switch(self) -> None:
+        """From either side."""
+        self.primary.order('switch')
+        self.protected(self.standby, self.primary)
+        self.primary.order('switch')
+        self.protected(self.primary, self.standby)
+
+    def test_keepers_restart(self) -> None:
+        """Keepers may end and come back: both QEMUs go on."""
+        before = self.same()
+        for side in self.sides.values():
+            side.kill_keeper()
+            self.assertEqual(side.run('status').returncode, NO_KEEPER)
+        for side in self.sides.values():
+            side.start()
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.same(), before)
+
+    def test_secondary_lost_without_keeper(self) -> None:
+        """A person vouches for it that the peer is down."""
+        self.standby.kill_keeper()
+        os.kill(self.standby.last_pid, signal.SIGKILL)
+        self.unprotected(self.primary, 'asking')
+        self.assertIn('--peer-is-down', self.primary.run('status').stdout)
+        self.primary.order('alone', '--peer-is-down')
+        self.primary.check_guest()
+        self.standby.start()
+        self.protected(self.primary, self.standby)
+
+    def test_alone(self) -> None:
+        """Until it is to be protected again; and only what changed."""
+        self.primary.order('alone')
+        self.unprotected(self.primary, 'held')
+        self.primary.check_guest()
+        self.standby.order('stop')
+        self.unprotected(self.standby, 'stopped')
+        self.standby.order('standby')
+        self.primary.order('protect')
+        self.protected(self.primary, self.standby)
+        copied = sum(disk['copied-bytes'] for disk in json.loads(
+            self.primary.run('status', '--json').stdout)['disks']
+            if disk['node'].startswith('top'))
+        self.assertGreater(copied, 0)
+
+    def test_shutdown(self) -> None:
+        """The guest's own: the standby does not take over, but waits."""
+        self.primary.console.send('finish')
+        self.unprotected(self.primary, 'off')
+        self.unprotected(self.standby, 'standby')
+        self.primary.wait(lambda: self.primary.data == 'sole',
+                          'the peer to give up')
+        self.assertEqual(self.primary.console.lines('FAIL', 'WRONG'), [])
+        self.primary.order('protect')
+        self.protected(self.primary, self.standby)
+
+    def test_refusals(self) -> None:
+        """What would do harm is not done."""
+        before = self.same()
+        for side, words, text in (
+                (self.primary, ['failover'], 'runs the VM'),
+                (self.primary, ['standby'], 'runs the VM'),
+                (self.primary, ['stop'], 'say --force'),
+                (self.standby, ['protect'], 'stands by'),
+                (self.standby, ['alone'], 'stands by')):
+            self.assertIn(text, side.order(*words, status=REFUSED))
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.same(), before)
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1], verbosity=2)
