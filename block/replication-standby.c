@@ -152,7 +152,8 @@ static void standby_bh(void *opaque)
         secondary_bypassed(bs, standby_state(bs)->bypassed);
     }
     if (replication_stage(bs) == REPLICATION_STAGE_SYNCING &&
-        qatomic_read(&standby_state(bs)->overwritten)) {
+        qatomic_read(&standby_state(bs)->overwritten) &&
+        !(bs->open_flags & BDRV_O_INACTIVE)) {
         /* Room is scarce where it was, and if this fails, nothing is lost */
         bdrv_graph_rdlock_main_loop();
         bdrv_make_empty(s->hidden, NULL);
