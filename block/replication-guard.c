@@ -48,6 +48,9 @@ typedef struct ReplicationGuard {
     BdrvChild *active;
     uint32_t active_cluster_size;
 
+    /* Where the primary announces itself, or NULL */
+    BdrvChild *metadata;
+
     /* Whether there was a block backend above us, and is none now.  BQL. */
     bool had_blk;
     bool cut_off;
@@ -127,7 +130,8 @@ static int coroutine_fn GRAPH_RDLOCK guard_co_write(BlockDriverState *bs,
     bool may_give_up;
     int ret;
 
-    if (guard_is_fence(bs)) {
+    if (guard_is_fence(bs) ||
+        (g->owner && !standby_co_is_announced(g->owner))) {
         return -EPERM;
     }
 
@@ -249,6 +253,13 @@ guard_child_perm(BlockDriverState *bs, BdrvChild *c, BdrvChildRole role,
 {
     ReplicationGuard *g = bs->opaque;
 
+    if (role & BDRV_CHILD_METADATA) {
+        /* As for the node that owns us */
+        *nperm = bs->open_flags & BDRV_O_INACTIVE ?
+                 0 : BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE;
+        *nshared = BLK_PERM_ALL & ~BLK_PERM_RESIZE;
+        return;
+    }
     if (!(role & BDRV_CHILD_FILTERED)) {
         /* Only asked where it is allocated */
         *nperm = 0;
@@ -336,6 +347,17 @@ guard_set_perm(BlockDriverState *bs, uint64_t perm, uint64_t shared)
     g->had_blk |= has_blk;
 }
 
+/* An export activates us before the node that owns us is active */
+static void coroutine_fn GRAPH_RDLOCK
+guard_co_invalidate_cache(BlockDriverState *bs, Error **errp)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    if (g->owner) {
+        standby_open_records(g->owner, errp);
+    }
+}
+
 /* Not registered: nobody but us can make such a node */
 static BlockDriver bdrv_replication_guard = {
     .format_name                = "replication-guard",
@@ -355,6 +377,7 @@ static BlockDriver bdrv_replication_guard = {
     .bdrv_child_perm            = guard_child_perm,
     .bdrv_check_perm            = guard_check_perm,
     .bdrv_set_perm              = guard_set_perm,
+    .bdrv_co_invalidate_cache   = guard_co_invalidate_cache,
 
     .is_filter                  = true,
 };
@@ -396,13 +419,34 @@ static void guard_leave_owner(BlockDriverState *bs)
 {
     ReplicationGuard *g = bs->opaque;
 
+    bdrv_graph_wrlock();
     if (g->active) {
-        bdrv_graph_wrlock();
         bdrv_unref_child(bs, g->active);
-        bdrv_graph_wrunlock();
         g->active = NULL;
     }
+    if (g->metadata) {
+        bdrv_unref_child(bs, g->metadata);
+        g->metadata = NULL;
+    }
+    bdrv_graph_wrunlock();
     g->owner = NULL;
+}
+
+BdrvChild *replication_guard_attach_metadata(BlockDriverState *bs,
+                                             BlockDriverState *metadata,
+                                             Error **errp)
+{
+    ReplicationGuard *g = bs->opaque;
+
+    GLOBAL_STATE_CODE();
+
+    bdrv_ref(metadata);
+    bdrv_graph_wrlock();
+    g->metadata = bdrv_attach_child(bs, metadata, "metadata", &child_of_bds,
+                                    BDRV_CHILD_METADATA, errp);
+    bdrv_graph_wrunlock();
+
+    return g->metadata;
 }
 
 BlockDriverState *replication_guard_insert(BlockDriverState *cbw,

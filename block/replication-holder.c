@@ -1458,24 +1458,32 @@ static bool holder_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     if (!replication_primary_get_opts(opts, &queue, &timeout_ms, errp)) {
         return false;
     }
-    holder_new(bs, &queue, timeout_ms,
-               qemu_opt_get_size(opts, REPLICATION_OPT_LOG_SIZE,
-                                 DEFAULT_LOG_SIZE));
+    holder_new(bs, &queue, timeout_ms, replication_holder_get_log_size(opts));
 
     return true;
 }
 
+uint64_t replication_holder_get_log_size(QemuOpts *opts)
+{
+    return qemu_opt_get_size(opts, REPLICATION_OPT_LOG_SIZE, DEFAULT_LOG_SIZE);
+}
+
 void replication_holder_take_over(BlockDriverState *bs,
                                   const WriteBehindOptions *queue,
-                                  uint64_t timeout_ms)
+                                  uint64_t timeout_ms, uint64_t log_size,
+                                  ReplicationChanges *changes,
+                                  ReplicationLedger *ledger)
 {
+    ReplicationHolder *s;
+
     GLOBAL_STATE_CODE();
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    /* Without metadata, which a secondary cannot have */
-    holder_new(bs, queue, timeout_ms, 0);
-    holder_state(bs)->changes =
+    holder_new(bs, queue, timeout_ms, log_size);
+    s = holder_state(bs);
+    s->ledger = ledger;
+    s->changes = changes ?:
         replication_changes_new(bs->total_sectors * BDRV_SECTOR_SIZE);
     /* If that is not the length, it is known before a replica is attached */
     holder_parents_changed(bs);

@@ -87,7 +87,6 @@
 #include "block/replication.h"
 #include "block/write-behind.h"
 #include "qemu/timer.h"
-#include "replication-meta.h"
 
 /* What is asked of a node, and its stage may refuse */
 typedef enum ReplicationOp {
@@ -106,7 +105,10 @@ typedef enum ReplicationOp {
     REPLICATION_OP__MAX,
 } ReplicationOp;
 
+typedef struct ReplicationChanges ReplicationChanges;
 typedef struct ReplicationHolder ReplicationHolder;
+typedef struct ReplicationLedger ReplicationLedger;
+typedef struct ReplicationMeta ReplicationMeta;
 typedef struct ReplicationPrimary ReplicationPrimary;
 typedef struct ReplicationSecondary ReplicationSecondary;
 typedef struct ReplicationRole ReplicationRole;
@@ -419,10 +421,18 @@ void replication_unfreeze_below(GSList *frozen);
 bool replication_primary_get_opts(QemuOpts *opts, WriteBehindOptions *queue,
                                   uint64_t *timeout_ms, Error **errp);
 
-/* Become a primary without a replica; the state of the role before is gone */
+/* How much a log may have for nothing */
+uint64_t replication_holder_get_log_size(QemuOpts *opts);
+
+/*
+ * Become a primary without a replica; the state of the role before is gone.
+ * Takes @changes and @ledger, which may be NULL.
+ */
 void replication_holder_take_over(BlockDriverState *bs,
                                   const WriteBehindOptions *queue,
-                                  uint64_t timeout_ms);
+                                  uint64_t timeout_ms, uint64_t log_size,
+                                  ReplicationChanges *changes,
+                                  ReplicationLedger *ledger);
 
 /* What a queue has forwarded, as a primary tells it */
 void replication_primary_fill_stats(BlockStatsReplicationPrimary *stats,

@@ -242,44 +242,136 @@ static int ledger_begin_log(ReplicationLedger *ledger)
                                                          ledger->changes);
 }
 
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp)
+/* Whether the primary of this very secondary has said that it may take over */
+static bool ledger_has_started(const ReplicationRecords *r)
+{
+    return replication_records_has_peer(r) &&
+           r->peer.kind == REPLICATION_PEER_STARTED &&
+           qemu_uuid_is_equal(&r->peer.instance, &r->own.instance);
+}
+
+/* The disk is that of a primary, when what is in the overlays is merged */
+static bool ledger_begin_merge(ReplicationLedger *ledger,
+                               ReplicationOwnRecord *own, const char *active,
+                               const char *hidden, Error **errp)
+{
+    own->absorbed = replication_meta_records(ledger->meta)->peer.sequence;
+    own->role = REPLICATION_META_ROLE_PRIMARY;
+    own->state = REPLICATION_META_STATE_MERGING;
+    pstrcpy(own->active, sizeof(own->active), active);
+    pstrcpy(own->hidden, sizeof(own->hidden), hidden);
+    if (ledger_write_own(ledger, own, errp) < 0) {
+        g_clear_pointer(&ledger->log, replication_log_free);
+        return false;
+    }
+    ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
+    ledger_start_ticks(ledger);
+
+    return true;
+}
+
+bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
-    ReplicationOwnRecord own = r->own;
+    int64_t size = replication_changes_size(ledger->changes);
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load_peer(ledger->meta, errp) < 0) {
+    if (replication_meta_load(ledger->meta, size, errp) < 0) {
         return false;
     }
-    if (!replication_records_has_peer(r) ||
-        r->peer.kind != REPLICATION_PEER_STARTED ||
-        !qemu_uuid_is_equal(&r->peer.instance, &own.instance)) {
+    if (!ledger_has_started(r)) {
         error_setg(errp, "Replication node '%s' may not take over: no primary "
                    "has confirmed that it has started", ledger_name(ledger));
         error_append_hint(errp, "Use the primary's disk.\n");
         return false;
     }
 
+    return true;
+}
+
+bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    ReplicationOwnRecord own;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_meta_load(ledger->meta,
+                              replication_changes_size(ledger->changes),
+                              errp) < 0) {
+        return false;
+    }
+    if (!ledger_has_started(r)) {
+        return true;
+    }
+    own = r->own;
+    own.disk_id = r->peer.disk_id;
+    own.current = r->peer.generation;
+    own.base = r->peer.generation;
+    own.absorbed = r->peer.sequence;
+    own.log_void = false;
+
+    return replication_meta_write_own(ledger->meta, &own, errp) == 0;
+}
+
+bool replication_ledger_go_back(ReplicationLedger *ledger, const char *active,
+                                const char *hidden, Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    int64_t size = replication_changes_size(ledger->changes);
+    ReplicationOwnRecord own;
+    int ret;
+
+    GLOBAL_STATE_CODE();
+
+    if (replication_meta_load(ledger->meta, size, errp) < 0) {
+        return false;
+    }
+    own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
+    if (ledger_has_started(r)) {
+        own.disk_id = r->peer.disk_id;
+        own.current = r->peer.generation;
+        own.base = r->peer.generation;
+        own.log_void = false;
+        ret = ledger_begin_log(ledger);
+    } else {
+        /* What is overwritten differs from the primary's, as if written here */
+        ledger->log = replication_log_new(replication_meta_child(ledger->meta),
+                                          size, ledger->changes,
+                                          ledger->log_size);
+        ret = ledger_load_log(ledger, errp);
+        if (ret < 0) {
+            g_clear_pointer(&ledger->log, replication_log_free);
+            return false;
+        }
+        ret = replication_log_write_changes(ledger->log, ledger->changes);
+    }
+    own.log_void |= ret < 0;
+
+    return ledger_begin_merge(ledger, &own, active, hidden, errp);
+}
+
+bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                  const char *hidden, Error **errp)
+{
+    const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    ReplicationOwnRecord own;
+
+    GLOBAL_STATE_CODE();
+
+    if (!replication_ledger_has_started(ledger, errp)) {
+        return false;
+    }
+
+    own = r->own;
     own.disk_id = r->peer.disk_id;
     own.current = r->peer.generation;
     replication_own_record_rotate(&own);
     own.base = r->peer.generation;
-    own.absorbed = r->peer.sequence;
-    own.role = REPLICATION_META_ROLE_PRIMARY;
-    own.state = REPLICATION_META_STATE_MERGING;
-    pstrcpy(own.active, sizeof(own.active), active);
-    pstrcpy(own.hidden, sizeof(own.hidden), hidden);
     own.log_void = ledger_begin_log(ledger) < 0;
-    if (ledger_write_own(ledger, &own, errp) < 0) {
-        g_clear_pointer(&ledger->log, replication_log_free);
-        return false;
-    }
-    ledger->knows_changes = true;
-    ledger_start_ticks(ledger);
 
-    return true;
+    return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
 
 bool replication_ledger_merged(ReplicationLedger *ledger, Error **errp)

@@ -57,6 +57,23 @@ bool replication_ledger_is_open(ReplicationLedger *ledger);
 bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
                                   const char *hidden, Error **errp);
 
+/*
+ * The same when the disk goes back to the last checkpoint, if the primary has
+ * said that it may take over, or to what it was before that began to bring it
+ * in step: the changes have what was overwritten.
+ */
+bool replication_ledger_go_back(ReplicationLedger *ledger, const char *active,
+                                const char *hidden, Error **errp);
+
+/*
+ * Whether the primary of this very secondary has said that it may take over.
+ * Reads the metadata.
+ */
+bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
+
+/* The disk of a secondary has all of its primary, if that has confirmed it */
+bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp);
+
 /* The overlays have been merged into the disk, and are of no use any more */
 bool replication_ledger_merged(ReplicationLedger *ledger, Error **errp);
 

@@ -158,6 +158,13 @@ bool standby_primary_writes(BlockDriverState *bs);
 /* Saving has failed with @ret: do without it, if the primary may go on then */
 void standby_give_up_saving(BlockDriverState *bs, int ret);
 
+/* Whether this is the primary that has announced itself to this node */
+bool coroutine_fn GRAPH_RDLOCK standby_co_is_announced(BlockDriverState *bs);
+
+/* Read the metadata, and say there who we are */
+bool coroutine_mixed_fn standby_open_records(BlockDriverState *bs,
+                                             Error **errp);
+
 /* Whether nothing has to be saved that the primary overwrites */
 bool standby_saves_nothing(BlockDriverState *bs);
 
@@ -270,6 +277,11 @@ BlockDriverState *replication_guard_insert(BlockDriverState *cbw,
  */
 bool replication_guard_watch(BlockDriverState *bs);
 void replication_guard_unwatch(BlockDriverState *bs);
+
+/* Have @metadata active when @bs is, until @bs leaves its owner */
+BdrvChild *replication_guard_attach_metadata(BlockDriverState *bs,
+                                             BlockDriverState *metadata,
+                                             Error **errp);
 
 /* The first failure of a write that came through: a negative errno, or 0 */
 int replication_guard_error(BlockDriverState *bs);

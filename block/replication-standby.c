@@ -24,7 +24,7 @@
 #include "qobject/qdict.h"
 #include "system/runstate.h"
 #include "copy-before-write.h"
-#include "replication-holder.h"
+#include "replication-ledger.h"
 #include "replication-secondary.h"
 
 /*
@@ -54,6 +54,19 @@ struct ReplicationStandby {
     /* Of the primary that the node becomes */
     WriteBehindOptions queue;
     uint64_t timeout_ms;
+    uint64_t log_size;
+
+    /*
+     * With metadata, else NULL: what the guest changed since the last
+     * checkpoint, and what becomes of it at a failover
+     */
+    ReplicationChanges *changes;
+    ReplicationLedger *ledger;
+    /* The metadata as the guard has it, before this node is active */
+    ReplicationMeta *meta;
+    bool has_records;
+    CoMutex announce_lock; /* held to read it there */
+    bool announced; /* atomic */
 
     char *dir;
     StandbyOverlay active;
@@ -119,6 +132,64 @@ bool standby_primary_writes(BlockDriverState *bs)
     return true;
 }
 
+bool coroutine_fn standby_co_is_announced(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+    const ReplicationRecords *r;
+
+    if (!st || !st->meta || qatomic_read(&st->announced)) {
+        return true;
+    }
+
+    QEMU_LOCK_GUARD(&st->announce_lock);
+
+    if (!st->has_records || replication_meta_load_peer(st->meta, NULL) < 0) {
+        return false;
+    }
+    r = replication_meta_records(st->meta);
+    if (replication_records_has_peer(r) &&
+        qemu_uuid_is_equal(&r->peer.instance, &r->own.instance)) {
+        qatomic_set(&st->announced, true);
+    }
+
+    return qatomic_read(&st->announced);
+}
+
+bool coroutine_mixed_fn standby_open_records(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    const ReplicationRecords *r;
+    ReplicationOwnRecord own;
+    int64_t size;
+
+    if (!st || !st->meta || st->has_records) {
+        return true;
+    }
+    size = replication_changes_size(st->changes);
+    if (replication_meta_load(st->meta, size, errp) < 0) {
+        return false;
+    }
+    r = replication_meta_records(st->meta);
+    if (r->own_status > REPLICATION_RECORD_VALID ||
+        r->peer_status > REPLICATION_RECORD_VALID) {
+        error_setg(errp, "The metadata of replication node '%s' is damaged, or "
+                   "of a newer version", bdrv_get_node_name(bs));
+        error_append_hint(errp, "If a primary is to copy all of its disk, "
+                          "overwrite it with zeroes.\n");
+        return false;
+    }
+
+    /* Nobody wants a mixture back */
+    if (replication_records_is_fresh(r) || replication_records_has_peer(r) ||
+        r->own.state != REPLICATION_META_STATE_OK) {
+        qatomic_set(&st->saves, false);
+    }
+    own = replication_records_open(r, REPLICATION_META_ROLE_SECONDARY, size);
+    st->has_records = replication_meta_write_own(st->meta, &own, errp) == 0;
+
+    return st->has_records;
+}
+
 void standby_give_up_saving(BlockDriverState *bs, int ret)
 {
     ReplicationStandby *st = standby_state(bs);
@@ -152,7 +223,8 @@ static void standby_bh(void *opaque)
         secondary_bypassed(bs, standby_state(bs)->bypassed);
     }
     if (replication_stage(bs) == REPLICATION_STAGE_SYNCING &&
-        qatomic_read(&standby_state(bs)->overwritten)) {
+        qatomic_read(&standby_state(bs)->overwritten) &&
+        !(bs->open_flags & BDRV_O_INACTIVE)) {
         /* Room is scarce where it was, and if this fails, nothing is lost */
         bdrv_graph_rdlock_main_loop();
         bdrv_make_empty(s->hidden, NULL);
@@ -163,13 +235,26 @@ static void standby_bh(void *opaque)
     bdrv_unref(bs);
 }
 
+/* What is current, and what was closing */
+static void standby_forget_changes(BlockDriverState *bs)
+{
+    for (int i = 0; i < 2; i++) {
+        replication_changes_checkpoint(standby_state(bs)->changes, true);
+        replication_changes_tidy(standby_state(bs)->changes);
+    }
+}
+
 void standby_checkpointed(BlockDriverState *bs, bool done)
 {
     ReplicationStandby *st = standby_state(bs);
 
-    if (st) {
-        qatomic_set(&st->overwritten, !done);
-        qatomic_set(&st->saves, done && st->keep_checkpoint);
+    if (!st) {
+        return;
+    }
+    qatomic_set(&st->overwritten, !done);
+    qatomic_set(&st->saves, done && st->keep_checkpoint);
+    if (st->changes) {
+        standby_forget_changes(bs);
     }
 }
 
@@ -340,6 +425,36 @@ static BlockDriverState *standby_make_overlays(BlockDriverState *bs,
     return active;
 }
 
+/* If the node is inactive, the records are read when the guard is active */
+static bool standby_open_metadata(BlockDriverState *bs, Error **errp)
+{
+    BDRVReplicationState *node = bs->opaque;
+    ReplicationSecondary *s = secondary_state(bs);
+    ReplicationStandby *st = s->standby;
+    BlockDriverState *metadata;
+    BdrvChild *child;
+    int64_t length;
+
+    if (!node->meta) {
+        return true;
+    }
+    bdrv_graph_rdlock_main_loop();
+    metadata = replication_meta_child(node->meta)->bs;
+    length = bdrv_getlength(s->guard);
+    bdrv_graph_rdunlock_main_loop();
+    child = replication_guard_attach_metadata(s->guard, metadata, errp);
+    if (!child) {
+        return false;
+    }
+    st->changes = replication_changes_new(length);
+    st->ledger = replication_ledger_new(bs, node->meta, st->changes,
+                                        st->log_size, st->timeout_ms);
+    st->meta = replication_meta_new(bs, child);
+
+    return (bs->open_flags & BDRV_O_INACTIVE) ||
+           standby_open_records(bs, errp);
+}
+
 static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
     BlockDriverState *disk, *active;
@@ -370,7 +485,7 @@ static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
     }
     secondary_begin_scratch(bs);
 
-    return true;
+    return standby_open_metadata(bs, errp);
 }
 
 /* As in stage RUNNING of any secondary, but there is no node that is named */
@@ -536,6 +651,9 @@ static void standby_free(BlockDriverState *bs)
     qemu_bh_delete(st->bh);
     qemu_bh_delete(st->merge_bh);
     progress_destroy(&s->progress);
+    replication_meta_free(st->meta);
+    replication_ledger_free(st->ledger);
+    replication_changes_free(st->changes);
     g_free(st->overlay_dir);
     g_free(st->dir);
     g_free(st->bypassed);
@@ -547,14 +665,19 @@ static void standby_become_primary(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     BDRVReplicationState *node = bs->opaque;
-    WriteBehindOptions queue = s->standby->queue;
-    uint64_t timeout_ms = s->standby->timeout_ms;
+    ReplicationStandby *st = s->standby;
+    WriteBehindOptions queue = st->queue;
+    uint64_t timeout_ms = st->timeout_ms;
+    uint64_t log_size = st->log_size;
+    ReplicationChanges *changes = g_steal_pointer(&st->changes);
+    ReplicationLedger *ledger = g_steal_pointer(&st->ledger);
     QDict *options[] = { bs->options, bs->explicit_options };
 
     standby_free(bs);
     node->mode = REPLICATION_MODE_PRIMARY;
     node->role = &replication_holder_role;
-    replication_holder_take_over(bs, &queue, timeout_ms);
+    replication_holder_take_over(bs, &queue, timeout_ms, log_size, changes,
+                                 ledger);
     for (int i = 0; i < ARRAY_SIZE(options); i++) {
         qdict_put_str(options[i], REPLICATION_OPT_MODE,
                       ReplicationMode_str(node->mode));
@@ -572,6 +695,7 @@ static void standby_become_primary(BlockDriverState *bs)
 ReplicationNodeStage standby_merged(BlockDriverState *bs)
 {
     ReplicationStandby *st = standby_state(bs);
+    Error *local_err = NULL;
     int ret;
 
     if (!st) {
@@ -587,6 +711,9 @@ ReplicationNodeStage standby_merged(BlockDriverState *bs)
                     "disk could not be flushed after their merge: %s",
                     bdrv_get_node_name(bs), st->active.kept, st->hidden.kept,
                     strerror(-ret));
+    } else if (st->ledger &&
+               !replication_ledger_merged(st->ledger, &local_err)) {
+        warn_report_err(local_err);
     } else {
         standby_remove_overlays(bs);
     }
@@ -659,9 +786,12 @@ static void standby_release(BlockDriverState *bs)
 static bool standby_stop(BlockDriverState *bs, Error **errp)
 {
     ReplicationSecondary *s = secondary_state(bs);
+    ReplicationLedger *ledger = s->standby->ledger;
     int ret;
 
-    if (!secondary_checkpoint(bs, errp)) {
+    if (!secondary_checkpoint(bs, errp) ||
+        (ledger && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+         !replication_ledger_stopped(ledger, errp))) {
         return false;
     }
 
@@ -693,14 +823,66 @@ static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
     return false;
 }
 
+/* What the primary overwrote is going to differ from what it has */
+static bool standby_note_saved(BlockDriverState *bs, Error **errp)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+    int64_t size = replication_changes_size(s->standby->changes);
+    int64_t offset, bytes;
+    int ret;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    for (offset = 0; offset < size; offset += bytes) {
+        ret = bdrv_is_allocated(s->hidden->bs, offset, size - offset, &bytes);
+        if (ret < 0) {
+            error_setg_errno(errp, -ret, "Replication node '%s' cannot tell "
+                             "what its hidden overlay has",
+                             bdrv_get_node_name(bs));
+            return false;
+        }
+        if (ret) {
+            replication_changes_note(s->standby->changes, offset, bytes);
+        }
+    }
+
+    return true;
+}
+
+/* From here on, the metadata says that the disk is a primary's */
+static bool standby_take_disk(BlockDriverState *bs, bool take_over,
+                              Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
+
+    /* When a merge is tried again, it says so already */
+    if (!st->ledger || replication_ledger_is_open(st->ledger)) {
+        return true;
+    }
+    if (take_over) {
+        return replication_ledger_take_over(st->ledger, st->active.kept,
+                                            st->hidden.kept, errp);
+    }
+    /* While it ran, the primary has that in its log */
+    if (!(runs ? replication_ledger_has_started(st->ledger, errp) :
+                 standby_note_saved(bs, errp))) {
+        return false;
+    }
+
+    return replication_ledger_go_back(st->ledger, st->active.kept,
+                                      st->hidden.kept, errp);
+}
+
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
+    bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
 
-    if (standby_may_roll_back(bs, errp)) {
+    if (standby_may_roll_back(bs, errp) && standby_take_disk(bs, runs, errp)) {
         standby_release(bs);
         secondary_failover(bs, errp);
-    } else if (!standby_can_roll_back(bs)) {
+    } else if (runs || !standby_can_roll_back(bs)) {
         replication_lose_checkpoint(bs, error_copy(*errp));
     }
 }
@@ -738,18 +920,48 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
     }
     bdrv_drain_all_begin();
     if (secondary_empty_active(bs, errp)) {
-        standby_release(bs);
-        secondary_failover(bs, errp);
+        if (standby_state(bs)->changes) {
+            standby_forget_changes(bs);
+        }
+        if (standby_take_disk(bs, false, errp)) {
+            standby_release(bs);
+            secondary_failover(bs, errp);
+        }
     }
     bdrv_drain_all_end();
+}
+
+/* Note what the guest is going to change, and from a failover on in the log */
+static int coroutine_fn GRAPH_RDLOCK
+standby_co_log(BlockDriverState *bs, const WriteRequest *w)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    if (!st->changes || !w->bytes) {
+        return 0;
+    }
+    replication_changes_note(st->changes, w->offset, w->bytes);
+    if (!replication_ledger_is_open(st->ledger)) {
+        return 0;
+    }
+
+    return replication_ledger_co_begin(st->ledger, w->offset, w->bytes, true);
 }
 
 static int coroutine_fn GRAPH_RDLOCK
 standby_co_write(BlockDriverState *bs, const WriteRequest *w)
 {
+    int ret;
+
     /* There is no guest any more, and its overlay stays empty */
     if (replication_stage(bs) == REPLICATION_STAGE_STOPPED) {
         return -EIO;
+    }
+    if (replication_allows(bs, REPLICATION_OP_WRITE)) {
+        ret = standby_co_log(bs, w);
+        if (ret < 0) {
+            return ret;
+        }
     }
 
     return secondary_co_write(bs, w);
@@ -840,6 +1052,7 @@ static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     }
 
     s = secondary_state(bs);
+    options.log_size = replication_holder_get_log_size(opts);
     options.overlay_dir =
         g_strdup(qemu_opt_get(opts, REPLICATION_OPT_OVERLAY_DIR));
     options.keep_checkpoint =
@@ -849,6 +1062,7 @@ static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     options.merge_bh = aio_bh_new(qemu_get_aio_context(), standby_merge_bh, bs);
     s->guard_name = g_strdup(name);
     s->standby = g_memdup2(&options, sizeof(options));
+    qemu_co_mutex_init(&s->standby->announce_lock);
     progress_init(&s->progress);
 
     return true;
@@ -856,6 +1070,7 @@ static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 
 const ReplicationRole replication_standby_role = {
     .is_standby         = true,
+    .has_metadata       = true,
 
     .init               = standby_init,
     .cleanup            = standby_cleanup,

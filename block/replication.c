@@ -19,6 +19,7 @@
 #include "qemu/option.h"
 #include "qobject/qdict.h"
 #include "replication-int.h"
+#include "replication-meta.h"
 
 static QemuOptsList replication_runtime_opts = {
     .name = "replication",
@@ -530,7 +531,8 @@ static bool replication_check_metadata_opts(BlockDriverState *bs,
     if (metadata && !s->role->has_metadata) {
         error_setg(errp, "Parameter '" REPLICATION_OPT_METADATA "' is only for "
                    "a primary with the parameter '" REPLICATION_OPT_REPLICA
-                   "'");
+                   "', or a secondary with '"
+                   REPLICATION_OPT_REPLICA_NODE_NAME "'");
         return false;
     }
     if (!metadata && qemu_opt_get(opts, REPLICATION_OPT_LOG_SIZE)) {

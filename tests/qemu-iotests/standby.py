@@ -8,11 +8,15 @@ from qemu.machine.machine import AbnormalShutdown
 
 import iotests
 import replication
+import replmeta
 from replication import CLUSTER, SIZE, VM, Json, Side, error_of, wait_until
 
 
 class Host:
     """A QEMU with one or more disks, which are a primary's or a secondary's"""
+
+    # each disk has its own
+    metadata = False
 
     def __init__(self, name: str, iothreads: bool = False,
                  machine: str = 'none') -> None:
@@ -25,6 +29,9 @@ class Host:
 
     def path(self, number: int = 0) -> str:
         return os.path.join(iotests.test_dir, f'{self.name}{number}.img')
+
+    def meta_path(self, number: int = 0) -> str:
+        return os.path.join(iotests.test_dir, f'{self.name}{number}.meta')
 
     def overlay(self, which: str, end: str, number: int = 0) -> str:
         return f'{self.path(number)}.standby-{which}.{end}'
@@ -61,7 +68,18 @@ class Host:
     def add_top(self, number: int = 0, faults: Optional[Json] = None,
                 latency_ns: int = 0, **options: Any) -> None:
         self.vm.cmd('blockdev-add', self.disk(number, faults, latency_ns))
+        if self.metadata:
+            self.add_metadata(number)
+            options['metadata'] = f'meta{number}'
         self.vm.cmd('blockdev-add', self.top(number, **options))
+
+    def add_metadata(self, number: int) -> None:
+        if not os.path.exists(self.meta_path(number)):
+            size = os.stat(self.path(number)).st_size
+            replmeta.create(self.meta_path(number), size)
+        self.vm.cmd('blockdev-add', {
+            'driver': 'raw', 'node-name': f'meta{number}', 'file': {
+                'driver': 'file', 'filename': self.meta_path(number)}})
 
     @staticmethod
     def top(number: int = 0, **options: Any) -> Json:
@@ -100,17 +118,25 @@ class Host:
             self.write_disk(data, number)
         self.add_top(number, **self.standby(number, **options))
         self.export('replica', number)
+        if self.metadata:
+            self.export('meta', number)
         return self.guest(data or b'', number)
 
     def add_link(self, other: 'Host', number: int = 0) -> None:
-        self.vm.cmd('blockdev-add', {
-            'driver': 'nbd', 'node-name': f'link{number}',
-            'export': f'replica{number}', 'discard': 'unmap',
-            'server': {'type': 'unix', 'path': other.vm.sock}})
+        links = {f'link{number}': f'replica{number}'}
+        if self.metadata:
+            links[f'link-meta{number}'] = f'meta{number}'
+        for name, export in links.items():
+            self.vm.cmd('blockdev-add', {
+                'driver': 'nbd', 'node-name': name, 'export': export,
+                'discard': 'unmap',
+                'server': {'type': 'unix', 'path': other.vm.sock}})
 
     # Commands
 
     def sync(self, number: int = 0, **options: Any) -> None:
+        if self.metadata:
+            options.setdefault('replica-metadata', f'link-meta{number}')
         self.vm.cmd('x-block-replica-sync', {
             'job-id': f'sync{number}', 'node-name': f'top{number}',
             'replica': f'link{number}', **options})
@@ -150,7 +176,9 @@ class StandbyCase(replication.TestCase):
     """Two hosts: a with the primary, b with the secondary"""
 
     disks = 1
+    size = SIZE
     iothreads = False
+    metadata = False
 
     def setUp(self) -> None:
         self.hosts: List[Host] = []
@@ -158,7 +186,7 @@ class StandbyCase(replication.TestCase):
         self.a_guests: List[Side] = []
         self.b_guests: List[Side] = []
         # what the secondary's disk has before
-        self.other = bytearray(b'\x5a' * SIZE)
+        self.other = bytearray(b'\x5a' * self.size)
 
     def launch(self) -> None:
         self.a = self.host('a')
@@ -169,6 +197,7 @@ class StandbyCase(replication.TestCase):
 
     def host(self, name: str) -> Host:
         host = Host(name, self.iothreads, self.machine)
+        host.metadata = self.metadata
         host.vm.launch()
         self.hosts.append(host)
         return host
@@ -184,7 +213,7 @@ class StandbyCase(replication.TestCase):
         """Both sides, with different data"""
         for number in range(self.disks):
             self.a_guests.append(self.a.add_primary(
-                replication.pattern(SIZE), number))
+                replication.pattern(self.size), number))
             self.b_guests.append(self.b.add_standby(
                 self.other, number, **options))
             self.a.add_link(self.b, number)
