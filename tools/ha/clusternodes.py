@@ -305,7 +305,9 @@ class Cluster:
             time.sleep(0.1)
 
     def close(self) -> None:
-        """Leave nothing."""
+        """Leave nothing; once is enough."""
+        if self._socket.fileno() < 0:
+            return
         self._socket.close()
         for node in self.nodes.values():
             node.power_off()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 from guest import get_guest
 from guesthost import MIB, Disks
@@ -25,15 +25,15 @@ DISKS = Disks(2, 20 * MIB, 16 * MIB)
 REFUSED, NO_KEEPER = 4, 3
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
+def parse() -> Tuple[argparse.Namespace, List[str]]:
+    """Read the command line; the rest is for unittest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--build', type=Path, required=True)
     parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
-OPTIONS = parse()
+OPTIONS, REST = parse()
 
 
 class PairTest(unittest.TestCase):
@@ -229,4 +229,4 @@ class PairTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=[sys.argv[0], *REST], verbosity=2)
