@@ -7,7 +7,7 @@ import socket
 import tomllib
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Type, TypeVar
+from typing import Any, Dict, List, Tuple, Type, TypeVar, cast
 
 Json = Dict[str, Any]
 T = TypeVar('T')
@@ -162,7 +162,7 @@ def _read(kind: Type[T], table: Any, where: str) -> T:
     """Make one of the classes above from a table of the file."""
     if not isinstance(table, dict):
         raise ConfigError(f'{where} has to be a table')
-    known = {f.name: f for f in fields(kind)}
+    known = {f.name: f for f in fields(cast(Any, kind))}
     for key, value in table.items():
         if key not in known:
             raise ConfigError(f'{where} has no {key}; there are: '
@@ -293,8 +293,8 @@ def _load(path: Path, table: Json, host: str) -> Config:
     for name, kind in (('ports', Ports), ('limits', Limits), ('tls', Tls),
                        ('network', Network), ('cluster', Cluster)):
         if name in table:
-            config = replace(config, **{
-                name: _read(kind, table.pop(name), f'[{name}]')})
+            part: Any = _read(kind, table.pop(name), f'[{name}]')
+            config = replace(config, **{name: part})
     if table:
         raise ConfigError(f'there is no {", ".join(table)}')
     _check_values(config)
