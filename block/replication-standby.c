@@ -179,9 +179,12 @@ bool coroutine_mixed_fn standby_open_records(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    /* Nobody wants a mixture back */
-    if (replication_records_is_fresh(r) || replication_records_has_peer(r) ||
+    /* A mixture was so before we came, and nobody wants it back */
+    if (replication_records_has_peer(r) ||
         r->own.state != REPLICATION_META_STATE_OK) {
+        qatomic_set(&st->overwritten, true);
+        qatomic_set(&st->saves, false);
+    } else if (replication_records_is_fresh(r)) {
         qatomic_set(&st->saves, false);
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_SECONDARY, size);
@@ -811,8 +814,12 @@ static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
 {
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
+    if (standby_can_roll_back(bs) && bdrv_activate(bs, errp) < 0) {
+        return false;
+    }
+    /* Again, because of what the metadata says, which was read just now */
     if (standby_can_roll_back(bs)) {
-        return bdrv_activate(bs, errp) == 0;
+        return true;
     }
     error_setg(errp, "Cannot fail over replication node '%s': the primary has "
                "overwritten a part of its disk, and what was there was not "
