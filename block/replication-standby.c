@@ -877,7 +877,7 @@ static bool standby_take_disk(BlockDriverState *bs, bool take_over,
         return false;
     }
 
-    return replication_ledger_go_back(st->ledger, st->active.kept,
+    return replication_ledger_go_back(st->ledger, runs, st->active.kept,
                                       st->hidden.kept, errp);
 }
 
