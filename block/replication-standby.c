@@ -785,28 +785,38 @@ static void standby_release(BlockDriverState *bs)
     }
 }
 
-/* The disk is what the primary has written, and the next sync may come */
-static bool standby_stop(BlockDriverState *bs, Error **errp)
+static bool standby_flush_disk(BlockDriverState *bs, Error **errp)
 {
-    ReplicationSecondary *s = secondary_state(bs);
-    ReplicationLedger *ledger = s->standby->ledger;
     int ret;
-
-    if (!secondary_checkpoint(bs, errp) ||
-        (ledger && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-         !replication_ledger_stopped(ledger, errp))) {
-        return false;
-    }
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    ret = bdrv_flush(s->guard);
+    ret = bdrv_flush(secondary_state(bs)->guard);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "The disk of replication node '%s' could "
                          "not be flushed", bdrv_get_node_name(bs));
     }
 
     return ret == 0;
+}
+
+/* The disk is what the primary has written, and the next sync may come */
+static bool standby_stop(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+                 secondary_in_sync(bs, NULL);
+
+    if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
+        return false;
+    }
+    if (!whole) {
+        /* It lacks some of that, and is no disk to go back to */
+        standby_checkpointed(bs, false);
+        return true;
+    }
+
+    return !st->ledger || replication_ledger_stopped(st->ledger, errp);
 }
 
 /* If that is so, the disk is going to be this side's: see to it that it is */
