@@ -311,6 +311,10 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     own.base = r->peer.generation;
     own.absorbed = r->peer.sequence;
     own.log_void = false;
+    /* What was half merged is overwritten */
+    own.state = REPLICATION_META_STATE_OK;
+    own.active[0] = '\0';
+    own.hidden[0] = '\0';
 
     return replication_meta_write_own(ledger->meta, &own, errp) == 0;
 }
