@@ -143,7 +143,10 @@ bool coroutine_fn standby_co_is_announced(BlockDriverState *bs)
 
     QEMU_LOCK_GUARD(&st->announce_lock);
 
-    if (!st->has_records || replication_meta_load_peer(st->meta, NULL) < 0) {
+    /* The own record as well: after a stop, the announcement is over */
+    if (!st->has_records ||
+        replication_meta_load(st->meta, replication_changes_size(st->changes),
+                              NULL) < 0) {
         return false;
     }
     r = replication_meta_records(st->meta);
@@ -815,8 +818,12 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
         standby_checkpointed(bs, false);
         return true;
     }
+    if (st->ledger && !replication_ledger_stopped(st->ledger, errp)) {
+        return false;
+    }
+    qatomic_set(&st->announced, false);
 
-    return !st->ledger || replication_ledger_stopped(st->ledger, errp);
+    return true;
 }
 
 /* If that is so, the disk is going to be this side's: see to it that it is */
