@@ -913,6 +913,8 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
 
 static bool standby_may_detach(BlockDriverState *bs, Error **errp)
 {
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
     switch (replication_stage(bs)) {
     case REPLICATION_STAGE_FAILOVER:
     case REPLICATION_STAGE_FAILOVER_FAILED:
@@ -922,6 +924,10 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
         return false;
     case REPLICATION_STAGE_RUNNING:
         if (!runstate_check(RUN_STATE_RUNNING)) {
+            /* Before anything is thrown away */
+            if (ledger && !replication_ledger_has_started(ledger, errp)) {
+                return false;
+            }
             break;
         }
         error_setg(errp, "Cannot throw away what the guest has written to "
