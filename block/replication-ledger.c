@@ -311,12 +311,17 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     own.base = r->peer.generation;
     own.absorbed = r->peer.sequence;
     own.log_void = false;
+    /* What was half merged is overwritten */
+    own.state = REPLICATION_META_STATE_OK;
+    own.active[0] = '\0';
+    own.hidden[0] = '\0';
 
     return replication_meta_write_own(ledger->meta, &own, errp) == 0;
 }
 
-bool replication_ledger_go_back(ReplicationLedger *ledger, const char *active,
-                                const char *hidden, Error **errp)
+bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                                const char *active, const char *hidden,
+                                Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
@@ -329,7 +334,7 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, const char *active,
         return false;
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
-    if (ledger_has_started(r)) {
+    if (to_checkpoint) {
         own.disk_id = r->peer.disk_id;
         own.current = r->peer.generation;
         own.base = r->peer.generation;

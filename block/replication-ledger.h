@@ -58,12 +58,13 @@ bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
                                   const char *hidden, Error **errp);
 
 /*
- * The same when the disk goes back to the last checkpoint, if the primary has
- * said that it may take over, or to what it was before that began to bring it
- * in step: the changes have what was overwritten.
+ * The same when the disk goes back to the last checkpoint, of a primary that
+ * has said that it may take over, or else to what it was before that began to
+ * bring it in step: then the changes have what was overwritten.
  */
-bool replication_ledger_go_back(ReplicationLedger *ledger, const char *active,
-                                const char *hidden, Error **errp);
+bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                                const char *active, const char *hidden,
+                                Error **errp);
 
 /*
  * Whether the primary of this very secondary has said that it may take over.

@@ -143,7 +143,10 @@ bool coroutine_fn standby_co_is_announced(BlockDriverState *bs)
 
     QEMU_LOCK_GUARD(&st->announce_lock);
 
-    if (!st->has_records || replication_meta_load_peer(st->meta, NULL) < 0) {
+    /* The own record as well: after a stop, the announcement is over */
+    if (!st->has_records ||
+        replication_meta_load(st->meta, replication_changes_size(st->changes),
+                              NULL) < 0) {
         return false;
     }
     r = replication_meta_records(st->meta);
@@ -179,9 +182,12 @@ bool coroutine_mixed_fn standby_open_records(BlockDriverState *bs, Error **errp)
         return false;
     }
 
-    /* Nobody wants a mixture back */
-    if (replication_records_is_fresh(r) || replication_records_has_peer(r) ||
+    /* A mixture was so before we came, and nobody wants it back */
+    if (replication_records_has_peer(r) ||
         r->own.state != REPLICATION_META_STATE_OK) {
+        qatomic_set(&st->overwritten, true);
+        qatomic_set(&st->saves, false);
+    } else if (replication_records_is_fresh(r)) {
         qatomic_set(&st->saves, false);
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_SECONDARY, size);
@@ -782,22 +788,13 @@ static void standby_release(BlockDriverState *bs)
     }
 }
 
-/* The disk is what the primary has written, and the next sync may come */
-static bool standby_stop(BlockDriverState *bs, Error **errp)
+static bool standby_flush_disk(BlockDriverState *bs, Error **errp)
 {
-    ReplicationSecondary *s = secondary_state(bs);
-    ReplicationLedger *ledger = s->standby->ledger;
     int ret;
-
-    if (!secondary_checkpoint(bs, errp) ||
-        (ledger && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-         !replication_ledger_stopped(ledger, errp))) {
-        return false;
-    }
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    ret = bdrv_flush(s->guard);
+    ret = bdrv_flush(secondary_state(bs)->guard);
     if (ret < 0) {
         error_setg_errno(errp, -ret, "The disk of replication node '%s' could "
                          "not be flushed", bdrv_get_node_name(bs));
@@ -806,13 +803,40 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
     return ret == 0;
 }
 
+/* The disk is what the primary has written, and the next sync may come */
+static bool standby_stop(BlockDriverState *bs, Error **errp)
+{
+    ReplicationStandby *st = standby_state(bs);
+    bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+                 secondary_in_sync(bs, NULL);
+
+    if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
+        return false;
+    }
+    if (!whole) {
+        /* It lacks some of that, and is no disk to go back to */
+        standby_checkpointed(bs, false);
+        return true;
+    }
+    if (st->ledger && !replication_ledger_stopped(st->ledger, errp)) {
+        return false;
+    }
+    qatomic_set(&st->announced, false);
+
+    return true;
+}
+
 /* If that is so, the disk is going to be this side's: see to it that it is */
 static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
 {
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
+    if (standby_can_roll_back(bs) && bdrv_activate(bs, errp) < 0) {
+        return false;
+    }
+    /* Again, because of what the metadata says, which was read just now */
     if (standby_can_roll_back(bs)) {
-        return bdrv_activate(bs, errp) == 0;
+        return true;
     }
     error_setg(errp, "Cannot fail over replication node '%s': the primary has "
                "overwritten a part of its disk, and what was there was not "
@@ -870,7 +894,7 @@ static bool standby_take_disk(BlockDriverState *bs, bool take_over,
         return false;
     }
 
-    return replication_ledger_go_back(st->ledger, st->active.kept,
+    return replication_ledger_go_back(st->ledger, runs, st->active.kept,
                                       st->hidden.kept, errp);
 }
 
@@ -889,6 +913,8 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
 
 static bool standby_may_detach(BlockDriverState *bs, Error **errp)
 {
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
     switch (replication_stage(bs)) {
     case REPLICATION_STAGE_FAILOVER:
     case REPLICATION_STAGE_FAILOVER_FAILED:
@@ -898,6 +924,10 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
         return false;
     case REPLICATION_STAGE_RUNNING:
         if (!runstate_check(RUN_STATE_RUNNING)) {
+            /* Before anything is thrown away */
+            if (ledger && !replication_ledger_has_started(ledger, errp)) {
+                return false;
+            }
             break;
         }
         error_setg(errp, "Cannot throw away what the guest has written to "
