@@ -39,6 +39,8 @@ struct ReplicationLedger {
     bool at_base;
     /* The replica may take over */
     bool confirmed;
+    /* The overlays that the record names are merged, which it does not say */
+    bool merged;
     /* An error was reported */
     bool failed;
     bool ticking;
@@ -84,11 +86,19 @@ static int coroutine_mixed_fn
 ledger_write_own(ReplicationLedger *ledger, const ReplicationOwnRecord *own,
                  Error **errp)
 {
-    int ret = replication_meta_write_own(ledger->meta, own, errp);
+    ReplicationOwnRecord record = *own;
+    int ret;
 
+    if (qatomic_read(&ledger->merged)) {
+        record.state = REPLICATION_META_STATE_OK;
+        record.active[0] = '\0';
+        record.hidden[0] = '\0';
+    }
+    ret = replication_meta_write_own(ledger->meta, &record, errp);
     if (ret < 0) {
         return ret;
     }
+    qatomic_set(&ledger->merged, false);
     qatomic_set(&ledger->log_void, own->log_void);
     qatomic_set(&ledger->at_base,
                 qemu_uuid_is_equal(&own->current, &own->base));
@@ -379,17 +389,18 @@ bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
 
-bool replication_ledger_merged(ReplicationLedger *ledger, Error **errp)
+void replication_ledger_merged(ReplicationLedger *ledger)
 {
-    ReplicationOwnRecord own = *ledger_own(ledger);
-
     GLOBAL_STATE_CODE();
 
-    own.state = REPLICATION_META_STATE_OK;
-    own.active[0] = '\0';
-    own.hidden[0] = '\0';
+    qatomic_set(&ledger->merged, true);
+}
 
-    return ledger_write_own(ledger, &own, errp) == 0;
+bool replication_ledger_forget_overlays(ReplicationLedger *ledger, Error **errp)
+{
+    GLOBAL_STATE_CODE();
+
+    return ledger_write_own(ledger, ledger_own(ledger), errp) == 0;
 }
 
 bool replication_ledger_is_open(ReplicationLedger *ledger)
@@ -402,16 +413,20 @@ bool replication_ledger_knows_changes(ReplicationLedger *ledger)
     return ledger->knows_changes;
 }
 
-/* The data is going to be that of no checkpoint.  Without need, of no harm. */
+/*
+ * The data is going to be that of no checkpoint, and newer than that of any
+ * overlays.  Without need, of no harm.
+ */
 static int coroutine_mixed_fn ledger_leave_base(ReplicationLedger *ledger,
                                                 Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
 
-    if (!qatomic_read(&ledger->at_base)) {
+    if (qatomic_read(&ledger->at_base)) {
+        replication_own_record_rotate(&own);
+    } else if (!qatomic_read(&ledger->merged)) {
         return 0;
     }
-    replication_own_record_rotate(&own);
 
     return ledger_write_own(ledger, &own, errp);
 }
@@ -465,7 +480,8 @@ int coroutine_fn replication_ledger_co_begin(ReplicationLedger *ledger,
 {
     int ret;
 
-    if (alone && qatomic_read(&ledger->at_base)) {
+    if (qatomic_read(&ledger->merged) ||
+        (alone && qatomic_read(&ledger->at_base))) {
         ret = ledger_co_leave_base(ledger);
         if (ret < 0) {
             return ret;

@@ -75,8 +75,15 @@ bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 /* The disk of a secondary has all of its primary, if that has confirmed it */
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp);
 
-/* The overlays have been merged into the disk, and are of no use any more */
-bool replication_ledger_merged(ReplicationLedger *ledger, Error **errp);
+/*
+ * The overlays have been merged into the disk.  As long as nothing else is
+ * changed there they are as good as the disk; before, they are forgotten.
+ */
+void replication_ledger_merged(ReplicationLedger *ledger);
+
+/* They can be removed: the disk has all of it on stable storage */
+bool replication_ledger_forget_overlays(ReplicationLedger *ledger,
+                                        Error **errp);
 
 /* Whether the changes are all that a disk of the base may lack */
 bool replication_ledger_knows_changes(ReplicationLedger *ledger);

@@ -328,10 +328,10 @@ static bool standby_check_left(BlockDriverState *bs, Error **errp)
         error_setg(errp, "Replication node '%s' finds '%s' of an earlier one, "
                    "which may have a part of its disk's data",
                    bdrv_get_node_name(bs), overlays[i]->kept);
-        error_append_hint(errp, "If the disk is the one to go on with, put the "
-                          "data there with 'qemu-img commit -b DISK %s'. Then, "
-                          "or if a primary is going to overwrite the whole "
-                          "disk, remove that file and '%s'.\n",
+        error_append_hint(errp, "If the disk is the one to go on with, and no "
+                          "guest has used it since, put the data there with "
+                          "'qemu-img commit -b DISK %s'. Then, or else, remove "
+                          "that file and '%s'.\n",
                           st->active.kept, st->hidden.kept);
         return false;
     }
@@ -708,6 +708,9 @@ ReplicationNodeStage standby_merged(BlockDriverState *bs)
         return REPLICATION_STAGE_DONE;
     }
 
+    if (st->ledger) {
+        replication_ledger_merged(st->ledger);
+    }
     /* What the guest has flushed was safe in the overlays until now */
     bdrv_graph_rdlock_main_loop();
     ret = bdrv_flush(bs->file->bs);
@@ -718,7 +721,10 @@ ReplicationNodeStage standby_merged(BlockDriverState *bs)
                     bdrv_get_node_name(bs), st->active.kept, st->hidden.kept,
                     strerror(-ret));
     } else if (st->ledger &&
-               !replication_ledger_merged(st->ledger, &local_err)) {
+               !replication_ledger_forget_overlays(st->ledger, &local_err)) {
+        error_append_hint(&local_err, "'%s' and '%s' are kept, and of no more "
+                          "use when the guest has written.\n",
+                          st->active.kept, st->hidden.kept);
         warn_report_err(local_err);
     } else {
         standby_remove_overlays(bs);

@@ -22,6 +22,8 @@ class Host:
                  machine: str = 'none') -> None:
         self.name = name
         self.vm = VM(name, machine)
+        # blkdebug options below the metadata
+        self.meta_faults: Optional[Json] = None
         self.iothreads = iothreads
         if iothreads:
             for number in range(2):
@@ -77,9 +79,11 @@ class Host:
         if not os.path.exists(self.meta_path(number)):
             size = os.stat(self.path(number)).st_size
             replmeta.create(self.meta_path(number), size)
+        image: Json = {'driver': 'file', 'filename': self.meta_path(number)}
+        if self.meta_faults:
+            image = {'driver': 'blkdebug', 'image': image, **self.meta_faults}
         self.vm.cmd('blockdev-add', {
-            'driver': 'raw', 'node-name': f'meta{number}', 'file': {
-                'driver': 'file', 'filename': self.meta_path(number)}})
+            'driver': 'raw', 'node-name': f'meta{number}', 'file': image})
 
     @staticmethod
     def top(number: int = 0, **options: Any) -> Json:
