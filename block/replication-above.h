@@ -17,7 +17,8 @@ void replication_above_free(ReplicationAbove *above);
 
 /*
  * The name of a node in @above whose users' writes do not come to @bs any more,
- * or of an overlay of @bs that is written to, to be freed by the caller; or NULL
+ * or of an overlay of @bs that is written to; or NULL.  To be freed by the
+ * caller.
  */
 char *GRAPH_RDLOCK replication_above_bypass(ReplicationAbove *above,
                                             BlockDriverState *bs);

@@ -58,8 +58,8 @@
  *   replica     the way to the other disk, of a node that holds both
  *   lack        what the replica does not have and is going to be copied
  *   in step     it lacks nothing, and gets what the guest writes
- *   generation  a name of the data of a disk; its base is the one that it shares
- *               with a replica, but for what is in the log
+ *   generation  a name of the data of a disk; its base is the one that it has
+ *               in common with a replica, but for what is in the log
  *   alone       writing without a replica that gets it
  *   announce    tell the peer's metadata what is going to be done to its disk
  *   lose        the checkpoint: the overlays do not stand for one any more
