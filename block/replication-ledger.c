@@ -252,52 +252,63 @@ static int ledger_begin_log(ReplicationLedger *ledger)
                                                          ledger->changes);
 }
 
+/* Who opened the disk as a secondary's has promoted it, but for the merge */
+static bool ledger_has_taken_over(const ReplicationRecords *r)
+{
+    return r->own.role == REPLICATION_META_ROLE_PRIMARY;
+}
+
 /* Whether the primary of this very secondary has said that it may take over */
 static bool ledger_has_started(const ReplicationRecords *r)
 {
-    return replication_records_has_peer(r) &&
+    return (replication_records_has_peer(r) || ledger_has_taken_over(r)) &&
            r->peer.kind == REPLICATION_PEER_STARTED &&
            qemu_uuid_is_equal(&r->peer.instance, &r->own.instance);
 }
 
 /* The disk is that of a primary, when what is in the overlays is merged */
-static bool ledger_begin_merge(ReplicationLedger *ledger,
-                               ReplicationOwnRecord *own, const char *active,
-                               const char *hidden, Error **errp)
+static int ledger_begin_merge(ReplicationLedger *ledger,
+                              ReplicationOwnRecord *own, const char *active,
+                              const char *hidden, Error **errp)
 {
+    int ret;
+
     own->absorbed = replication_meta_records(ledger->meta)->peer.sequence;
     own->role = REPLICATION_META_ROLE_PRIMARY;
     own->state = REPLICATION_META_STATE_MERGING;
     pstrcpy(own->active, sizeof(own->active), active);
     pstrcpy(own->hidden, sizeof(own->hidden), hidden);
-    if (ledger_write_own(ledger, own, errp) < 0) {
+    ret = ledger_write_own(ledger, own, errp);
+    if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
-        return false;
+        return ret;
     }
     ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
     ledger_start_ticks(ledger);
 
-    return true;
+    return 1;
 }
 
-bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
+int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     if (!ledger_has_started(r)) {
         error_setg(errp, "Replication node '%s' may not take over: no primary "
                    "has confirmed that it has started", ledger_name(ledger));
         error_append_hint(errp, "Use the primary's disk.\n");
-        return false;
+        return 0;
     }
 
-    return true;
+    return 1;
 }
 
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
@@ -329,9 +340,9 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     return replication_meta_write_own(ledger->meta, &own, errp) == 0;
 }
 
-bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
-                                const char *active, const char *hidden,
-                                Error **errp)
+int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                               const char *active, const char *hidden,
+                               Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
@@ -340,8 +351,9 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
     if (to_checkpoint) {
@@ -358,7 +370,7 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
         ret = ledger_load_log(ledger, errp);
         if (ret < 0) {
             g_clear_pointer(&ledger->log, replication_log_free);
-            return false;
+            return ret;
         }
         ret = replication_log_write_changes(ledger->log, ledger->changes);
     }
@@ -367,23 +379,28 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
 
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp)
+int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                 const char *hidden, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     ReplicationOwnRecord own;
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_ledger_has_started(ledger, errp)) {
-        return false;
+    ret = replication_ledger_has_started(ledger, errp);
+    if (ret <= 0) {
+        return ret;
     }
 
     own = r->own;
-    own.disk_id = r->peer.disk_id;
-    own.current = r->peer.generation;
-    replication_own_record_rotate(&own);
-    own.base = r->peer.generation;
+    /* A write that has failed may have got there all the same */
+    if (!ledger_has_taken_over(r)) {
+        own.disk_id = r->peer.disk_id;
+        own.current = r->peer.generation;
+        replication_own_record_rotate(&own);
+        own.base = r->peer.generation;
+    }
     own.log_void = ledger_begin_log(ledger) < 0;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
