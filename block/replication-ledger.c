@@ -18,6 +18,9 @@
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
 
+/* Of what is asked of a peer, where nothing else is said: the monitor waits */
+#define PEER_TIMEOUT_MS 5000
+
 struct ReplicationLedger {
     BlockDriverState *bs;
     ReplicationMeta *meta;
@@ -163,7 +166,7 @@ ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
     ledger->meta = meta;
     ledger->changes = changes;
     ledger->log_size = log_size;
-    ledger->timeout_ms = timeout_ms;
+    ledger->timeout_ms = timeout_ms ?: PEER_TIMEOUT_MS;
     qemu_co_mutex_init(&ledger->lock);
     qemu_mutex_init(&ledger->stats_lock);
     ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
@@ -600,28 +603,18 @@ static void ledger_cut_peer(void *opaque)
     bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
 }
 
-/* Until ledger_end_bound(), what is under way at the peer ends in time */
+/* Until the timer is freed, what is under way at the peer ends in time */
 static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
 {
-    QEMUTimer *timer;
-
-    if (!ledger->timeout_ms) {
-        return NULL;
-    }
     /* Runs while the main loop waits */
-    timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
-                          ledger_cut_peer, ledger);
+    QEMUTimer *timer = aio_timer_new(qemu_get_aio_context(),
+                                     QEMU_CLOCK_REALTIME, SCALE_MS,
+                                     ledger_cut_peer, ledger);
+
     timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
               ledger->timeout_ms);
 
     return timer;
-}
-
-static void ledger_end_bound(QEMUTimer *timer)
-{
-    if (timer) {
-        timer_free(timer);
-    }
 }
 
 static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
@@ -655,7 +648,7 @@ bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
                             NULL, 0);
     bound = ledger_begin_bound(ledger);
     ok = ledger_read_peer(ledger, errp);
-    ledger_end_bound(bound);
+    timer_free(bound);
 
     return ok;
 }
@@ -794,7 +787,7 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     }
     bound = ledger_begin_bound(ledger);
     ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
-    ledger_end_bound(bound);
+    timer_free(bound);
 
     return ok;
 }
@@ -850,7 +843,7 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
     bound = ledger_begin_bound(ledger);
     ok = ledger_check_announced(ledger, errp) &&
          ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp);
-    ledger_end_bound(bound);
+    timer_free(bound);
 
     return ok;
 }
