@@ -56,6 +56,14 @@ struct ReplicationLedger {
     ReplicationLog *peer_log;
     ReplicationPeerRecord announced;
 
+    /*
+     * The current generation, if it was announced, and nobody has answered that
+     * he knows it; and to which opening of the replica that was.  Changed while
+     * the node is drained.
+     */
+    QemuUUID unheard;
+    QemuUUID unheard_by;
+
     QEMUTimer *tick_timer;
 
     QemuMutex stats_lock; /* protects what follows it */
@@ -433,6 +441,18 @@ bool replication_ledger_knows_changes(ReplicationLedger *ledger)
     return ledger->knows_changes;
 }
 
+/* What nobody may have heard of pushes nothing else out of the history */
+static void coroutine_mixed_fn ledger_rotate(ReplicationLedger *ledger,
+                                             ReplicationOwnRecord *own)
+{
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current)) {
+        own->history[REPLICATION_META_HISTORY - 1] = own->current;
+        qemu_uuid_generate(&own->current);
+    } else {
+        replication_own_record_rotate(own);
+    }
+}
+
 /*
  * The data is going to be that of no checkpoint, and newer than that of any
  * overlays.  Without need, of no harm.
@@ -443,7 +463,7 @@ static int coroutine_mixed_fn ledger_leave_base(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     } else if (!qatomic_read(&ledger->merged)) {
         return 0;
     }
@@ -542,7 +562,7 @@ static int coroutine_mixed_fn ledger_forget(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     }
     own.log_void = true;
     own.size = replication_changes_size(ledger->changes);
@@ -718,22 +738,40 @@ static void ledger_note_peer(ReplicationLedger *ledger,
 }
 
 /*
+ * Nobody but this peer can have heard of our generation since it is ours, and
+ * so the name need not be another one
+ */
+static bool ledger_knows_only_us(ReplicationLedger *ledger,
+                                 const ReplicationOwnRecord *own)
+{
+    const ReplicationRecords *r = ledger->peer ?
+                                  replication_meta_records(ledger->peer) : NULL;
+
+    if (!r) {
+        return false;
+    }
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current) &&
+        qemu_uuid_is_equal(&ledger->unheard_by, &r->own.instance)) {
+        return true;
+    }
+
+    return replication_records_has_peer(r) &&
+           r->peer.kind == REPLICATION_PEER_SYNC &&
+           qemu_uuid_is_equal(&r->peer.generation, &own->current);
+}
+
+/*
  * From now on this disk, with its log, is enough to know what the peer's may
- * lack.  With a peer that has been told of our generation and of no other, the
- * name need not be another one.
+ * lack
  */
 static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    const ReplicationRecords *r = ledger->peer ?
-                                  replication_meta_records(ledger->peer) : NULL;
 
     own.log_void = replication_log_write_changes(ledger->log,
                                                  ledger->changes) < 0;
-    if (!r || !replication_records_has_peer(r) ||
-        r->peer.kind != REPLICATION_PEER_SYNC ||
-        !qemu_uuid_is_equal(&r->peer.generation, &own.current)) {
-        replication_own_record_rotate(&own);
+    if (!ledger_knows_only_us(ledger, &own)) {
+        ledger_rotate(ledger, &own);
     }
     if (full) {
         own.base = own.current;
@@ -785,9 +823,14 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     if (!ledger->peer) {
         return true;
     }
+    ledger->unheard = ledger_own(ledger)->current;
+    ledger->unheard_by = replication_meta_records(ledger->peer)->own.instance;
     bound = ledger_begin_bound(ledger);
     ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
     timer_free(bound);
+    if (ok) {
+        ledger->unheard = (QemuUUID) {};
+    }
 
     return ok;
 }
