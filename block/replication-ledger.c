@@ -38,6 +38,9 @@ struct ReplicationLedger {
      * Accessed with atomic operations.  The log does not say what changed.
      */
     bool log_void;
+    /* So says only the peer's record, which is ours to write */
+    bool void_at_peer;
+    bool told;
     /* The data is that of the last checkpoint of both sides, for all we know */
     bool at_base;
     /* The replica may take over */
@@ -105,12 +108,13 @@ ledger_write_own(ReplicationLedger *ledger, const ReplicationOwnRecord *own,
         record.active[0] = '\0';
         record.hidden[0] = '\0';
     }
+    record.log_void |= qatomic_read(&ledger->void_at_peer);
     ret = replication_meta_write_own(ledger->meta, &record, errp);
     if (ret < 0) {
         return ret;
     }
     qatomic_set(&ledger->merged, false);
-    qatomic_set(&ledger->log_void, own->log_void);
+    qatomic_set(&ledger->log_void, record.log_void);
     qatomic_set(&ledger->at_base,
                 qemu_uuid_is_equal(&own->current, &own->base));
 
@@ -342,7 +346,7 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     own.current = r->peer.generation;
     own.base = r->peer.generation;
     own.absorbed = r->peer.sequence;
-    own.log_void = false;
+    own.log_void = r->peer.log_void;
     /* What was half merged is overwritten */
     own.state = REPLICATION_META_STATE_OK;
     own.active[0] = '\0';
@@ -371,7 +375,7 @@ int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
         own.disk_id = r->peer.disk_id;
         own.current = r->peer.generation;
         own.base = r->peer.generation;
-        own.log_void = false;
+        own.log_void = r->peer.log_void;
         ret = ledger_begin_log(ledger);
     } else {
         /* What is overwritten differs from the primary's, as if written here */
@@ -412,7 +416,7 @@ int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
         replication_own_record_rotate(&own);
         own.base = r->peer.generation;
     }
-    own.log_void = ledger_begin_log(ledger) < 0;
+    own.log_void = ledger_begin_log(ledger) < 0 || r->peer.log_void;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
@@ -486,6 +490,80 @@ static int coroutine_fn ledger_co_leave_base(ReplicationLedger *ledger)
     return ret;
 }
 
+static void ledger_cut_peer(void *opaque)
+{
+    ReplicationLedger *ledger = opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!ledger->peer) {
+        return;
+    }
+    warn_report("Replication node '%s' cuts the connection to the metadata of "
+                "its replica, which has not answered for %" PRIu64 " ms",
+                ledger_name(ledger), ledger->timeout_ms);
+    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
+}
+
+/* Until the timer is freed, what is under way at the peer ends in time */
+static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
+{
+    /* Runs while the main loop waits */
+    QEMUTimer *timer = aio_timer_new(qemu_get_aio_context(),
+                                     QEMU_CLOCK_REALTIME, SCALE_MS,
+                                     ledger_cut_peer, ledger);
+
+    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
+              ledger->timeout_ms);
+
+    return timer;
+}
+
+static bool coroutine_mixed_fn
+ledger_tell_peer(ReplicationLedger *ledger, ReplicationPeerKind kind, bool full,
+                 Error **errp)
+{
+    const ReplicationOwnRecord *own = ledger_own(ledger);
+    const ReplicationRecords *r = replication_meta_records(ledger->peer);
+    ReplicationPeerRecord record = {
+        .kind       = kind,
+        .full       = full,
+        .log_void   = qatomic_read(&ledger->log_void) ||
+                      qatomic_read(&ledger->void_at_peer),
+        .size       = own->size,
+        .disk_id    = own->disk_id,
+        .generation = own->current,
+        .instance   = r->own.instance,
+    };
+
+    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
+        return false;
+    }
+    ledger->announced = r->peer;
+
+    return true;
+}
+
+/* The main loop cuts it, should it hang */
+static int coroutine_fn ledger_co_void_at_peer(ReplicationLedger *ledger)
+{
+    QEMUTimer *bound;
+    bool ok;
+
+    if (!qatomic_read(&ledger->told)) {
+        return -ENOTCONN;
+    }
+    qatomic_set(&ledger->void_at_peer, true);
+    bound = ledger_begin_bound(ledger);
+    ok = ledger_tell_peer(ledger, ledger->announced.kind,
+                          ledger->announced.full, NULL);
+    timer_free(bound);
+    qatomic_set(&ledger->void_at_peer, ok);
+    qatomic_set(&ledger->log_void, ok);
+
+    return ok ? 0 : -EIO;
+}
+
 /*
  * The log cannot be written, because of @ret.  If a record can, that says so:
  * then at least it does not lie.
@@ -502,7 +580,8 @@ static int coroutine_fn ledger_co_void_log(ReplicationLedger *ledger, int ret)
     own = *ledger_own(ledger);
     own.log_void = true;
     if (qatomic_read(&ledger->log_void) ||
-        ledger_write_own(ledger, &own, NULL) == 0) {
+        ledger_write_own(ledger, &own, NULL) == 0 ||
+        ledger_co_void_at_peer(ledger) == 0) {
         ret = 0;
     }
     qemu_co_mutex_unlock(&ledger->lock);
@@ -611,32 +690,6 @@ void coroutine_mixed_fn replication_ledger_resized(ReplicationLedger *ledger)
     }
 }
 
-static void ledger_cut_peer(void *opaque)
-{
-    ReplicationLedger *ledger = opaque;
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    warn_report("Replication node '%s' cuts the connection to the metadata of "
-                "its replica, which has not answered for %" PRIu64 " ms",
-                ledger_name(ledger), ledger->timeout_ms);
-    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
-}
-
-/* Until the timer is freed, what is under way at the peer ends in time */
-static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
-{
-    /* Runs while the main loop waits */
-    QEMUTimer *timer = aio_timer_new(qemu_get_aio_context(),
-                                     QEMU_CLOCK_REALTIME, SCALE_MS,
-                                     ledger_cut_peer, ledger);
-
-    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              ledger->timeout_ms);
-
-    return timer;
-}
-
 static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
 {
     int64_t size = replication_changes_size(ledger->changes);
@@ -680,6 +733,7 @@ BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
     if (!ledger->peer) {
         return NULL;
     }
+    qatomic_set(&ledger->told, false);
     child = replication_meta_child(ledger->peer);
     g_clear_pointer(&ledger->peer_log, replication_log_free);
     g_clear_pointer(&ledger->peer, replication_meta_free);
@@ -768,6 +822,7 @@ static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
 
+    qatomic_set(&ledger->void_at_peer, false);
     own.log_void = replication_log_write_changes(ledger->log,
                                                  ledger->changes) < 0;
     if (!ledger_knows_only_us(ledger, &own)) {
@@ -781,28 +836,6 @@ static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
     }
     ledger->knows_changes = true;
     qatomic_set(&ledger->failed, own.log_void);
-
-    return true;
-}
-
-static bool ledger_tell_peer(ReplicationLedger *ledger,
-                             ReplicationPeerKind kind, bool full, Error **errp)
-{
-    const ReplicationOwnRecord *own = ledger_own(ledger);
-    const ReplicationRecords *r = replication_meta_records(ledger->peer);
-    ReplicationPeerRecord record = {
-        .kind       = kind,
-        .full       = full,
-        .size       = own->size,
-        .disk_id    = own->disk_id,
-        .generation = own->current,
-        .instance   = r->own.instance,
-    };
-
-    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
-        return false;
-    }
-    ledger->announced = r->peer;
 
     return true;
 }
@@ -830,6 +863,7 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     timer_free(bound);
     if (ok) {
         ledger->unheard = (QemuUUID) {};
+        qatomic_set(&ledger->told, true);
     }
 
     return ok;

@@ -79,13 +79,15 @@ class Peer:
     size: int
     sequence: int = 1
     full: bool = False
+    log_void: bool = False
     disk_id: uuid.UUID = NONE
     generation: uuid.UUID = NONE
     instance: uuid.UUID = NONE
 
     def pack(self, version: int = 1) -> bytes:
         data = _HEADER.pack(b'QREPLPEE', version, self.kind, self.sequence,
-                            self.size, REGION, int(self.full))
+                            self.size, REGION,
+                            int(self.full) | 2 * int(self.log_void))
         data += _PEER.pack(self.disk_id.bytes, self.generation.bytes,
                            self.instance.bytes)
         return _seal(data)
@@ -138,6 +140,7 @@ def parse_peer(data: bytes) -> Optional[Peer]:
     disk_id, generation, instance = _PEER.unpack_from(copy, _HEADER.size)
     return Peer(
         kind=kind, size=size, sequence=sequence, full=bool(flags & 1),
+        log_void=bool(flags & 2),
         disk_id=uuid.UUID(bytes=disk_id), instance=uuid.UUID(bytes=instance),
         generation=uuid.UUID(bytes=generation))
 

@@ -68,7 +68,8 @@ def _verdict(source: Metadata, target: Metadata) -> Verdict:
         return Verdict('', 'another disk')
 
     void = own.log_void or own.base == replmeta.NONE or bool(
-        other and other.log_void and not target.is_started())
+        other and other.log_void and not target.is_started() or
+        announced and announced.log_void)
     known: Set[uuid.UUID] = {own.current, own.base} - {replmeta.NONE}
     if other and other.state == replmeta.MERGING:
         return Verdict('', 'overlays', FULL)
