@@ -19,6 +19,7 @@ from standby import Host, StandbyCase
 
 DISK = 4 * MIB + 512 * KIB
 
+SECTOR = 512
 FUA = 1
 # As often as a part may be opened
 LIVES = 100
@@ -30,6 +31,11 @@ class Write(NamedTuple):
     offset: int
     data: bytes
     fua: bool
+
+    def torn(self) -> 'Write':
+        """A half of it, in whole sectors"""
+        half = len(self.data) // 2 // SECTOR * SECTOR
+        return self._replace(data=self.data[:half])
 
     def covers(self, other: 'Write') -> bool:
         """That cannot get there any more"""
