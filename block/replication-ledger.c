@@ -18,6 +18,9 @@
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
 
+/* Until a drained node is looked at again */
+#define DRAINED_MS 100
+
 struct ReplicationLedger {
     BlockDriverState *bs;
     ReplicationMeta *meta;
@@ -122,33 +125,35 @@ static void coroutine_fn ledger_tick_entry(void *opaque)
     bdrv_dec_in_flight(ledger->bs);
 }
 
-/* From any thread */
-static void ledger_tick(ReplicationLedger *ledger)
+/* From any thread.  Returns false if the node is drained. */
+static bool ledger_tick(ReplicationLedger *ledger)
 {
     BlockDriverState *bs = ledger->bs;
 
-    if (qatomic_read(&bs->quiesce_counter) || qatomic_read(&ledger->log_void) ||
-        (bs->open_flags & BDRV_O_INACTIVE) ||
-        qatomic_xchg(&ledger->ticking, true)) {
-        return;
+    if (qatomic_read(&bs->quiesce_counter)) {
+        return false;
     }
-    bdrv_inc_in_flight(bs);
-    aio_co_schedule(bdrv_get_aio_context(bs),
-                    qemu_coroutine_create(ledger_tick_entry, ledger));
+    if (!qatomic_read(&ledger->log_void) &&
+        !(bs->open_flags & BDRV_O_INACTIVE) &&
+        !qatomic_xchg(&ledger->ticking, true)) {
+        bdrv_inc_in_flight(bs);
+        aio_co_schedule(bdrv_get_aio_context(bs),
+                        qemu_coroutine_create(ledger_tick_entry, ledger));
+    }
+
+    return true;
 }
 
-static void ledger_start_ticks(ReplicationLedger *ledger)
+static void ledger_tick_in(ReplicationLedger *ledger, int64_t ms)
 {
-    timer_mod(ledger->tick_timer,
-              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + TICK_MS);
+    timer_mod(ledger->tick_timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
 }
 
 static void ledger_tick_timer(void *opaque)
 {
     ReplicationLedger *ledger = opaque;
 
-    ledger_tick(ledger);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, ledger_tick(ledger) ? TICK_MS : DRAINED_MS);
 }
 
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
@@ -232,7 +237,7 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
     if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
     } else {
-        ledger_start_ticks(ledger);
+        ledger_tick_in(ledger, TICK_MS);
     }
 
     return ret;
@@ -275,7 +280,7 @@ static bool ledger_begin_merge(ReplicationLedger *ledger,
         return false;
     }
     ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, TICK_MS);
 
     return true;
 }
@@ -827,6 +832,8 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
         }
     }
     qatomic_set(&ledger->confirmed, true);
+    /* What was copied is in the log, perhaps all of the disk */
+    ledger_tick_in(ledger, 0);
     if (!ledger->peer) {
         return true;
     }
