@@ -14,6 +14,7 @@
 #include "replication-int.h"
 #include "replication-ledger.h"
 #include "replication-log.h"
+#include "replication-watch.h"
 
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
@@ -55,6 +56,8 @@ struct ReplicationLedger {
     ReplicationMeta *peer;
     ReplicationLog *peer_log;
     ReplicationPeerRecord announced;
+    ReplicationWatch *watch;
+    QEMUBH *lose_bh;
 
     QEMUTimer *tick_timer;
 
@@ -156,6 +159,11 @@ static void ledger_tick_timer(void *opaque)
     ledger_tick_in(ledger, ledger_tick(ledger) ? TICK_MS : DRAINED_MS);
 }
 
+static void ledger_cut_peer(void *opaque)
+{
+    replication_ledger_abandon(opaque);
+}
+
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
                                           ReplicationMeta *meta,
                                           ReplicationChanges *changes,
@@ -174,6 +182,8 @@ ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
     ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
                                        QEMU_CLOCK_REALTIME, SCALE_MS,
                                        ledger_tick_timer, ledger);
+    ledger->lose_bh = aio_bh_new(qemu_get_aio_context(), ledger_cut_peer,
+                                 ledger);
 
     return ledger;
 }
@@ -185,6 +195,7 @@ void replication_ledger_free(ReplicationLedger *ledger)
     }
     timer_free(ledger->tick_timer);
     replication_ledger_leave(ledger);
+    qemu_bh_delete(ledger->lose_bh);
     replication_log_free(ledger->log);
     qemu_mutex_destroy(&ledger->stats_lock);
     g_free(ledger);
@@ -576,40 +587,16 @@ void coroutine_mixed_fn replication_ledger_resized(ReplicationLedger *ledger)
     }
 }
 
-static void ledger_cut_peer(void *opaque)
+static BlockDriverState *ledger_link(void *opaque)
 {
     ReplicationLedger *ledger = opaque;
 
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    warn_report("Replication node '%s' cuts the connection to the metadata of "
-                "its replica, which has not answered for %" PRIu64 " ms",
-                ledger_name(ledger), ledger->timeout_ms);
-    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
+    return replication_meta_child(ledger->peer)->bs;
 }
 
-/* Until ledger_end_bound(), what is under way at the peer ends in time */
-static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
+void replication_ledger_lose_peer(ReplicationLedger *ledger)
 {
-    QEMUTimer *timer;
-
-    if (!ledger->timeout_ms) {
-        return NULL;
-    }
-    /* Runs while the main loop waits */
-    timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
-                          ledger_cut_peer, ledger);
-    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              ledger->timeout_ms);
-
-    return timer;
-}
-
-static void ledger_end_bound(QEMUTimer *timer)
-{
-    if (timer) {
-        timer_free(timer);
-    }
+    qemu_bh_schedule(ledger->lose_bh);
 }
 
 static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
@@ -632,20 +619,17 @@ static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
                              Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger->peer = replication_meta_new(ledger->bs, child);
     ledger->peer_log =
         replication_log_new(child, replication_changes_size(ledger->changes),
                             NULL, 0);
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_read_peer(ledger, errp);
-    ledger_end_bound(bound);
+    qemu_bh_cancel(ledger->lose_bh);
+    ledger->watch = replication_watch_new(ledger->bs, ledger->timeout_ms,
+                                          ledger_link, ledger_cut_peer, ledger);
 
-    return ok;
+    return ledger_read_peer(ledger, errp);
 }
 
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
@@ -656,6 +640,7 @@ BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
         return NULL;
     }
     child = replication_meta_child(ledger->peer);
+    replication_watch_free(g_steal_pointer(&ledger->watch));
     g_clear_pointer(&ledger->peer_log, replication_log_free);
     g_clear_pointer(&ledger->peer, replication_meta_free);
 
@@ -767,9 +752,6 @@ static bool ledger_tell_peer(ReplicationLedger *ledger,
 bool replication_ledger_announce(ReplicationLedger *ledger,
                                  const ReplicationRuling *ruling, Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger_note_peer(ledger, ruling);
@@ -777,14 +759,9 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     if (!ledger_take_peer(ledger, ruling->full, errp)) {
         return false;
     }
-    if (!ledger->peer) {
-        return true;
-    }
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
-    ledger_end_bound(bound);
 
-    return ok;
+    return !ledger->peer ||
+           ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
 }
 
 /* Whether nobody has written there since we did */
@@ -820,8 +797,6 @@ static bool ledger_check_announced(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    QEMUTimer *bound;
-    bool ok;
 
     GLOBAL_STATE_CODE();
 
@@ -834,15 +809,10 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
     qatomic_set(&ledger->confirmed, true);
     /* What was copied is in the log, perhaps all of the disk */
     ledger_tick_in(ledger, 0);
-    if (!ledger->peer) {
-        return true;
-    }
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_check_announced(ledger, errp) &&
-         ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp);
-    ledger_end_bound(bound);
 
-    return ok;
+    return !ledger->peer ||
+           (ledger_check_announced(ledger, errp) &&
+            ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp));
 }
 
 bool replication_ledger_is_confirmed(ReplicationLedger *ledger)
