@@ -229,7 +229,7 @@ class Drawing:
                        (protected, made.protected, death.when, safe)]
             name, begin = f'alone on {death.survivor}', death.when
         phases.append((name, begin, line.ended, alone))
-        taken = [0.0, 0.0]
+        taken = [0.0, 0.0, 0.0]
         for name, begin, end, (fill, colour) in phases:
             left, right = self.time.at(begin), self.time.at(end)
             middle, wide = (left + right) / 2, 8.0 * len(name)
@@ -239,7 +239,8 @@ class Drawing:
                 y = top + 17.0
             else:
                 middle = min(middle, RIGHT - wide / 2)
-                row = 0 if middle - wide / 2 > taken[0] else 1
+                row = next((row for row, end in enumerate(taken)
+                            if middle - wide / 2 > end), 2)
                 taken[row] = middle + wide / 2
                 y = bottom + 14.0 + 14 * row
             self.picture.text((middle, y), name, colour, 13, 'middle')
