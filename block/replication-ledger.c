@@ -322,15 +322,8 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     ReplicationOwnRecord own;
 
     GLOBAL_STATE_CODE();
+    assert(ledger_has_started(r));
 
-    if (replication_meta_load(ledger->meta,
-                              replication_changes_size(ledger->changes),
-                              errp) < 0) {
-        return false;
-    }
-    if (!ledger_has_started(r)) {
-        return true;
-    }
     own = r->own;
     own.disk_id = r->peer.disk_id;
     own.current = r->peer.generation;

@@ -72,7 +72,10 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
  */
 bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 
-/* The disk of a secondary has all of its primary, if that has confirmed it */
+/*
+ * The disk of a secondary has all of its primary.  That has confirmed it: who
+ * calls this has just asked.
+ */
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp);
 
 /*

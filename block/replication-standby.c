@@ -76,6 +76,8 @@ struct ReplicationStandby {
     bool saves; /* atomic */
     /* Something was overwritten that was not saved */
     bool overwritten; /* atomic */
+    /* Started on what may be a mixture, unless the primary starts, too.  BQL. */
+    bool mixed;
     /* Where the guest wrote past the running node, or NULL.  BQL. */
     char *bypassed;
     /* Does what others ask for who cannot: requests, changes of the graph */
@@ -742,6 +744,7 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationAbove *above = replication_above_new();
     g_autofree char *bypass = NULL;
+    ReplicationStandby *st = s->standby;
     bool inactive;
 
     bdrv_graph_rdlock_main_loop();
@@ -773,7 +776,9 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
         goto fail;
     }
     s->above = above;
-    g_clear_pointer(&s->standby->bypassed, g_free);
+    st->mixed = replication_stage(bs) == REPLICATION_STAGE_SYNCING ||
+                qatomic_read(&st->overwritten);
+    g_clear_pointer(&st->bypassed, g_free);
     qatomic_set(&s->left_behind, false);
 
     return true;
@@ -786,7 +791,13 @@ fail:
 /* What start has taken; the rest stays until the node is closed or promoted */
 static void standby_release(BlockDriverState *bs)
 {
+    BDRVReplicationState *node = bs->opaque;
     ReplicationSecondary *s = secondary_state(bs);
+
+    /* A start that is undone: its checkpoint, if it came to that, was none */
+    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE) {
+        standby_checkpointed(bs, false);
+    }
 
     if (s->above) {
         replication_above_free(g_steal_pointer(&s->above));
@@ -814,8 +825,11 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
     bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-                 secondary_in_sync(bs, NULL);
+                 secondary_in_sync(bs, NULL) &&
+                 (!st->ledger ||
+                  replication_ledger_has_started(st->ledger, NULL));
 
+    st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
         return false;
     }
@@ -904,14 +918,20 @@ static bool standby_take_disk(BlockDriverState *bs, bool take_over,
                                       st->hidden.kept, errp);
 }
 
+static void standby_go_alone(BlockDriverState *bs, Error **errp)
+{
+    standby_state(bs)->mixed = false;
+    standby_release(bs);
+    secondary_failover(bs, errp);
+}
+
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
 
     if (standby_may_roll_back(bs, errp) && standby_take_disk(bs, runs, errp)) {
-        standby_release(bs);
-        secondary_failover(bs, errp);
+        standby_go_alone(bs, errp);
     } else if (runs || !standby_can_roll_back(bs)) {
         replication_lose_checkpoint(bs, error_copy(*errp));
     }
@@ -960,8 +980,7 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
             standby_forget_changes(bs);
         }
         if (standby_take_disk(bs, false, errp)) {
-            standby_release(bs);
-            secondary_failover(bs, errp);
+            standby_go_alone(bs, errp);
         }
     }
     bdrv_drain_all_end();
