@@ -31,7 +31,7 @@ typedef struct ReplicationLedger ReplicationLedger;
 
 /*
  * Of node @bs, with @meta and @changes that remain the caller's.  Nothing is
- * read.  What hangs at a peer is given up after @timeout_ms, if that is not 0.
+ * read.  A peer that does nothing for @timeout_ms is given up, if that is not 0.
  */
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
                                           ReplicationMeta *meta,
@@ -118,6 +118,8 @@ bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger);
 /* Whatever is under way there fails */
 void replication_ledger_abandon(ReplicationLedger *ledger);
+/* The same from any thread, soon: the replica was lost */
+void replication_ledger_lose_peer(ReplicationLedger *ledger);
 
 /* What to copy to the peer; see replication_meta_judge() */
 bool replication_ledger_judge(ReplicationLedger *ledger, bool full,
