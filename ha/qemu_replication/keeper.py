@@ -223,11 +223,6 @@ class Keeper(Works):
         elif self.state == 'protected':
             self._conclude_protected([node for node in nodes
                                       if node['mode'] == 'primary'])
-        if self.facts.merging and mine and all(
-                node['disk-complete'] for node in mine) \
-                and self.state not in ('standby', 'secondary', 'promoting'):
-            self.facts.merging = False
-            self.save_facts()
 
     def _conclude_protected(self, nodes: List[Json]) -> None:
         limits = self.config.limits
@@ -275,8 +270,8 @@ class Keeper(Works):
         if what == 'yield':
             return await self._answer_yield(int(body['generation']))
         if what == 'in-step' and self.state == 'standby':
-            self.facts.replica_of = str(body['run'])
             self.facts.generation = int(body['generation'])
+            self.facts.overwrite = False
             self.save_facts()
             return {'ok': True}
         if what in ('take', 'switch') and what in STATES[self.state].on:
