@@ -75,12 +75,15 @@ class Keeper(Works):
         """Serve for ever."""
         await self.peer.serve()
         await self._begin()
-        looking = asyncio.create_task(self._look_often())
+        watching = [
+            asyncio.create_task(self._look_often()),
+            asyncio.create_task(self.judge.watch(self._on_loss))]
         try:
             while True:
                 await self._handle(await self._events.get())
         finally:
-            looking.cancel()
+            for task in watching:
+                task.cancel()
             if self._work:
                 self._work.cancel()
             await self.peer.close()
@@ -175,6 +178,11 @@ class Keeper(Works):
             self.post('off', 'the guest was shut down')
         else:
             self.post('died', self.machine.ended)
+
+    def _on_loss(self, why: str) -> None:
+        """As far as the VM is protected by the peer."""
+        if STATES[self.state].role == PRIMARY:
+            self.post('lost', why)
 
     def _on_event(self, event: Json) -> None:
         name, data = event['event'], event.get('data', {})
