@@ -39,9 +39,11 @@
  * which has most from the files of the secondary.
  *
  * A primary with a replica of its own is a role beside these: -holder.c, with
- * -changes.c, which knows what changed and what the replica lacks, and -sync.c,
- * the job that brings it in step.  -watch.c ends what hangs at the other side,
- * for both kinds of primary.
+ * the guest's requests in -holder-write.c, the copies of what the replica lacks
+ * in -holder-copy.c, and in -holder-attach.c how that comes and goes.
+ * -changes.c knows what changed and what the replica lacks, -sync.c is the job
+ * that brings it in step.  -watch.c ends what hangs at the other side, for both
+ * kinds of primary.
  *
  * What is known of a disk after a crash is in its metadata: records of its
  * generation, -meta.c, and the log of what was changed, -log.c.

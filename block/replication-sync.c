@@ -11,7 +11,7 @@
 #include "block/block-io.h"
 #include "block/blockjob_int.h"
 #include "qemu/job.h"
-#include "replication-holder.h"
+#include "replication-replica.h"
 #include "replication-int.h"
 
 /* How often the job looks how far the node has got */
