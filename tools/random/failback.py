@@ -284,7 +284,7 @@ class Failback(Holder):
             self.b.call(Op.FAILOVER, 'secondary')
         else:
             self.b.cmd('x-block-replica-detach', {'node-name': TOP})
-        self.b.wait_until(lambda: self.told_b()['mode'] == 'primary',
+        self.b.wait_until(lambda: bool(self.told_b()['mode'] == 'primary'),
                           'the merge')
         self.a, self.b = self.b, self.a
         self.own = None
