@@ -19,6 +19,9 @@
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
 
+/* Of what is asked of a peer, where nothing else is said: the monitor waits */
+#define PEER_TIMEOUT_MS 5000
+
 /* Until a drained node is looked at again */
 #define DRAINED_MS 100
 
@@ -39,6 +42,9 @@ struct ReplicationLedger {
      * Accessed with atomic operations.  The log does not say what changed.
      */
     bool log_void;
+    /* So says only the peer's record, which is ours to write */
+    bool void_at_peer;
+    bool told;
     /* The data is that of the last checkpoint of both sides, for all we know */
     bool at_base;
     /* The replica may take over */
@@ -58,6 +64,14 @@ struct ReplicationLedger {
     ReplicationPeerRecord announced;
     ReplicationWatch *watch;
     QEMUBH *lose_bh;
+
+    /*
+     * The current generation, if it was announced, and nobody has answered that
+     * he knows it; and to which opening of the replica that was.  Changed while
+     * the node is drained.
+     */
+    QemuUUID unheard;
+    QemuUUID unheard_by;
 
     QEMUTimer *tick_timer;
 
@@ -100,12 +114,13 @@ ledger_write_own(ReplicationLedger *ledger, const ReplicationOwnRecord *own,
         record.active[0] = '\0';
         record.hidden[0] = '\0';
     }
+    record.log_void |= qatomic_read(&ledger->void_at_peer);
     ret = replication_meta_write_own(ledger->meta, &record, errp);
     if (ret < 0) {
         return ret;
     }
     qatomic_set(&ledger->merged, false);
-    qatomic_set(&ledger->log_void, own->log_void);
+    qatomic_set(&ledger->log_void, record.log_void);
     qatomic_set(&ledger->at_base,
                 qemu_uuid_is_equal(&own->current, &own->base));
 
@@ -176,7 +191,7 @@ ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
     ledger->meta = meta;
     ledger->changes = changes;
     ledger->log_size = log_size;
-    ledger->timeout_ms = timeout_ms;
+    ledger->timeout_ms = timeout_ms ?: PEER_TIMEOUT_MS;
     qemu_co_mutex_init(&ledger->lock);
     qemu_mutex_init(&ledger->stats_lock);
     ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
@@ -268,52 +283,63 @@ static int ledger_begin_log(ReplicationLedger *ledger)
                                                          ledger->changes);
 }
 
+/* Who opened the disk as a secondary's has promoted it, but for the merge */
+static bool ledger_has_taken_over(const ReplicationRecords *r)
+{
+    return r->own.role == REPLICATION_META_ROLE_PRIMARY;
+}
+
 /* Whether the primary of this very secondary has said that it may take over */
 static bool ledger_has_started(const ReplicationRecords *r)
 {
-    return replication_records_has_peer(r) &&
+    return (replication_records_has_peer(r) || ledger_has_taken_over(r)) &&
            r->peer.kind == REPLICATION_PEER_STARTED &&
            qemu_uuid_is_equal(&r->peer.instance, &r->own.instance);
 }
 
 /* The disk is that of a primary, when what is in the overlays is merged */
-static bool ledger_begin_merge(ReplicationLedger *ledger,
-                               ReplicationOwnRecord *own, const char *active,
-                               const char *hidden, Error **errp)
+static int ledger_begin_merge(ReplicationLedger *ledger,
+                              ReplicationOwnRecord *own, const char *active,
+                              const char *hidden, Error **errp)
 {
+    int ret;
+
     own->absorbed = replication_meta_records(ledger->meta)->peer.sequence;
     own->role = REPLICATION_META_ROLE_PRIMARY;
     own->state = REPLICATION_META_STATE_MERGING;
     pstrcpy(own->active, sizeof(own->active), active);
     pstrcpy(own->hidden, sizeof(own->hidden), hidden);
-    if (ledger_write_own(ledger, own, errp) < 0) {
+    ret = ledger_write_own(ledger, own, errp);
+    if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
-        return false;
+        return ret;
     }
     ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
     ledger_tick_in(ledger, TICK_MS);
 
-    return true;
+    return 1;
 }
 
-bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
+int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     if (!ledger_has_started(r)) {
         error_setg(errp, "Replication node '%s' may not take over: no primary "
                    "has confirmed that it has started", ledger_name(ledger));
         error_append_hint(errp, "Use the primary's disk.\n");
-        return false;
+        return 0;
     }
 
-    return true;
+    return 1;
 }
 
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
@@ -329,7 +355,7 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     own.current = r->peer.generation;
     own.base = r->peer.generation;
     own.absorbed = r->peer.sequence;
-    own.log_void = false;
+    own.log_void = r->peer.log_void;
     /* What was half merged is overwritten */
     own.state = REPLICATION_META_STATE_OK;
     own.active[0] = '\0';
@@ -338,9 +364,9 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     return replication_meta_write_own(ledger->meta, &own, errp) == 0;
 }
 
-bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
-                                const char *active, const char *hidden,
-                                Error **errp)
+int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                               const char *active, const char *hidden,
+                               Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
@@ -349,15 +375,16 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
     if (to_checkpoint) {
         own.disk_id = r->peer.disk_id;
         own.current = r->peer.generation;
         own.base = r->peer.generation;
-        own.log_void = false;
+        own.log_void = r->peer.log_void;
         ret = ledger_begin_log(ledger);
     } else {
         /* What is overwritten differs from the primary's, as if written here */
@@ -367,7 +394,7 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
         ret = ledger_load_log(ledger, errp);
         if (ret < 0) {
             g_clear_pointer(&ledger->log, replication_log_free);
-            return false;
+            return ret;
         }
         ret = replication_log_write_changes(ledger->log, ledger->changes);
     }
@@ -376,24 +403,29 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
 
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp)
+int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                 const char *hidden, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     ReplicationOwnRecord own;
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_ledger_has_started(ledger, errp)) {
-        return false;
+    ret = replication_ledger_has_started(ledger, errp);
+    if (ret <= 0) {
+        return ret;
     }
 
     own = r->own;
-    own.disk_id = r->peer.disk_id;
-    own.current = r->peer.generation;
-    replication_own_record_rotate(&own);
-    own.base = r->peer.generation;
-    own.log_void = ledger_begin_log(ledger) < 0;
+    /* A write that has failed may have got there all the same */
+    if (!ledger_has_taken_over(r)) {
+        own.disk_id = r->peer.disk_id;
+        own.current = r->peer.generation;
+        replication_own_record_rotate(&own);
+        own.base = r->peer.generation;
+    }
+    own.log_void = ledger_begin_log(ledger) < 0 || r->peer.log_void;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
@@ -422,6 +454,18 @@ bool replication_ledger_knows_changes(ReplicationLedger *ledger)
     return ledger->knows_changes;
 }
 
+/* What nobody may have heard of pushes nothing else out of the history */
+static void coroutine_mixed_fn ledger_rotate(ReplicationLedger *ledger,
+                                             ReplicationOwnRecord *own)
+{
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current)) {
+        own->history[REPLICATION_META_HISTORY - 1] = own->current;
+        qemu_uuid_generate(&own->current);
+    } else {
+        replication_own_record_rotate(own);
+    }
+}
+
 /*
  * The data is going to be that of no checkpoint, and newer than that of any
  * overlays.  Without need, of no harm.
@@ -432,7 +476,7 @@ static int coroutine_mixed_fn ledger_leave_base(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     } else if (!qatomic_read(&ledger->merged)) {
         return 0;
     }
@@ -455,6 +499,48 @@ static int coroutine_fn ledger_co_leave_base(ReplicationLedger *ledger)
     return ret;
 }
 
+static bool coroutine_mixed_fn
+ledger_tell_peer(ReplicationLedger *ledger, ReplicationPeerKind kind, bool full,
+                 Error **errp)
+{
+    const ReplicationOwnRecord *own = ledger_own(ledger);
+    const ReplicationRecords *r = replication_meta_records(ledger->peer);
+    ReplicationPeerRecord record = {
+        .kind       = kind,
+        .full       = full,
+        .log_void   = qatomic_read(&ledger->log_void) ||
+                      qatomic_read(&ledger->void_at_peer),
+        .size       = own->size,
+        .disk_id    = own->disk_id,
+        .generation = own->current,
+        .instance   = r->own.instance,
+    };
+
+    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
+        return false;
+    }
+    ledger->announced = r->peer;
+
+    return true;
+}
+
+/* The main loop cuts it, should it hang */
+static int coroutine_fn ledger_co_void_at_peer(ReplicationLedger *ledger)
+{
+    bool ok;
+
+    if (!qatomic_read(&ledger->told)) {
+        return -ENOTCONN;
+    }
+    qatomic_set(&ledger->void_at_peer, true);
+    ok = ledger_tell_peer(ledger, ledger->announced.kind,
+                          ledger->announced.full, NULL);
+    qatomic_set(&ledger->void_at_peer, ok);
+    qatomic_set(&ledger->log_void, ok);
+
+    return ok ? 0 : -EIO;
+}
+
 /*
  * The log cannot be written, because of @ret.  If a record can, that says so:
  * then at least it does not lie.
@@ -471,7 +557,8 @@ static int coroutine_fn ledger_co_void_log(ReplicationLedger *ledger, int ret)
     own = *ledger_own(ledger);
     own.log_void = true;
     if (qatomic_read(&ledger->log_void) ||
-        ledger_write_own(ledger, &own, NULL) == 0) {
+        ledger_write_own(ledger, &own, NULL) == 0 ||
+        ledger_co_void_at_peer(ledger) == 0) {
         ret = 0;
     }
     qemu_co_mutex_unlock(&ledger->lock);
@@ -531,7 +618,7 @@ static int coroutine_mixed_fn ledger_forget(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     }
     own.log_void = true;
     own.size = replication_changes_size(ledger->changes);
@@ -632,6 +719,7 @@ BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
     if (!ledger->peer) {
         return NULL;
     }
+    qatomic_set(&ledger->told, false);
     child = replication_meta_child(ledger->peer);
     replication_watch_free(g_steal_pointer(&ledger->watch));
     g_clear_pointer(&ledger->peer_log, replication_log_free);
@@ -691,22 +779,41 @@ static void ledger_note_peer(ReplicationLedger *ledger,
 }
 
 /*
+ * Nobody but this peer can have heard of our generation since it is ours, and
+ * so the name need not be another one
+ */
+static bool ledger_knows_only_us(ReplicationLedger *ledger,
+                                 const ReplicationOwnRecord *own)
+{
+    const ReplicationRecords *r = ledger->peer ?
+                                  replication_meta_records(ledger->peer) : NULL;
+
+    if (!r) {
+        return false;
+    }
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current) &&
+        qemu_uuid_is_equal(&ledger->unheard_by, &r->own.instance)) {
+        return true;
+    }
+
+    return replication_records_has_peer(r) &&
+           r->peer.kind == REPLICATION_PEER_SYNC &&
+           qemu_uuid_is_equal(&r->peer.generation, &own->current);
+}
+
+/*
  * From now on this disk, with its log, is enough to know what the peer's may
- * lack.  With a peer that has been told of our generation and of no other, the
- * name need not be another one.
+ * lack
  */
 static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    const ReplicationRecords *r = ledger->peer ?
-                                  replication_meta_records(ledger->peer) : NULL;
 
+    qatomic_set(&ledger->void_at_peer, false);
     own.log_void = replication_log_write_changes(ledger->log,
                                                  ledger->changes) < 0;
-    if (!r || !replication_records_has_peer(r) ||
-        r->peer.kind != REPLICATION_PEER_SYNC ||
-        !qemu_uuid_is_equal(&r->peer.generation, &own.current)) {
-        replication_own_record_rotate(&own);
+    if (!ledger_knows_only_us(ledger, &own)) {
+        ledger_rotate(ledger, &own);
     }
     if (full) {
         own.base = own.current;
@@ -716,28 +823,6 @@ static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
     }
     ledger->knows_changes = true;
     qatomic_set(&ledger->failed, own.log_void);
-
-    return true;
-}
-
-static bool ledger_tell_peer(ReplicationLedger *ledger,
-                             ReplicationPeerKind kind, bool full, Error **errp)
-{
-    const ReplicationOwnRecord *own = ledger_own(ledger);
-    const ReplicationRecords *r = replication_meta_records(ledger->peer);
-    ReplicationPeerRecord record = {
-        .kind       = kind,
-        .full       = full,
-        .size       = own->size,
-        .disk_id    = own->disk_id,
-        .generation = own->current,
-        .instance   = r->own.instance,
-    };
-
-    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
-        return false;
-    }
-    ledger->announced = r->peer;
 
     return true;
 }
@@ -752,9 +837,18 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     if (!ledger_take_peer(ledger, ruling->full, errp)) {
         return false;
     }
+    if (!ledger->peer) {
+        return true;
+    }
+    ledger->unheard = ledger_own(ledger)->current;
+    ledger->unheard_by = replication_meta_records(ledger->peer)->own.instance;
+    if (!ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp)) {
+        return false;
+    }
+    ledger->unheard = (QemuUUID) {};
+    qatomic_set(&ledger->told, true);
 
-    return !ledger->peer ||
-           ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
+    return true;
 }
 
 /* Whether nobody has written there since we did */

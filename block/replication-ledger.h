@@ -51,26 +51,27 @@ bool replication_ledger_is_open(ReplicationLedger *ledger);
 /*
  * Instead of open, for a secondary that runs and whose metadata was loaded: the
  * guest goes on with its disk and these overlays.  The changes have what the
- * guest has written since the checkpoint.  Fails if the primary has not said
- * that the disk may take over.
+ * guest has written since the checkpoint.  Returns 1, or 0 if the primary has
+ * not said that the disk may take over, or a negative errno if the metadata
+ * fails: then it can be tried again.
  */
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp);
+int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                 const char *hidden, Error **errp);
 
 /*
  * The same when the disk goes back to the last checkpoint, of a primary that
  * has said that it may take over, or else to what it was before that began to
  * bring it in step: then the changes have what was overwritten.
  */
-bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
-                                const char *active, const char *hidden,
-                                Error **errp);
+int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                               const char *active, const char *hidden,
+                               Error **errp);
 
 /*
  * Whether the primary of this very secondary has said that it may take over.
- * Reads the metadata.
+ * Reads the metadata: a negative errno if that fails.
  */
-bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
+int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 
 /*
  * The disk of a secondary has all of its primary.  That has confirmed it: who
