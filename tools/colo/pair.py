@@ -100,7 +100,7 @@ class ColoPair:
     def close(self) -> None:
         """End both QEMUs, whatever they do."""
         for host in self.hosts:
-            host.close()
+            host.kill()
 
     # Both hosts, before protection
 
@@ -451,8 +451,10 @@ class ColoPair:
                 raise HostError(f'{host.name}: the guest did not report')
             tell()
             console.wait(POLL)
-            # its last line, if there is one, comes before the end
-            over = console.closed or time.monotonic() > end
+            over = not host.is_running() or time.monotonic() > end
+            if over:
+                # its last line, if there is one, comes before the end
+                console.close()
         host.wait(timeout=int(STEP_SECONDS))
         # A wrong read counts wherever and whenever it was: the secondary's
         # guest forgets its own at each checkpoint, but has said it.
