@@ -144,6 +144,11 @@ class StorageHost(Host):
         return sorted(name for name in os.listdir(iotests.test_dir)
                       if '.standby-' in name)
 
+    def clean_up(self) -> None:
+        super().clean_up()
+        for name in self.overlays():
+            os.unlink(os.path.join(iotests.test_dir, name))
+
 
 class StorageCase(StandbyCase):
     """A primary and a secondary that have had no data before"""
