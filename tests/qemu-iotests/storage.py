@@ -17,7 +17,7 @@ from nbdserver import (CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
 from replication import KIB, MIB, Json, pattern
 from standby import Host, StandbyCase
 
-DISK = 4 * MIB + 512 * KIB
+DISK = 5 * MIB + 512 * KIB
 
 SECTOR = 512
 FUA = 1
