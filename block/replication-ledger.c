@@ -14,12 +14,16 @@
 #include "replication-int.h"
 #include "replication-ledger.h"
 #include "replication-log.h"
+#include "replication-watch.h"
 
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
 
 /* Of what is asked of a peer, where nothing else is said: the monitor waits */
 #define PEER_TIMEOUT_MS 5000
+
+/* Until a drained node is looked at again */
+#define DRAINED_MS 100
 
 struct ReplicationLedger {
     BlockDriverState *bs;
@@ -58,6 +62,8 @@ struct ReplicationLedger {
     ReplicationMeta *peer;
     ReplicationLog *peer_log;
     ReplicationPeerRecord announced;
+    ReplicationWatch *watch;
+    QEMUBH *lose_bh;
 
     /*
      * The current generation, if it was announced, and nobody has answered that
@@ -137,33 +143,40 @@ static void coroutine_fn ledger_tick_entry(void *opaque)
     bdrv_dec_in_flight(ledger->bs);
 }
 
-/* From any thread */
-static void ledger_tick(ReplicationLedger *ledger)
+/* From any thread.  Returns false if the node is drained. */
+static bool ledger_tick(ReplicationLedger *ledger)
 {
     BlockDriverState *bs = ledger->bs;
 
-    if (qatomic_read(&bs->quiesce_counter) || qatomic_read(&ledger->log_void) ||
-        (bs->open_flags & BDRV_O_INACTIVE) ||
-        qatomic_xchg(&ledger->ticking, true)) {
-        return;
+    if (qatomic_read(&bs->quiesce_counter)) {
+        return false;
     }
-    bdrv_inc_in_flight(bs);
-    aio_co_schedule(bdrv_get_aio_context(bs),
-                    qemu_coroutine_create(ledger_tick_entry, ledger));
+    if (!qatomic_read(&ledger->log_void) &&
+        !(bs->open_flags & BDRV_O_INACTIVE) &&
+        !qatomic_xchg(&ledger->ticking, true)) {
+        bdrv_inc_in_flight(bs);
+        aio_co_schedule(bdrv_get_aio_context(bs),
+                        qemu_coroutine_create(ledger_tick_entry, ledger));
+    }
+
+    return true;
 }
 
-static void ledger_start_ticks(ReplicationLedger *ledger)
+static void ledger_tick_in(ReplicationLedger *ledger, int64_t ms)
 {
-    timer_mod(ledger->tick_timer,
-              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + TICK_MS);
+    timer_mod(ledger->tick_timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
 }
 
 static void ledger_tick_timer(void *opaque)
 {
     ReplicationLedger *ledger = opaque;
 
-    ledger_tick(ledger);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, ledger_tick(ledger) ? TICK_MS : DRAINED_MS);
+}
+
+static void ledger_cut_peer(void *opaque)
+{
+    replication_ledger_abandon(opaque);
 }
 
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
@@ -184,6 +197,8 @@ ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
     ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
                                        QEMU_CLOCK_REALTIME, SCALE_MS,
                                        ledger_tick_timer, ledger);
+    ledger->lose_bh = aio_bh_new(qemu_get_aio_context(), ledger_cut_peer,
+                                 ledger);
 
     return ledger;
 }
@@ -195,6 +210,7 @@ void replication_ledger_free(ReplicationLedger *ledger)
     }
     timer_free(ledger->tick_timer);
     replication_ledger_leave(ledger);
+    qemu_bh_delete(ledger->lose_bh);
     replication_log_free(ledger->log);
     qemu_mutex_destroy(&ledger->stats_lock);
     g_free(ledger);
@@ -247,7 +263,7 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
     if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
     } else {
-        ledger_start_ticks(ledger);
+        ledger_tick_in(ledger, TICK_MS);
     }
 
     return ret;
@@ -299,7 +315,7 @@ static int ledger_begin_merge(ReplicationLedger *ledger,
         return ret;
     }
     ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, TICK_MS);
 
     return 1;
 }
@@ -332,15 +348,8 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     ReplicationOwnRecord own;
 
     GLOBAL_STATE_CODE();
+    assert(ledger_has_started(r));
 
-    if (replication_meta_load(ledger->meta,
-                              replication_changes_size(ledger->changes),
-                              errp) < 0) {
-        return false;
-    }
-    if (!ledger_has_started(r)) {
-        return true;
-    }
     own = r->own;
     own.disk_id = r->peer.disk_id;
     own.current = r->peer.generation;
@@ -490,35 +499,6 @@ static int coroutine_fn ledger_co_leave_base(ReplicationLedger *ledger)
     return ret;
 }
 
-static void ledger_cut_peer(void *opaque)
-{
-    ReplicationLedger *ledger = opaque;
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    if (!ledger->peer) {
-        return;
-    }
-    warn_report("Replication node '%s' cuts the connection to the metadata of "
-                "its replica, which has not answered for %" PRIu64 " ms",
-                ledger_name(ledger), ledger->timeout_ms);
-    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
-}
-
-/* Until the timer is freed, what is under way at the peer ends in time */
-static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
-{
-    /* Runs while the main loop waits */
-    QEMUTimer *timer = aio_timer_new(qemu_get_aio_context(),
-                                     QEMU_CLOCK_REALTIME, SCALE_MS,
-                                     ledger_cut_peer, ledger);
-
-    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              ledger->timeout_ms);
-
-    return timer;
-}
-
 static bool coroutine_mixed_fn
 ledger_tell_peer(ReplicationLedger *ledger, ReplicationPeerKind kind, bool full,
                  Error **errp)
@@ -547,17 +527,14 @@ ledger_tell_peer(ReplicationLedger *ledger, ReplicationPeerKind kind, bool full,
 /* The main loop cuts it, should it hang */
 static int coroutine_fn ledger_co_void_at_peer(ReplicationLedger *ledger)
 {
-    QEMUTimer *bound;
     bool ok;
 
     if (!qatomic_read(&ledger->told)) {
         return -ENOTCONN;
     }
     qatomic_set(&ledger->void_at_peer, true);
-    bound = ledger_begin_bound(ledger);
     ok = ledger_tell_peer(ledger, ledger->announced.kind,
                           ledger->announced.full, NULL);
-    timer_free(bound);
     qatomic_set(&ledger->void_at_peer, ok);
     qatomic_set(&ledger->log_void, ok);
 
@@ -690,6 +667,18 @@ void coroutine_mixed_fn replication_ledger_resized(ReplicationLedger *ledger)
     }
 }
 
+static BlockDriverState *ledger_link(void *opaque)
+{
+    ReplicationLedger *ledger = opaque;
+
+    return replication_meta_child(ledger->peer)->bs;
+}
+
+void replication_ledger_lose_peer(ReplicationLedger *ledger)
+{
+    qemu_bh_schedule(ledger->lose_bh);
+}
+
 static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
 {
     int64_t size = replication_changes_size(ledger->changes);
@@ -710,20 +699,17 @@ static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
                              Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger->peer = replication_meta_new(ledger->bs, child);
     ledger->peer_log =
         replication_log_new(child, replication_changes_size(ledger->changes),
                             NULL, 0);
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_read_peer(ledger, errp);
-    timer_free(bound);
+    qemu_bh_cancel(ledger->lose_bh);
+    ledger->watch = replication_watch_new(ledger->bs, ledger->timeout_ms,
+                                          ledger_link, ledger_cut_peer, ledger);
 
-    return ok;
+    return ledger_read_peer(ledger, errp);
 }
 
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
@@ -735,6 +721,7 @@ BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
     }
     qatomic_set(&ledger->told, false);
     child = replication_meta_child(ledger->peer);
+    replication_watch_free(g_steal_pointer(&ledger->watch));
     g_clear_pointer(&ledger->peer_log, replication_log_free);
     g_clear_pointer(&ledger->peer, replication_meta_free);
 
@@ -843,9 +830,6 @@ static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
 bool replication_ledger_announce(ReplicationLedger *ledger,
                                  const ReplicationRuling *ruling, Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger_note_peer(ledger, ruling);
@@ -858,15 +842,13 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     }
     ledger->unheard = ledger_own(ledger)->current;
     ledger->unheard_by = replication_meta_records(ledger->peer)->own.instance;
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
-    timer_free(bound);
-    if (ok) {
-        ledger->unheard = (QemuUUID) {};
-        qatomic_set(&ledger->told, true);
+    if (!ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp)) {
+        return false;
     }
+    ledger->unheard = (QemuUUID) {};
+    qatomic_set(&ledger->told, true);
 
-    return ok;
+    return true;
 }
 
 /* Whether nobody has written there since we did */
@@ -902,8 +884,6 @@ static bool ledger_check_announced(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    QEMUTimer *bound;
-    bool ok;
 
     GLOBAL_STATE_CODE();
 
@@ -914,15 +894,12 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
         }
     }
     qatomic_set(&ledger->confirmed, true);
-    if (!ledger->peer) {
-        return true;
-    }
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_check_announced(ledger, errp) &&
-         ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp);
-    timer_free(bound);
+    /* What was copied is in the log, perhaps all of the disk */
+    ledger_tick_in(ledger, 0);
 
-    return ok;
+    return !ledger->peer ||
+           (ledger_check_announced(ledger, errp) &&
+            ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp));
 }
 
 bool replication_ledger_is_confirmed(ReplicationLedger *ledger)

@@ -31,7 +31,8 @@ typedef struct ReplicationLedger ReplicationLedger;
 
 /*
  * Of node @bs, with @meta and @changes that remain the caller's.  Nothing is
- * read.  What hangs at a peer is given up after @timeout_ms, if that is not 0.
+ * read.  A peer that does nothing for @timeout_ms is given up, or if that is 0
+ * after some seconds.
  */
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
                                           ReplicationMeta *meta,
@@ -73,7 +74,10 @@ int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
  */
 int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 
-/* The disk of a secondary has all of its primary, if that has confirmed it */
+/*
+ * The disk of a secondary has all of its primary.  That has confirmed it: who
+ * calls this has just asked.
+ */
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp);
 
 /*
@@ -115,6 +119,8 @@ bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger);
 /* Whatever is under way there fails */
 void replication_ledger_abandon(ReplicationLedger *ledger);
+/* The same from any thread, soon: the replica was lost */
+void replication_ledger_lose_peer(ReplicationLedger *ledger);
 
 /* What to copy to the peer; see replication_meta_judge() */
 bool replication_ledger_judge(ReplicationLedger *ledger, bool full,

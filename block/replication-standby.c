@@ -76,6 +76,8 @@ struct ReplicationStandby {
     bool saves; /* atomic */
     /* Something was overwritten that was not saved */
     bool overwritten; /* atomic */
+    /* Started on what may be a mixture, unless the primary starts, too.  BQL. */
+    bool mixed;
     /* The guest goes on alone, which the metadata does not say */
     bool unrecorded; /* atomic */
     /* Where the guest wrote past the running node, or NULL.  BQL. */
@@ -744,6 +746,7 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationAbove *above = replication_above_new();
     g_autofree char *bypass = NULL;
+    ReplicationStandby *st = s->standby;
     bool inactive;
 
     bdrv_graph_rdlock_main_loop();
@@ -775,7 +778,9 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
         goto fail;
     }
     s->above = above;
-    g_clear_pointer(&s->standby->bypassed, g_free);
+    st->mixed = replication_stage(bs) == REPLICATION_STAGE_SYNCING ||
+                qatomic_read(&st->overwritten);
+    g_clear_pointer(&st->bypassed, g_free);
     qatomic_set(&s->left_behind, false);
 
     return true;
@@ -788,7 +793,13 @@ fail:
 /* What start has taken; the rest stays until the node is closed or promoted */
 static void standby_release(BlockDriverState *bs)
 {
+    BDRVReplicationState *node = bs->opaque;
     ReplicationSecondary *s = secondary_state(bs);
+
+    /* A start that is undone: its checkpoint, if it came to that, was none */
+    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE) {
+        standby_checkpointed(bs, false);
+    }
 
     if (s->above) {
         replication_above_free(g_steal_pointer(&s->above));
@@ -816,8 +827,11 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
     bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-                 secondary_in_sync(bs, NULL);
+                 secondary_in_sync(bs, NULL) &&
+                 (!st->ledger ||
+                  replication_ledger_has_started(st->ledger, NULL) > 0);
 
+    st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
         return false;
     }
@@ -911,6 +925,13 @@ static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
                                       st->hidden.kept, errp);
 }
 
+static void standby_go_alone(BlockDriverState *bs, Error **errp)
+{
+    standby_state(bs)->mixed = false;
+    standby_release(bs);
+    secondary_failover(bs, errp);
+}
+
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
@@ -920,8 +941,7 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
 
     qatomic_set(&standby_state(bs)->unrecorded, runs && ret < 0);
     if (ret > 0) {
-        standby_release(bs);
-        secondary_failover(bs, errp);
+        standby_go_alone(bs, errp);
     } else if (runs && ret < 0) {
         /* Nothing has changed, and it can be tried again */
         replication_report_error(bs, REPLICATION_ERROR_REASON_METADATA,
@@ -975,8 +995,7 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
             standby_forget_changes(bs);
         }
         if (standby_take_disk(bs, false, errp) > 0) {
-            standby_release(bs);
-            secondary_failover(bs, errp);
+            standby_go_alone(bs, errp);
         }
     }
     bdrv_drain_all_end();

@@ -153,9 +153,14 @@ def image(config: Config, disk: Disk) -> Json:
 
 
 def _disk(config: Config, disk: Disk) -> Iterator[str]:
-    for folder in {Path(disk.file).parent, disk.overlay('hidden').parent}:
+    for folder in sorted({Path(disk.file).parent, disk.overlay_folder,
+                          disk.metadata_file.parent}):
         if not os.access(folder, os.W_OK):
             yield f'[[disk]] {disk.file}: {folder} cannot be written to'
+    if Path(disk.file).is_block_device() \
+            and not (disk.overlays and disk.metadata):
+        yield (f'[[disk]] {disk.file}: it is a device: say in which folder '
+               'its overlays are, and in which file its metadata')
     # a host that is to stand by makes it
     if not os.path.exists(disk.file) or not os.access(qemu_img(config),
                                                       os.X_OK):

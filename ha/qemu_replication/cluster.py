@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is asked of Pacemaker and Corosync, and set there."""
 
+import asyncio
+import os
 import re
 import subprocess
 from datetime import datetime
-from typing import List, NamedTuple, Optional
+from typing import AsyncIterator, List, NamedTuple, Optional
 
 from .errors import Failed
 
 SECONDS = 15.0
 # Of this host, and of a peer that is in step
 OWN_SCORE, PEER_SCORE = 200, 100
+# What is said at once has been said after so long
+QUIET_SECONDS = 0.05
 # crm_attribute: no such attribute
 CRM_EX_NOSUCH = 105
 
@@ -69,14 +73,63 @@ class Membership(NamedTuple):
     members: List[str]
 
 
+# Number, votes, maybe those of a qdevice, and the name
+_MEMBER = re.compile(r'^\s*\d+\s+\d+\s+\S.*$', re.MULTILINE)
+
+
+def _members(text: str) -> List[str]:
+    return [line.replace('(local)', '').split()[-1]
+            for line in _MEMBER.findall(text)]
+
+
+async def memberships() -> AsyncIterator[List[str]]:
+    """Who is in this part of the cluster, from now on."""
+    # it says so at once to a terminal only
+    ours, theirs = os.openpty()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            'setpriv', '--pdeathsig', 'KILL', 'corosync-quorumtool', '-m',
+            stdin=subprocess.DEVNULL, stdout=theirs,
+            stderr=subprocess.DEVNULL)
+    except OSError:
+        os.close(ours)
+        return
+    finally:
+        os.close(theirs)
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, 'rb'))
+    try:
+        found: List[str] = []
+        while True:
+            # the list is the last thing that is said of a change
+            try:
+                line = await asyncio.wait_for(reader.readline(), QUIET_SECONDS
+                                              if found else None)
+                if not line:
+                    return
+                if line.startswith(b'Date:'):
+                    found = []
+                found += _members(line.decode(errors='replace'))
+            except asyncio.TimeoutError:
+                yield found
+                found = []
+            except OSError:
+                # of a terminal whose other end is closed
+                return
+    finally:
+        transport.close()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
 def membership() -> Membership:
     """Who is in this part of the cluster."""
     told = _run('corosync-quorumtool', '-s')
     ring = re.search(r'^Ring ID:\s*(\S+)', told.stdout, re.MULTILINE)
     quorate = re.search(r'^Quorate:\s*Yes', told.stdout, re.MULTILINE)
-    # number, votes, maybe those of a qdevice, and the name
-    members = [line.replace('(local)', '').split()[-1] for line in re.findall(
-        r'^\s*\d+\s+\d+\s+\S.*$', told.stdout, re.MULTILINE)]
+    members = _members(told.stdout)
     if not ring or not members:
         raise Failed(f'corosync-quorumtool: {told.stdout.strip()}')
     return Membership(ring[1], bool(quorate), members)

@@ -42,6 +42,8 @@ class Disk:
     device: str = 'virtio-blk-pci'
     # the folder for what is written between two checkpoints
     overlays: str = ''
+    # what is known of the disk after a crash; by default beside it
+    metadata: str = ''
 
     @property
     def bytes(self) -> int:
@@ -50,11 +52,15 @@ class Disk:
         assert found
         return int(found[1]) * _UNITS[found[2]]
 
-    def overlay(self, name: str) -> Path:
-        """The file of an overlay."""
-        file = Path(self.file)
-        folder = Path(self.overlays) if self.overlays else file.parent
-        return folder / f'{file.name}.{name}'
+    @property
+    def metadata_file(self) -> Path:
+        """The file of its metadata."""
+        return Path(self.metadata or f'{self.file}.meta')
+
+    @property
+    def overlay_folder(self) -> Path:
+        """Where QEMU makes its overlays."""
+        return Path(self.overlays or Path(self.file).parent)
 
 
 @dataclass(frozen=True)

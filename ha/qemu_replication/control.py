@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Callable, Container, Dict, NamedTuple
 
-from . import check
+from . import check, graph
 from .client import DONE, FAILED, LATE, REFUSED
 from .config import Json
 from .keeper import Keeper
@@ -112,12 +112,29 @@ class Commands:
             raise Refusal(f'this host {STATES[keeper.state].says}')
         if role != STANDBY:
             await self._check()
-            if keeper.facts.data == SOLE and not force:
-                raise Refusal('only this host has the data of the VM: to '
-                              'have it overwritten, say --force')
+            await self._give_up_data(force)
             await self._post('arm')
         return Goal(('standby', 'secondary'), ('stopped', 'down'),
                     2 * self._config.limits.start)
+
+    async def _give_up_data(self, force: bool) -> None:
+        """May these disks be overwritten?"""
+        keeper, disks = self._keeper, self._config.disks
+        if force:
+            for path in [path for disk in disks
+                         for path in graph.leftovers(disk)]:
+                path.unlink()
+            keeper.facts.overwrite = True
+            keeper.save_facts()
+        elif keeper.facts.data == SOLE:
+            raise Refusal('only this host has the data of the VM: to have it '
+                          'overwritten, say --force')
+        elif not keeper.facts.data:
+            for disk in disks:
+                if Path(disk.file).exists() \
+                        and not disk.metadata_file.exists():
+                    raise Refusal(f'there is a disk {disk.file} already: to '
+                                  'have it overwritten, say --force')
 
     async def failover(self, force: bool) -> Goal:
         """Take the VM, which the other host gives up or is down."""
@@ -174,8 +191,9 @@ class Commands:
 
     async def demote(self, _force: bool) -> Goal:
         """End QEMU here, for the other side to take the VM."""
-        if STATES[self._keeper.state].role == PRIMARY:
-            await self._keeper.judge.gives_way()
+        keeper = self._keeper
+        if STATES[keeper.state].role == PRIMARY or keeper.state == 'down':
+            await keeper.judge.gives_way()
             await self._post('demote')
         return Goal(AT_REST + IDLE, (), self._config.limits.answer + 60)
 

@@ -34,12 +34,10 @@ class Facts:
     generation: int = 0
     # as in states; nothing on a host where nothing was done yet
     data: str = ''
-    # names a run of QEMU that knows what the peer's disks lack
-    run: str = ''
-    # the run whose replica the disks are
-    replica_of: str = ''
-    # whether data may still be in the overlays
-    merging: bool = False
+    # the metadata was wiped: no disk of a peer is known by it any more
+    wiped: bool = False
+    # a person has said that whatever these disks have may be overwritten
+    overwrite: bool = False
 
     @classmethod
     def read(cls, path: Path) -> 'Facts':

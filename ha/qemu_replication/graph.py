@@ -4,18 +4,17 @@
 This is the one place that knows names of nodes and objects.  One disk:
 
     primary                             standby
-    guest0 (throttle)                   guest0 (throttle)
-      |                                   |
-    top0 (replication)                  replication0
+    top0 (replication)                  top0 (replication)
       |      \\                            |
-    disk0   link0 (nbd) ------------.   active0 -> hidden0 -> disk0
-                                     '------------------------^
+    disk0   link0 (nbd) ------------> replica0, overlays -> disk0
+    meta0   link-meta0 (nbd) -------> meta0
 
-guest0, which limits nothing, is there for the day on which the standby is
-promoted: then top0 is put between it and replication0.
+A standby that is promoted becomes a primary by itself, once what the overlays
+have is merged.  meta0 says after a crash what each of the two disks is.
 """
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
@@ -26,14 +25,17 @@ from .config import Config, Disk, Json
 # QMP commands, to be given in this order
 Commands = Iterator[Tuple[str, Json]]
 
-LIMITS = 'limits'
 UNMAP = {'discard': 'unmap'}
+PRIMARY: Json = {'mode': 'primary', 'replica': None}
 # Of the network, on either side; rew0 stays, which old connections need
 FILTERS = ('m0', 'r0', 'r1', 'comp0', 'io0', 'f2', 'f1')
 CHARDEVS = ('mirror0', 'compare1', 'compare0-in', 'compare0', 'out0-in',
             'out0', 'red1', 'red0')
-# The guest writes new blocks of it at nearly the speed of a plain disk then
-ACTIVE_OPTIONS = 'extended_l2=on,cluster_size=128k'
+# Of the metadata of a disk: its head, what a bit of the rest is for, and what
+# all of it is a multiple of
+META_HEAD, META_REGION, META_BLOCK = 16 << 10, 1 << 20, 4 << 10
+# Where overlays are by default that cannot be beside the disk
+TEMPORARY = '/var/tmp'
 # Unlimited: the guest must not wait for a migration that is throttled
 BANDWIDTH = 1 << 40
 
@@ -43,115 +45,92 @@ def top(disk: int) -> str:
     return f'top{disk}'
 
 
-def link(disk: int) -> str:
-    """The node that leads to the peer's disk."""
-    return f'link{disk}'
+def links(disk: int) -> Tuple[str, str]:
+    """The nodes that lead to the peer's disk and its metadata."""
+    return f'link{disk}', f'link-meta{disk}'
 
 
-def _file(path: str) -> Json:
-    return {'driver': 'file', 'filename': path, **UNMAP}
+def nodes(config: Config, primary: bool) -> Iterator[Json]:
+    """What a host has from the start that runs the VM, or stands by."""
+    for number, disk in enumerate(config.disks):
+        yield {'driver': disk.format, 'node-name': f'disk{number}', 'file': {
+            'driver': 'file', 'filename': disk.file, **UNMAP}, **UNMAP}
+        yield {'driver': 'file', 'node-name': f'meta{number}',
+               'filename': str(disk.metadata_file)}
+        yield {'driver': 'replication', 'node-name': top(number),
+               'file': f'disk{number}', 'metadata': f'meta{number}',
+               'replica-timeout': int(config.limits.stalled * 1000), **UNMAP,
+               **(PRIMARY if primary else _secondary(number, disk))}
 
 
-def _disk(number: int, disk: Disk) -> Json:
-    return {'driver': disk.format, 'node-name': f'disk{number}',
-            'file': _file(disk.file), **UNMAP}
-
-
-def _root(number: int, below: str) -> Json:
-    return {'driver': 'throttle', 'node-name': f'guest{number}',
-            'throttle-group': LIMITS, 'file': below, **UNMAP}
-
-
-def _top(config: Config, number: int, below: str) -> Json:
-    return {'driver': 'replication', 'mode': 'primary',
-            'node-name': top(number), 'file': below, 'replica': None,
-            'replica-timeout': int(config.limits.stalled * 1000), **UNMAP}
-
-
-def primary_nodes(config: Config) -> List[Json]:
-    """What a host that runs the VM has from the start."""
-    return [node for number, disk in enumerate(config.disks)
-            for node in (_disk(number, disk),
-                         _top(config, number, f'disk{number}'),
-                         _root(number, top(number)))]
-
-
-def standby_nodes(config: Config) -> List[Json]:
-    """What a host that stands by has."""
-    return [node for number, disk in enumerate(config.disks)
-            for node in (
-                _disk(number, disk),
-                {'driver': 'qcow2', 'node-name': f'hidden{number}',
-                 'backing': f'disk{number}',
-                 'file': _file(str(disk.overlay('hidden')))},
-                {'driver': 'qcow2', 'node-name': f'active{number}',
-                 'backing': f'hidden{number}',
-                 'file': _file(str(disk.overlay('active')))},
-                {'driver': 'replication', 'mode': 'secondary',
-                 'node-name': f'replication{number}',
-                 'top-id': f'guest{number}', 'file': f'active{number}',
-                 **UNMAP},
-                _root(number, f'replication{number}'))]
+def _secondary(number: int, disk: Disk) -> Json:
+    return {'mode': 'secondary', 'replica-node-name': f'replica{number}',
+            **({'overlay-dir': disk.overlays} if disk.overlays else {})}
 
 
 # Images
 
-def _create(config: Config, path: Path, size: int, kind: str,
-            options: str = '') -> None:
-    subprocess.run([qemu_img(config), 'create', '-q', '-f', kind,
-                    *(['-o', options] if options else []), str(path),
-                    str(size)], check=True, timeout=TOOL_SECONDS,
-                   capture_output=True, text=True)
+def _create(config: Config, disk: Disk) -> None:
+    subprocess.run([qemu_img(config), 'create', '-q', '-f', disk.format,
+                    disk.file, str(disk.bytes)], check=True,
+                   timeout=TOOL_SECONDS, capture_output=True, text=True)
 
 
-def make_images(config: Config) -> bool:
-    """Make what a standby needs; was a disk made?"""
-    made = False
+def wipe(disk: Disk) -> None:
+    """Nothing is known of the disk."""
+    regions = -(-disk.bytes // META_REGION)
+    blocks = -(-regions // (8 * META_BLOCK))
+    with open(disk.metadata_file, 'wb') as file:
+        file.truncate(META_HEAD + blocks * META_BLOCK)
+        os.fsync(file.fileno())
+
+
+def make_images(config: Config) -> None:
+    """Make what is not there yet."""
     for disk in config.disks:
         if not Path(disk.file).exists():
-            _create(config, Path(disk.file), disk.bytes, disk.format)
-            made = True
-        _create(config, disk.overlay('hidden'), disk.bytes, 'qcow2')
-        _create(config, disk.overlay('active'), disk.bytes, 'qcow2',
-                ACTIVE_OPTIONS)
-    return made
+            _create(config, disk)
+            wipe(disk)
+        elif not disk.metadata_file.exists():
+            wipe(disk)
 
 
-def merge_commands(config: Config) -> Iterator[List[str]]:
-    """Bring a disk up to date whose QEMU died within a failover."""
-    for disk in config.disks:
-        # as text: the driver takes no null or false in a name
-        below = f'"backing":{{"driver":"{disk.format}",' \
-                f'"file":{{"driver":"file","filename":"{disk.file}"}}}}'
-        for name in ('active', 'hidden'):
-            path = disk.overlay(name)
-            over = f'"backing":{{"driver":"qcow2","file":{{"driver":"file",' \
-                f'"filename":"{disk.overlay("hidden")}"}},{below}}}' \
-                if name == 'active' else below
-            yield [qemu_img(config), 'commit', '-q', '-d',
-                   f'json:{{"driver":"qcow2","file":{{"driver":"file",'
-                   f'"filename":"{path}"}},{over}}}']
+def leftovers(disk: Disk) -> List[Path]:
+    """Overlays that QEMU could not part with: they have data of the disk."""
+    path = os.path.realpath(disk.file)
+    if disk.overlays or not os.path.isfile(path):
+        path = os.path.join(disk.overlays or TEMPORARY,
+                            path[1:].replace('/', '-'))
+    return [overlay for overlay in (
+        Path(f'{path}.standby-{name}.qcow2') for name in ('active', 'hidden'))
+        if overlay.exists()]
+
+
+def merge_command(config: Config, disk: Disk) -> List[str]:
+    """Put that into a disk that has overlays left."""
+    return [qemu_img(config), 'commit', '-q', '-b', disk.file,
+            str(leftovers(disk)[0])]
 
 
 # The command line
 
-def arguments(config: Config, nodes: List[Json]) -> List[str]:
-    """What QEMU gets for disks and network, whatever its role."""
-    words = ['-object', f'throttle-group,id={LIMITS}']
+def arguments(config: Config, primary: bool) -> List[str]:
+    """What QEMU gets for disks and network."""
+    words = []
     if config.tls.kind != 'none':
         for end in ('server', 'client'):
             words += ['-object', f'tls-creds-{config.tls.kind},id={end},'
                       f'endpoint={end},dir={config.tls.dir}']
-    for node in nodes:
+    for node in nodes(config, primary):
         words += ['-blockdev', json.dumps(node)]
     for number, disk in enumerate(config.disks):
-        words += ['-device', f'{disk.device},drive=guest{number}']
+        words += ['-device', f'{disk.device},drive={top(number)}']
     net = config.network
     if net.device:
         netdev = net.netdev or f'bridge,br={net.bridge}'
         words += ['-netdev', f'{netdev},id=net0',
                   '-device', f'{net.device},netdev=net0']
-    return words
+    return words if primary else words + _standby_arguments(config)
 
 
 def _vnet(config: Config) -> bool:
@@ -159,7 +138,7 @@ def _vnet(config: Config) -> bool:
     return config.network.device.startswith('virtio-net')
 
 
-def standby_arguments(config: Config) -> List[str]:
+def _standby_arguments(config: Config) -> List[str]:
     """What it gets besides to stand by: the primary connects the network."""
     words = ['-incoming', 'defer']
     if not config.network.device:
@@ -196,9 +175,11 @@ def stand_by(config: Config) -> Commands:
                                           'port': str(config.ports.disks)}},
         **_tls(config, 'server')}
     for number in range(len(config.disks)):
-        yield 'block-export-add', {
-            'type': 'nbd', 'id': f'export{number}', 'name': f'disk{number}',
-            'node-name': f'disk{number}', 'writable': True}
+        for name, node in ((f'disk{number}', f'replica{number}'),
+                           (f'meta{number}', f'meta{number}')):
+            yield 'block-export-add', {
+                'type': 'nbd', 'id': f'export-{name}', 'name': name,
+                'node-name': node, 'writable': True}
     yield from _colo(config, 'server')
     yield 'migrate-incoming', {
         'uri': f'tcp:{_bracketed(config.address)}:{config.ports.memory}'}
@@ -208,16 +189,21 @@ def _bracketed(address: str) -> str:
     return f'[{address}]' if ':' in address else address
 
 
-def copy(config: Config, number: int, sync: str) -> Commands:
-    """Begin to bring the peer's disk in step."""
-    yield 'blockdev-add', {
-        'driver': 'nbd', 'node-name': link(number), 'export': f'disk{number}',
-        'server': {'type': 'inet', 'host': config.peer_address,
-                   'port': str(config.ports.disks)},
-        **_tls(config, 'client'), **UNMAP}
-    yield 'x-block-replica-sync', {
-        'job-id': f'sync{number}', 'node-name': top(number),
-        'replica': link(number), 'sync': sync}
+def connect(config: Config, number: int) -> Commands:
+    """Have the peer's disk."""
+    for node, name in zip(links(number), ('disk', 'meta')):
+        yield 'blockdev-add', {
+            'driver': 'nbd', 'node-name': node, 'export': f'{name}{number}',
+            'server': {'type': 'inet', 'host': config.peer_address,
+                       'port': str(config.ports.disks)},
+            **_tls(config, 'client'), **UNMAP}
+
+
+def sync(number: int) -> Json:
+    """How the peer's disk is brought in step."""
+    replica, metadata = links(number)
+    return {'job-id': f'sync{number}', 'node-name': top(number),
+            'replica': replica, 'replica-metadata': metadata}
 
 
 def migrate(config: Config) -> Commands:
@@ -232,16 +218,8 @@ def migrate(config: Config) -> Commands:
 def yank(config: Config) -> List[Json]:
     """All connections to the peer that can hold up this QEMU."""
     return [{'type': 'migration'}, *(
-        {'type': 'block-node', 'node-name': link(number)}
-        for number in range(len(config.disks)))]
-
-
-def promoted(config: Config, nodes: List[str]) -> Commands:
-    """Have a standby that was promoted be like a primary."""
-    for number in range(len(config.disks)):
-        if top(number) not in nodes:
-            yield 'blockdev-add', _top(config, number, f'replication{number}')
-        yield 'blockdev-reopen', {'options': [_root(number, top(number))]}
+        {'type': 'block-node', 'node-name': node}
+        for number in range(len(config.disks)) for node in links(number))]
 
 
 def _listen(config: Config, name: str, port: int) -> Tuple[str, Json]:

@@ -3,7 +3,7 @@
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from . import cluster
 from .errors import Failed, Unreachable
@@ -11,7 +11,7 @@ from .errors import Failed, Unreachable
 if TYPE_CHECKING:
     from .work import Works
 
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 0.3
 
 
 class Verdict(Enum):
@@ -63,6 +63,9 @@ class Judge:
     async def has_died(self) -> None:
         """QEMU has ended where the VM ran."""
 
+    async def watch(self, _lost: Callable[[str], None]) -> None:
+        """Say so when the peer is lost, for ever."""
+
 
 class ClusterJudge(Judge):
     """Pacemaker's scores say who may be promoted.
@@ -79,25 +82,50 @@ class ClusterJudge(Judge):
         try:
             await asyncio.to_thread(cluster.delete_score, self._resource,
                                     self._works.config.peer)
-            return await super().of_peer(since)
+            word = asyncio.ensure_future(super().of_peer(since))
+            try:
+                # a peer that is down does not answer, for long
+                while not (await asyncio.wait({word},
+                                              timeout=RETRY_SECONDS))[0]:
+                    if await asyncio.to_thread(self._is_down, since):
+                        return Verdict.OUT
+                return await word
+            finally:
+                word.cancel()
         except Failed as exc:
             self._works.problem = str(exc)
             return Verdict.UNKNOWN
+
+    def _is_down(self, since: float) -> bool:
+        """Says so who has quorum, and has fenced it or never fences?"""
+        peer, now = self._works.config.peer, cluster.membership()
+        return now.quorate and (
+            cluster.was_fenced(peer, since)
+            or peer not in now.members and not cluster.fences())
 
     async def _of_silent_peer(self, why: str, since: float) -> Verdict:
         """The score is gone.  Is that so where the peer would ask?"""
         works, peer = self._works, self._works.config.peer
         before = await asyncio.to_thread(cluster.membership)
-        fenced = await asyncio.to_thread(cluster.was_fenced, peer, since)
+        down = await asyncio.to_thread(self._is_down, since)
         # again: it has to be so in the part of the cluster that is asked
         await asyncio.to_thread(cluster.delete_score, self._resource, peer)
         after = await asyncio.to_thread(cluster.membership)
         if before == after and after.quorate \
-                and (peer in after.members or fenced):
+                and (peer in after.members or down):
             return Verdict.OUT
         works.problem = (f'{why}: waits until the cluster has quorum, and '
                          f'{peer} is in it or has been fenced')
         return Verdict.UNKNOWN
+
+    async def watch(self, lost: Callable[[str], None]) -> None:
+        config = self._works.config
+        while True:
+            async for members in cluster.memberships():
+                if config.peer not in members:
+                    lost(f'the cluster has lost {config.peer}')
+            # Corosync has ended
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def in_step(self) -> None:
         await asyncio.to_thread(cluster.set_score, self._resource,
@@ -125,9 +153,11 @@ class ClusterJudge(Judge):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def has_died(self) -> None:
+        """The peer's turn, if it is in step; a failure is slower."""
         await self.gives_way()
-        await asyncio.to_thread(cluster.fail, self._resource,
-                                self._works.config.here)
+        if self._works.facts.data == 'sole':
+            await asyncio.to_thread(cluster.fail, self._resource,
+                                    self._works.config.here)
 
 
 def new_judge(works: 'Works') -> Judge:

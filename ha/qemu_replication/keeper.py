@@ -75,12 +75,15 @@ class Keeper(Works):
         """Serve for ever."""
         await self.peer.serve()
         await self._begin()
-        looking = asyncio.create_task(self._look_often())
+        watching = [
+            asyncio.create_task(self._look_often()),
+            asyncio.create_task(self.judge.watch(self._on_loss))]
         try:
             while True:
                 await self._handle(await self._events.get())
         finally:
-            looking.cancel()
+            for task in watching:
+                task.cancel()
             if self._work:
                 self._work.cancel()
             await self.peer.close()
@@ -176,6 +179,11 @@ class Keeper(Works):
         else:
             self.post('died', self.machine.ended)
 
+    def _on_loss(self, why: str) -> None:
+        """As far as the VM is protected by the peer."""
+        if STATES[self.state].role == PRIMARY:
+            self.post('lost', why)
+
     def _on_event(self, event: Json) -> None:
         name, data = event['event'], event.get('data', {})
         if name == 'SHUTDOWN' and data.get('reason') == 'guest-shutdown':
@@ -223,11 +231,6 @@ class Keeper(Works):
         elif self.state == 'protected':
             self._conclude_protected([node for node in nodes
                                       if node['mode'] == 'primary'])
-        if self.facts.merging and mine and all(
-                node['disk-complete'] for node in mine) \
-                and self.state not in ('standby', 'secondary', 'promoting'):
-            self.facts.merging = False
-            self.save_facts()
 
     def _conclude_protected(self, nodes: List[Json]) -> None:
         limits = self.config.limits
@@ -275,8 +278,8 @@ class Keeper(Works):
         if what == 'yield':
             return await self._answer_yield(int(body['generation']))
         if what == 'in-step' and self.state == 'standby':
-            self.facts.replica_of = str(body['run'])
             self.facts.generation = int(body['generation'])
+            self.facts.overwrite = False
             self.save_facts()
             return {'ok': True}
         if what in ('take', 'switch') and what in STATES[self.state].on:

@@ -48,7 +48,7 @@ class Machine:
         """Whether it has not ended."""
         return not self.dead.is_set()
 
-    def _words(self, nodes: List[Json], more: List[str]) -> List[str]:
+    def _words(self, primary: bool) -> List[str]:
         vm = self._config.vm
         words = [vm.qemu, '-name', vm.name, '-no-user-config',
                  '-pidfile', str(self.path('qemu.pid'))]
@@ -58,15 +58,15 @@ class Machine:
         if not {'-display', '-vnc', '-nographic'} & set(vm.arguments):
             words += ['-display', 'none']
         return [*words, *vm.arguments,
-                *graph.arguments(self._config, nodes), *more]
+                *graph.arguments(self._config, primary)]
 
-    async def start(self, nodes: List[Json], more: List[str]) -> None:
+    async def start(self, primary: bool) -> None:
         """Start it, and wait until it answers."""
         assert not self.runs
         with open(self.path('qemu.log'), 'ab') as log:
             # pylint: disable=consider-using-with
             self._child = subprocess.Popen(
-                self._words(nodes, more), stdin=subprocess.DEVNULL,
+                self._words(primary), stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True)
         self._follow(self._child.pid)
         await self._connect()

@@ -38,7 +38,7 @@ STATES = {
     'down': State(
         'QEMU has died while it ran the VM', work='tell_death',
         on={'boot': 'booting', 'arm': 'arming', 'yield': 'arming',
-            'done': 'arming', 'stop': 'stopped'}),
+            'done': 'arming', **ENDS}),
     'waiting': State(
         'has run the VM, and waits to hear who has it now', work='wait',
         on={
@@ -52,7 +52,7 @@ STATES = {
 
     # the VM runs here
     'booting': State(
-        'starts the VM', PRIMARY, 'boot', 'start', SOLE, on={
+        'starts the VM', PRIMARY, 'boot', 'start', on={
             'done': 'alone', 'failed': 'stopped', 'died': 'stopped'}),
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
@@ -76,8 +76,13 @@ STATES = {
     'protected': State(
         'runs the VM, and the peer is in step', PRIMARY, on={
             'lost': 'asking', 'drop': 'detaching', 'switch': 'handing',
-            'yield': 'arming', 'died': 'down', 'off': 'off',
-            **ENDS}),
+            'silent': 'doubting', 'yield': 'arming', 'died': 'down',
+            'off': 'off', **ENDS}),
+    'doubting': State(
+        'runs the VM, but QEMU does not answer', PRIMARY, 'doubt', on={
+            'done': 'protected', 'hangs': 'down', 'lost': 'asking',
+            'drop': 'detaching', 'yield': 'arming', 'died': 'down',
+            'off': 'off', **ENDS}),
     'handing': State(
         'waits for a checkpoint, and for the peer to take the VM', PRIMARY,
         'hand_over', 'failover', on={
@@ -128,5 +133,7 @@ STATES = {
 }
 # Where the VM does not run and is not about to
 AT_REST = ('stopped', 'yielded', 'down', 'waiting', 'off')
+# Where a host that has stood by has no checkpoint any more
+FORGETFUL = ('arming', 'standby')
 # Where the VM can be taken from, as far as this keeper knows
 PROMOTABLE = ('secondary', 'orphan')

@@ -2,14 +2,13 @@
 """What a keeper does with QEMU in each state; states.py bounds it."""
 
 import asyncio
-import secrets
 import subprocess
 import time
 from functools import partial
 from typing import Awaitable, Callable, List
 
 from . import graph
-from .config import Config, Json
+from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
@@ -17,10 +16,12 @@ from .errors import Failed
 from .monitor import Monitor
 from .errors import Unreachable
 from .peer import Peer
-from .states import PRIMARY, SHARED, SOLE
+from .states import FORGETFUL, PRIMARY, PROMOTABLE, SHARED, SOLE
 
 LOOK_SECONDS = 1.0
 POLL_SECONDS = 0.1
+# The VM stands still meanwhile
+ASK_SECONDS = 0.2
 # After a failed attempt to protect, the next one waits longer and longer
 LONGEST_PAUSE = 60.0
 QUIT_SECONDS = 10.0
@@ -44,6 +45,10 @@ class Works:
         # from when on the peer may have been in step
         self._in_step_since = time.time()
         self._tries = 0
+        # which standby was tried last, by when it began to be one
+        self._tried = 0.0
+        # why the last one has failed
+        self.refusal = ''
         self._off = self._colo_ended = False
 
     @property
@@ -56,8 +61,7 @@ class Works:
 
     @staticmethod
     def _protects(nodes: List[Json]) -> bool:
-        """Whether all disks are safe; a promoted one has two nodes."""
-        nodes = [node for node in nodes if node['mode'] == 'primary'] or nodes
+        """Whether all disks are safe."""
         return bool(nodes) and all(node['protects'] for node in nodes)
 
     async def _until(self, done: Callable[[], Awaitable[bool]]) -> None:
@@ -65,72 +69,125 @@ class Works:
         while not await done():
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _pause(self) -> None:
+    def _pause_seconds(self) -> float:
         """Do not try again at once what has failed."""
-        if self._tries:
-            await asyncio.sleep(min(2.0 ** self._tries / 2, LONGEST_PAUSE))
         self._tries += 1
+        return min(2.0 ** self._tries / 4, LONGEST_PAUSE) \
+            if self._tries > 1 else 0.0
 
     # The VM runs here
 
     async def _do_boot(self) -> None:
-        if self.facts.merging:
-            await self._merge()
-        self._new_run()
-        self.save_facts()
-        await self._start(graph.primary_nodes(self.config), [])
+        for disk in self.config.disks:
+            if graph.leftovers(disk):
+                await self._merge(disk)
+        graph.make_images(self.config)
+        before, booted = self.facts.data, False
+        self._begin_alone()
+        try:
+            await self._start(True)
+            booted = True
+        finally:
+            if not booted:
+                self.facts.data = before
+                self.save_facts()
         await self.judge.promoted()
 
-    def _new_run(self) -> None:
-        self.facts.run, self.facts.replica_of = secrets.token_hex(8), ''
-        self._tries = 0
+    def _begin_alone(self) -> None:
+        """These disks are the VM's."""
+        self._tries, self.refusal = 0, ''
+        self.facts.data, self.facts.overwrite = SOLE, False
+        self.save_facts()
 
-    async def _start(self, nodes: List[Json], more: List[str]) -> None:
+    async def _start(self, primary: bool) -> None:
         self._off = self._colo_ended = False
-        await self.machine.start(nodes, more)
+        await self.machine.start(primary)
 
-    async def _merge(self) -> None:
-        self.progress = 'merges what a failover has left in the overlays'
-        for command in graph.merge_commands(self.config):
-            await asyncio.to_thread(partial(
-                subprocess.run, command, check=True, timeout=MERGE_SECONDS,
-                stdin=subprocess.DEVNULL))
-        self.facts.merging = False
+    async def _merge(self, disk: Disk) -> None:
+        """QEMU has died in a failover, or was ended where it stood by."""
+        self.progress = f'merges the overlays that {disk.file} has left'
+        # of no use any more, and of none before all is merged
+        self.facts.wiped = True
+        self.save_facts()
+        await asyncio.to_thread(partial(
+            subprocess.run, graph.merge_command(self.config, disk),
+            check=True, timeout=MERGE_SECONDS, stdin=subprocess.DEVNULL))
+        graph.wipe(disk)
+        for path in graph.leftovers(disk):
+            path.unlink()
 
     async def _do_wait_for_standby(self) -> None:
-        await self._pause()
+        await self._until(self._merged)
+        self.progress = ''
+        again = time.time() + self._pause_seconds()
         while True:
             try:
                 told = await self.peer.ask('status')
-                self.problem = ''
+                self.problem = self.refusal
                 if told['facts']['generation'] > self.facts.generation:
                     self.problem = (f'{self.config.peer} says that it has '
                                     'taken the VM: one of the two is wrong')
-                elif told['state'] == 'standby':
+                elif told['state'] == 'standby' and (
+                        time.time() >= again or told['since'] != self._tried):
+                    self._tried = told['since']
                     return
+                elif told['state'] in PROMOTABLE:
+                    # the link was cut, and it has not heard
+                    await self.peer.ask('yield',
+                                        generation=self.facts.generation)
             except Unreachable as exc:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def _merged(self) -> bool:
+        """A host that was promoted is a primary once all is merged."""
+        nodes = [node for node in await self._monitor.replication()
+                 if node['mode'] == 'secondary']
+        steps = [node['failover'] for node in nodes if 'failover' in node]
+        total = sum(step['total'] for step in steps) or 1
+        done = 100 * sum(step['done'] for step in steps) // total
+        self.progress = f'{done} % of what a failover has left is merged'
+        self.problem = '; '.join(f'{node["node"]}: {node["error"]["error"]}'
+                                 for node in nodes if 'error' in node)
+        return not nodes
+
     async def _do_copy(self) -> None:
+        try:
+            await self._copy()
+            self.refusal = ''
+        except Failed as exc:
+            self.refusal = str(exc)
+            raise
+
+    async def _copy(self) -> None:
         told = await self.peer.ask('status')
-        same = told['facts']['replica_of'] == self.facts.run
         for number in range(len(self.config.disks)):
-            await self._begin_copy(number, same)
+            await self._monitor.all(graph.connect(self.config, number))
+            await self._begin_copy(number, told['facts']['overwrite'])
         await self._wait_for_copies()
-        # from now on it is the same one
-        told = await self.peer.ask('in-step', run=self.facts.run,
+        told = await self.peer.ask('in-step',
                                    generation=self.facts.generation)
         if not told['ok']:
             raise Failed(f'{self.config.peer}: {told["because"]}')
+        if self.facts.wiped:
+            self.facts.wiped = False
+            self.save_facts()
 
-    async def _begin_copy(self, number: int, same: bool) -> None:
-        add, sync = graph.copy(self.config, number,
-                               'changed' if same else 'full')
-        await self._monitor.cmd(*add)
-        if not same or await self._monitor.attempt(*sync):
-            full = dict(sync[1], sync='full')
-            await self._monitor.cmd(sync[0], full)
+    async def _begin_copy(self, number: int, overwrite: bool) -> None:
+        """QEMU refuses disks that may have what nobody else has."""
+        ways: List[Json] = [{}]
+        if overwrite:
+            ways.append({'discard-peer': True})
+        if overwrite or self.facts.wiped:
+            ways.append({'discard-peer': True, 'sync': 'full'})
+        refusals = []
+        for way in ways:
+            why = await self._monitor.attempt(
+                'x-block-replica-sync', {**graph.sync(number), **way})
+            if why is None:
+                return
+            refusals.append(why)
+        raise Failed(refusals[0])
 
     async def _wait_for_copies(self) -> None:
         """A job that gets on has no other bound."""
@@ -219,7 +276,27 @@ class Works:
                 return 'done'
             if verdict is Verdict.PROMOTED:
                 return 'ousted'
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(ASK_SECONDS)
+
+    async def _do_doubt(self) -> str:
+        """The peer takes the VM if it is well and this QEMU hangs.
+
+        It may well be the peer that hangs, and has this QEMU wait for it.
+        """
+        while True:
+            try:
+                told = await self.peer.ask('status')
+                if told['state'] in PROMOTABLE and told['guest'] != 'silent':
+                    return 'hangs'
+                self.problem = f'{self.config.peer}: {told["says"]}'
+            except Unreachable as exc:
+                self.problem = str(exc)
+            try:
+                await self._monitor.cmd('query-status')
+                return 'done'
+            except Failed:
+                # as before
+                pass
 
     async def _do_detach(self) -> str:
         # what hangs on the peer is cut off, beside QEMU's main loop
@@ -267,7 +344,8 @@ class Works:
         for number in range(len(self.config.disks)):
             await self._monitor.attempt('x-block-replica-detach', {
                 'node-name': graph.top(number), 'force': True})
-            await self._until(partial(self._deleted, graph.link(number)))
+            for node in graph.links(number):
+                await self._until(partial(self._deleted, node))
         await self._disconnect()
 
     async def _disconnect(self) -> None:
@@ -281,6 +359,8 @@ class Works:
         return why is None or 'Failed to find node' in why
 
     async def _do_tell_death(self) -> None:
+        # one that hangs is not dead yet
+        await self.machine.end()
         await self.judge.has_died()
         await self._wait_for_new_primary()
 
@@ -292,25 +372,31 @@ class Works:
         """The peer has nothing to take over, and shall not wait."""
         while self.facts.data == SHARED:
             try:
-                told = await self.peer.ask('yield',
-                                           generation=self.facts.generation)
-                if told['yields']:
-                    self.facts.data = SOLE
-                    self.save_facts()
-                    self.problem = ''
+                self.problem = ''
+                await self._reclaim()
             except Unreachable as exc:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def _reclaim(self) -> None:
+        """Have the peer give up its claim to the VM."""
+        told = await self.peer.ask('yield', generation=self.facts.generation)
+        if told['yields']:
+            self.facts.data = SOLE
+            self.save_facts()
+            await self.judge.promoted()
+
     async def _wait_for_new_primary(self) -> None:
-        """The peer may have got the VM, or will."""
+        """The peer may have got the VM, or will, or has lost it as well."""
         while True:
             try:
                 told = await self.peer.ask('status')
-                if told['facts']['generation'] > self.facts.generation \
-                        and told['role'] == PRIMARY:
-                    return
                 self.problem = ''
+                if told['facts']['generation'] > self.facts.generation:
+                    if told['role'] == PRIMARY:
+                        return
+                elif self.facts.data == SHARED and told['state'] in FORGETFUL:
+                    await self._reclaim()
             except Unreachable as exc:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
@@ -322,14 +408,26 @@ class Works:
 
     async def _do_arm(self) -> None:
         await self.machine.end()
-        await self._pause()
-        if await asyncio.to_thread(graph.make_images, self.config):
-            self.facts.replica_of = ''
-        self.facts.merging = False
-        self.save_facts()
-        await self._start(graph.standby_nodes(self.config),
-                          graph.standby_arguments(self.config))
+        await asyncio.sleep(self._pause_seconds())
+        await self._drop_leftovers()
+        await asyncio.to_thread(graph.make_images, self.config)
+        await self._start(False)
         await self._monitor.all(graph.stand_by(self.config))
+
+    async def _drop_leftovers(self) -> None:
+        """They may be the only checkpoint, if the primary is gone."""
+        left = [path for disk in self.config.disks
+                for path in graph.leftovers(disk)]
+        if not left:
+            return
+        told = (await self.peer.ask('status'))['facts']
+        if told['data'] not in (SOLE, SHARED) \
+                or told['generation'] < self.facts.generation:
+            raise Failed(f'{left[0]} has data, and {self.config.peer} may not '
+                         'have it: "protect --force" uses it here, "standby '
+                         '--force" throws it away')
+        for path in left:
+            path.unlink()
 
     async def _do_take(self) -> None:
         """The primary gives up the VM, and says so when it has."""
@@ -352,14 +450,10 @@ class Works:
                     raise Failed(f'{node["node"]} is {node["stage"]}: there '
                                  'is no checkpoint to go back to', 'unfit')
             self.facts.generation += 1
-            self.facts.data, self.facts.merging = SOLE, True
-            self._new_run()
-            self.save_facts()
+            self._begin_alone()
             await self._monitor.cmd('x-colo-lost-heartbeat')
         await self._wait_until_running()
         # an earlier keeper may have done it
         await self._monitor.attempt('nbd-server-stop')
         await self._disconnect()
-        await self._monitor.all(graph.promoted(
-            self.config, [node['node'] for node in nodes]))
         await self.judge.promoted()

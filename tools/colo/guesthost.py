@@ -48,14 +48,18 @@ class Disks:
     count: int = 2
     size: int = 96 * MIB
     fs_size: int = 48 * MIB
+    # How much of each disk is written again and again, or all of it
+    busy: Optional[int] = None
 
     @property
     def regions(self) -> List[str]:
-        """The worker's DEVICE:FIRST:BLOCKS for each disk."""
+        """The worker's DEVICE:FIRST:BLOCKS:BUSY for each disk."""
         end = self.size // BLOCK
         first = [self.fs_size // BLOCK] + [0] * (self.count - 1)
+        busy = (self.busy or self.size) // BLOCK
         return [f'/dev/vd{chr(ord("a") + disk)}:{first[disk]}:'
-                f'{end - first[disk]}' for disk in range(self.count)]
+                f'{end - first[disk]}:{min(busy, end - first[disk])}'
+                for disk in range(self.count)]
 
     @property
     def kernel_arguments(self) -> str:

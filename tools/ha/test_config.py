@@ -217,7 +217,7 @@ class ConfigTest(unittest.TestCase):
         """They are read as they were written."""
         path = self.folder / 'facts.json'
         self.assertEqual(Facts.read(path), Facts())
-        facts = Facts(3, 'sole', 'run', 'other', True)
+        facts = Facts(3, 'sole', True, True)
         facts.save(path)
         self.assertEqual(Facts.read(path), facts)
 
