@@ -31,7 +31,8 @@ typedef struct ReplicationLedger ReplicationLedger;
 
 /*
  * Of node @bs, with @meta and @changes that remain the caller's.  Nothing is
- * read.  A peer that does nothing for @timeout_ms is given up, if that is not 0.
+ * read.  A peer that does nothing for @timeout_ms is given up, or if that is 0
+ * after some seconds.
  */
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
                                           ReplicationMeta *meta,

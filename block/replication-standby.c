@@ -829,7 +829,7 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
     bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
                  secondary_in_sync(bs, NULL) &&
                  (!st->ledger ||
-                  replication_ledger_has_started(st->ledger, NULL));
+                  replication_ledger_has_started(st->ledger, NULL) > 0);
 
     st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {

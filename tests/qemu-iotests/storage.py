@@ -17,7 +17,7 @@ from nbdserver import (CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
 from replication import KIB, MIB, Json, pattern
 from standby import Host, StandbyCase
 
-DISK = 4 * MIB + 512 * KIB
+DISK = 5 * MIB + 512 * KIB
 
 SECTOR = 512
 FUA = 1
@@ -143,6 +143,11 @@ class StorageHost(Host):
     def overlays(self) -> List[str]:
         return sorted(name for name in os.listdir(iotests.test_dir)
                       if '.standby-' in name)
+
+    def clean_up(self) -> None:
+        super().clean_up()
+        for name in self.overlays():
+            os.unlink(os.path.join(iotests.test_dir, name))
 
 
 class StorageCase(StandbyCase):
