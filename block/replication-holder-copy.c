@@ -288,17 +288,17 @@ static void coroutine_fn holder_catch_up_entry(void *opaque)
     aio_wait_kick();
 }
 
-/* The node is drained, and the VM stands still most likely */
 void holder_catch_up(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
     HolderCatchUp c = { .bs = bs };
 
-    if (!holder_forwards(bs) || !s->caught_up ||
-        !replication_changes_lacking_bytes(s->changes)) {
-        return;
+    bdrv_drained_begin(bs);
+    if (holder_forwards(bs) && s->caught_up &&
+        replication_changes_lacking_bytes(s->changes)) {
+        aio_co_enter(bdrv_get_aio_context(bs),
+                     qemu_coroutine_create(holder_catch_up_entry, &c));
+        BDRV_POLL_WHILE(bs, !qatomic_read(&c.done));
     }
-    aio_co_enter(bdrv_get_aio_context(bs),
-                 qemu_coroutine_create(holder_catch_up_entry, &c));
-    BDRV_POLL_WHILE(bs, !qatomic_read(&c.done));
+    bdrv_drained_end(bs);
 }

@@ -10,6 +10,7 @@
 #include "block/reqlist.h"
 #include "qemu/ratelimit.h"
 #include "qemu/stats64.h"
+#include "system/runstate.h"
 #include "replication-above.h"
 #include "replication-changes.h"
 #include "replication-int.h"
@@ -56,6 +57,9 @@ struct ReplicationHolder {
 
     /* What stands above.  BQL. */
     ReplicationAbove *above;
+
+    /* Told when the VM stops */
+    VMChangeStateEntry *vm_state;
 
     /*
      * Why the replica gets nothing more: a negative errno, or 0.  Accessed with
@@ -163,10 +167,7 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
 void holder_kick_copiers(BlockDriverState *bs);
 void holder_copy_timer(void *opaque);
 
-/*
- * Copy what the guest wrote faster than the link took it.  The node is drained,
- * and the VM stands still most likely.
- */
+/* Copy what the guest wrote faster than the link took it; the VM stands still */
 void holder_catch_up(BlockDriverState *bs);
 
 /* replication-holder-attach.c: the replica comes and goes; who writes above */
