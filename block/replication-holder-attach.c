@@ -92,15 +92,16 @@ static void holder_forward_failed(BlockDriverState *bs, WriteBehindType type,
 }
 
 /* The part of the graph that the timeout is for */
-static BlockDriverState *holder_link(BlockDriverState *bs)
+static BlockDriverState *holder_link(void *opaque)
 {
-    ReplicationHolder *s = holder_state(bs);
+    ReplicationHolder *s = holder_state(opaque);
 
     return s->replica->bs;
 }
 
-static void holder_hang_up(BlockDriverState *bs)
+static void holder_hang_up(void *opaque)
 {
+    BlockDriverState *bs = opaque;
     ReplicationHolder *s = holder_state(bs);
 
     holder_lose(bs, "request", -ETIMEDOUT);
@@ -175,7 +176,7 @@ bool holder_take_replica(BlockDriverState *bs, BdrvChild *replica,
     s->queue = write_behind_new(bs, replica, &s->queue_options,
                                 holder_forward_failed);
     s->watch = replication_watch_new(bs, s->timeout_ms, holder_link,
-                                     holder_hang_up);
+                                     holder_hang_up, bs);
 
     return true;
 }

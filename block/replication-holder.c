@@ -76,6 +76,9 @@ void holder_lose(BlockDriverState *bs, const char *what, int ret)
     replication_report_error(bs, REPLICATION_ERROR_REASON_FORWARD,
                              strerror(-ret));
     replication_report_replica(bs, REPLICA_STATE_LOST, strerror(-ret));
+    if (s->ledger) {
+        replication_ledger_lose_peer(s->ledger);
+    }
 }
 
 static bool holder_in_sync(BlockDriverState *bs, Error **errp)

@@ -14,9 +14,16 @@
 #include "replication-int.h"
 #include "replication-ledger.h"
 #include "replication-log.h"
+#include "replication-watch.h"
 
 /* How long a part of the disk stays in the log for nothing, at least */
 #define TICK_MS 60000
+
+/* Of what is asked of a peer, where nothing else is said: the monitor waits */
+#define PEER_TIMEOUT_MS 5000
+
+/* Until a drained node is looked at again */
+#define DRAINED_MS 100
 
 struct ReplicationLedger {
     BlockDriverState *bs;
@@ -35,6 +42,9 @@ struct ReplicationLedger {
      * Accessed with atomic operations.  The log does not say what changed.
      */
     bool log_void;
+    /* So says only the peer's record, which is ours to write */
+    bool void_at_peer;
+    bool told;
     /* The data is that of the last checkpoint of both sides, for all we know */
     bool at_base;
     /* The replica may take over */
@@ -52,6 +62,16 @@ struct ReplicationLedger {
     ReplicationMeta *peer;
     ReplicationLog *peer_log;
     ReplicationPeerRecord announced;
+    ReplicationWatch *watch;
+    QEMUBH *lose_bh;
+
+    /*
+     * The current generation, if it was announced, and nobody has answered that
+     * he knows it; and to which opening of the replica that was.  Changed while
+     * the node is drained.
+     */
+    QemuUUID unheard;
+    QemuUUID unheard_by;
 
     QEMUTimer *tick_timer;
 
@@ -94,12 +114,13 @@ ledger_write_own(ReplicationLedger *ledger, const ReplicationOwnRecord *own,
         record.active[0] = '\0';
         record.hidden[0] = '\0';
     }
+    record.log_void |= qatomic_read(&ledger->void_at_peer);
     ret = replication_meta_write_own(ledger->meta, &record, errp);
     if (ret < 0) {
         return ret;
     }
     qatomic_set(&ledger->merged, false);
-    qatomic_set(&ledger->log_void, own->log_void);
+    qatomic_set(&ledger->log_void, record.log_void);
     qatomic_set(&ledger->at_base,
                 qemu_uuid_is_equal(&own->current, &own->base));
 
@@ -122,33 +143,40 @@ static void coroutine_fn ledger_tick_entry(void *opaque)
     bdrv_dec_in_flight(ledger->bs);
 }
 
-/* From any thread */
-static void ledger_tick(ReplicationLedger *ledger)
+/* From any thread.  Returns false if the node is drained. */
+static bool ledger_tick(ReplicationLedger *ledger)
 {
     BlockDriverState *bs = ledger->bs;
 
-    if (qatomic_read(&bs->quiesce_counter) || qatomic_read(&ledger->log_void) ||
-        (bs->open_flags & BDRV_O_INACTIVE) ||
-        qatomic_xchg(&ledger->ticking, true)) {
-        return;
+    if (qatomic_read(&bs->quiesce_counter)) {
+        return false;
     }
-    bdrv_inc_in_flight(bs);
-    aio_co_schedule(bdrv_get_aio_context(bs),
-                    qemu_coroutine_create(ledger_tick_entry, ledger));
+    if (!qatomic_read(&ledger->log_void) &&
+        !(bs->open_flags & BDRV_O_INACTIVE) &&
+        !qatomic_xchg(&ledger->ticking, true)) {
+        bdrv_inc_in_flight(bs);
+        aio_co_schedule(bdrv_get_aio_context(bs),
+                        qemu_coroutine_create(ledger_tick_entry, ledger));
+    }
+
+    return true;
 }
 
-static void ledger_start_ticks(ReplicationLedger *ledger)
+static void ledger_tick_in(ReplicationLedger *ledger, int64_t ms)
 {
-    timer_mod(ledger->tick_timer,
-              qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + TICK_MS);
+    timer_mod(ledger->tick_timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) + ms);
 }
 
 static void ledger_tick_timer(void *opaque)
 {
     ReplicationLedger *ledger = opaque;
 
-    ledger_tick(ledger);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, ledger_tick(ledger) ? TICK_MS : DRAINED_MS);
+}
+
+static void ledger_cut_peer(void *opaque)
+{
+    replication_ledger_abandon(opaque);
 }
 
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
@@ -163,12 +191,14 @@ ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
     ledger->meta = meta;
     ledger->changes = changes;
     ledger->log_size = log_size;
-    ledger->timeout_ms = timeout_ms;
+    ledger->timeout_ms = timeout_ms ?: PEER_TIMEOUT_MS;
     qemu_co_mutex_init(&ledger->lock);
     qemu_mutex_init(&ledger->stats_lock);
     ledger->tick_timer = aio_timer_new(qemu_get_aio_context(),
                                        QEMU_CLOCK_REALTIME, SCALE_MS,
                                        ledger_tick_timer, ledger);
+    ledger->lose_bh = aio_bh_new(qemu_get_aio_context(), ledger_cut_peer,
+                                 ledger);
 
     return ledger;
 }
@@ -180,6 +210,7 @@ void replication_ledger_free(ReplicationLedger *ledger)
     }
     timer_free(ledger->tick_timer);
     replication_ledger_leave(ledger);
+    qemu_bh_delete(ledger->lose_bh);
     replication_log_free(ledger->log);
     qemu_mutex_destroy(&ledger->stats_lock);
     g_free(ledger);
@@ -232,7 +263,7 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
     if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
     } else {
-        ledger_start_ticks(ledger);
+        ledger_tick_in(ledger, TICK_MS);
     }
 
     return ret;
@@ -252,52 +283,63 @@ static int ledger_begin_log(ReplicationLedger *ledger)
                                                          ledger->changes);
 }
 
+/* Who opened the disk as a secondary's has promoted it, but for the merge */
+static bool ledger_has_taken_over(const ReplicationRecords *r)
+{
+    return r->own.role == REPLICATION_META_ROLE_PRIMARY;
+}
+
 /* Whether the primary of this very secondary has said that it may take over */
 static bool ledger_has_started(const ReplicationRecords *r)
 {
-    return replication_records_has_peer(r) &&
+    return (replication_records_has_peer(r) || ledger_has_taken_over(r)) &&
            r->peer.kind == REPLICATION_PEER_STARTED &&
            qemu_uuid_is_equal(&r->peer.instance, &r->own.instance);
 }
 
 /* The disk is that of a primary, when what is in the overlays is merged */
-static bool ledger_begin_merge(ReplicationLedger *ledger,
-                               ReplicationOwnRecord *own, const char *active,
-                               const char *hidden, Error **errp)
+static int ledger_begin_merge(ReplicationLedger *ledger,
+                              ReplicationOwnRecord *own, const char *active,
+                              const char *hidden, Error **errp)
 {
+    int ret;
+
     own->absorbed = replication_meta_records(ledger->meta)->peer.sequence;
     own->role = REPLICATION_META_ROLE_PRIMARY;
     own->state = REPLICATION_META_STATE_MERGING;
     pstrcpy(own->active, sizeof(own->active), active);
     pstrcpy(own->hidden, sizeof(own->hidden), hidden);
-    if (ledger_write_own(ledger, own, errp) < 0) {
+    ret = ledger_write_own(ledger, own, errp);
+    if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
-        return false;
+        return ret;
     }
     ledger->knows_changes = !own->log_void && !qemu_uuid_is_null(&own->base);
-    ledger_start_ticks(ledger);
+    ledger_tick_in(ledger, TICK_MS);
 
-    return true;
+    return 1;
 }
 
-bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
+int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     if (!ledger_has_started(r)) {
         error_setg(errp, "Replication node '%s' may not take over: no primary "
                    "has confirmed that it has started", ledger_name(ledger));
         error_append_hint(errp, "Use the primary's disk.\n");
-        return false;
+        return 0;
     }
 
-    return true;
+    return 1;
 }
 
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
@@ -306,21 +348,14 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     ReplicationOwnRecord own;
 
     GLOBAL_STATE_CODE();
+    assert(ledger_has_started(r));
 
-    if (replication_meta_load(ledger->meta,
-                              replication_changes_size(ledger->changes),
-                              errp) < 0) {
-        return false;
-    }
-    if (!ledger_has_started(r)) {
-        return true;
-    }
     own = r->own;
     own.disk_id = r->peer.disk_id;
     own.current = r->peer.generation;
     own.base = r->peer.generation;
     own.absorbed = r->peer.sequence;
-    own.log_void = false;
+    own.log_void = r->peer.log_void;
     /* What was half merged is overwritten */
     own.state = REPLICATION_META_STATE_OK;
     own.active[0] = '\0';
@@ -329,9 +364,9 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     return replication_meta_write_own(ledger->meta, &own, errp) == 0;
 }
 
-bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
-                                const char *active, const char *hidden,
-                                Error **errp)
+int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                               const char *active, const char *hidden,
+                               Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
@@ -340,15 +375,16 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
 
     GLOBAL_STATE_CODE();
 
-    if (replication_meta_load(ledger->meta, size, errp) < 0) {
-        return false;
+    ret = replication_meta_load(ledger->meta, size, errp);
+    if (ret < 0) {
+        return ret;
     }
     own = replication_records_open(r, REPLICATION_META_ROLE_PRIMARY, size);
     if (to_checkpoint) {
         own.disk_id = r->peer.disk_id;
         own.current = r->peer.generation;
         own.base = r->peer.generation;
-        own.log_void = false;
+        own.log_void = r->peer.log_void;
         ret = ledger_begin_log(ledger);
     } else {
         /* What is overwritten differs from the primary's, as if written here */
@@ -358,7 +394,7 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
         ret = ledger_load_log(ledger, errp);
         if (ret < 0) {
             g_clear_pointer(&ledger->log, replication_log_free);
-            return false;
+            return ret;
         }
         ret = replication_log_write_changes(ledger->log, ledger->changes);
     }
@@ -367,24 +403,29 @@ bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
 
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp)
+int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                 const char *hidden, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     ReplicationOwnRecord own;
+    int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (!replication_ledger_has_started(ledger, errp)) {
-        return false;
+    ret = replication_ledger_has_started(ledger, errp);
+    if (ret <= 0) {
+        return ret;
     }
 
     own = r->own;
-    own.disk_id = r->peer.disk_id;
-    own.current = r->peer.generation;
-    replication_own_record_rotate(&own);
-    own.base = r->peer.generation;
-    own.log_void = ledger_begin_log(ledger) < 0;
+    /* A write that has failed may have got there all the same */
+    if (!ledger_has_taken_over(r)) {
+        own.disk_id = r->peer.disk_id;
+        own.current = r->peer.generation;
+        replication_own_record_rotate(&own);
+        own.base = r->peer.generation;
+    }
+    own.log_void = ledger_begin_log(ledger) < 0 || r->peer.log_void;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }
@@ -413,6 +454,18 @@ bool replication_ledger_knows_changes(ReplicationLedger *ledger)
     return ledger->knows_changes;
 }
 
+/* What nobody may have heard of pushes nothing else out of the history */
+static void coroutine_mixed_fn ledger_rotate(ReplicationLedger *ledger,
+                                             ReplicationOwnRecord *own)
+{
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current)) {
+        own->history[REPLICATION_META_HISTORY - 1] = own->current;
+        qemu_uuid_generate(&own->current);
+    } else {
+        replication_own_record_rotate(own);
+    }
+}
+
 /*
  * The data is going to be that of no checkpoint, and newer than that of any
  * overlays.  Without need, of no harm.
@@ -423,7 +476,7 @@ static int coroutine_mixed_fn ledger_leave_base(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     } else if (!qatomic_read(&ledger->merged)) {
         return 0;
     }
@@ -446,6 +499,48 @@ static int coroutine_fn ledger_co_leave_base(ReplicationLedger *ledger)
     return ret;
 }
 
+static bool coroutine_mixed_fn
+ledger_tell_peer(ReplicationLedger *ledger, ReplicationPeerKind kind, bool full,
+                 Error **errp)
+{
+    const ReplicationOwnRecord *own = ledger_own(ledger);
+    const ReplicationRecords *r = replication_meta_records(ledger->peer);
+    ReplicationPeerRecord record = {
+        .kind       = kind,
+        .full       = full,
+        .log_void   = qatomic_read(&ledger->log_void) ||
+                      qatomic_read(&ledger->void_at_peer),
+        .size       = own->size,
+        .disk_id    = own->disk_id,
+        .generation = own->current,
+        .instance   = r->own.instance,
+    };
+
+    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
+        return false;
+    }
+    ledger->announced = r->peer;
+
+    return true;
+}
+
+/* The main loop cuts it, should it hang */
+static int coroutine_fn ledger_co_void_at_peer(ReplicationLedger *ledger)
+{
+    bool ok;
+
+    if (!qatomic_read(&ledger->told)) {
+        return -ENOTCONN;
+    }
+    qatomic_set(&ledger->void_at_peer, true);
+    ok = ledger_tell_peer(ledger, ledger->announced.kind,
+                          ledger->announced.full, NULL);
+    qatomic_set(&ledger->void_at_peer, ok);
+    qatomic_set(&ledger->log_void, ok);
+
+    return ok ? 0 : -EIO;
+}
+
 /*
  * The log cannot be written, because of @ret.  If a record can, that says so:
  * then at least it does not lie.
@@ -462,7 +557,8 @@ static int coroutine_fn ledger_co_void_log(ReplicationLedger *ledger, int ret)
     own = *ledger_own(ledger);
     own.log_void = true;
     if (qatomic_read(&ledger->log_void) ||
-        ledger_write_own(ledger, &own, NULL) == 0) {
+        ledger_write_own(ledger, &own, NULL) == 0 ||
+        ledger_co_void_at_peer(ledger) == 0) {
         ret = 0;
     }
     qemu_co_mutex_unlock(&ledger->lock);
@@ -522,7 +618,7 @@ static int coroutine_mixed_fn ledger_forget(ReplicationLedger *ledger,
     ReplicationOwnRecord own = *ledger_own(ledger);
 
     if (qatomic_read(&ledger->at_base)) {
-        replication_own_record_rotate(&own);
+        ledger_rotate(ledger, &own);
     }
     own.log_void = true;
     own.size = replication_changes_size(ledger->changes);
@@ -571,40 +667,16 @@ void coroutine_mixed_fn replication_ledger_resized(ReplicationLedger *ledger)
     }
 }
 
-static void ledger_cut_peer(void *opaque)
+static BlockDriverState *ledger_link(void *opaque)
 {
     ReplicationLedger *ledger = opaque;
 
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    warn_report("Replication node '%s' cuts the connection to the metadata of "
-                "its replica, which has not answered for %" PRIu64 " ms",
-                ledger_name(ledger), ledger->timeout_ms);
-    bdrv_cut_connection(replication_meta_child(ledger->peer)->bs);
+    return replication_meta_child(ledger->peer)->bs;
 }
 
-/* Until ledger_end_bound(), what is under way at the peer ends in time */
-static QEMUTimer *ledger_begin_bound(ReplicationLedger *ledger)
+void replication_ledger_lose_peer(ReplicationLedger *ledger)
 {
-    QEMUTimer *timer;
-
-    if (!ledger->timeout_ms) {
-        return NULL;
-    }
-    /* Runs while the main loop waits */
-    timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME, SCALE_MS,
-                          ledger_cut_peer, ledger);
-    timer_mod(timer, qemu_clock_get_ms(QEMU_CLOCK_REALTIME) +
-              ledger->timeout_ms);
-
-    return timer;
-}
-
-static void ledger_end_bound(QEMUTimer *timer)
-{
-    if (timer) {
-        timer_free(timer);
-    }
+    qemu_bh_schedule(ledger->lose_bh);
 }
 
 static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
@@ -627,20 +699,17 @@ static bool ledger_read_peer(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
                              Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger->peer = replication_meta_new(ledger->bs, child);
     ledger->peer_log =
         replication_log_new(child, replication_changes_size(ledger->changes),
                             NULL, 0);
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_read_peer(ledger, errp);
-    ledger_end_bound(bound);
+    qemu_bh_cancel(ledger->lose_bh);
+    ledger->watch = replication_watch_new(ledger->bs, ledger->timeout_ms,
+                                          ledger_link, ledger_cut_peer, ledger);
 
-    return ok;
+    return ledger_read_peer(ledger, errp);
 }
 
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
@@ -650,7 +719,9 @@ BdrvChild *replication_ledger_leave(ReplicationLedger *ledger)
     if (!ledger->peer) {
         return NULL;
     }
+    qatomic_set(&ledger->told, false);
     child = replication_meta_child(ledger->peer);
+    replication_watch_free(g_steal_pointer(&ledger->watch));
     g_clear_pointer(&ledger->peer_log, replication_log_free);
     g_clear_pointer(&ledger->peer, replication_meta_free);
 
@@ -708,22 +779,41 @@ static void ledger_note_peer(ReplicationLedger *ledger,
 }
 
 /*
+ * Nobody but this peer can have heard of our generation since it is ours, and
+ * so the name need not be another one
+ */
+static bool ledger_knows_only_us(ReplicationLedger *ledger,
+                                 const ReplicationOwnRecord *own)
+{
+    const ReplicationRecords *r = ledger->peer ?
+                                  replication_meta_records(ledger->peer) : NULL;
+
+    if (!r) {
+        return false;
+    }
+    if (qemu_uuid_is_equal(&ledger->unheard, &own->current) &&
+        qemu_uuid_is_equal(&ledger->unheard_by, &r->own.instance)) {
+        return true;
+    }
+
+    return replication_records_has_peer(r) &&
+           r->peer.kind == REPLICATION_PEER_SYNC &&
+           qemu_uuid_is_equal(&r->peer.generation, &own->current);
+}
+
+/*
  * From now on this disk, with its log, is enough to know what the peer's may
- * lack.  With a peer that has been told of our generation and of no other, the
- * name need not be another one.
+ * lack
  */
 static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    const ReplicationRecords *r = ledger->peer ?
-                                  replication_meta_records(ledger->peer) : NULL;
 
+    qatomic_set(&ledger->void_at_peer, false);
     own.log_void = replication_log_write_changes(ledger->log,
                                                  ledger->changes) < 0;
-    if (!r || !replication_records_has_peer(r) ||
-        r->peer.kind != REPLICATION_PEER_SYNC ||
-        !qemu_uuid_is_equal(&r->peer.generation, &own.current)) {
-        replication_own_record_rotate(&own);
+    if (!ledger_knows_only_us(ledger, &own)) {
+        ledger_rotate(ledger, &own);
     }
     if (full) {
         own.base = own.current;
@@ -737,34 +827,9 @@ static bool ledger_take_peer(ReplicationLedger *ledger, bool full, Error **errp)
     return true;
 }
 
-static bool ledger_tell_peer(ReplicationLedger *ledger,
-                             ReplicationPeerKind kind, bool full, Error **errp)
-{
-    const ReplicationOwnRecord *own = ledger_own(ledger);
-    const ReplicationRecords *r = replication_meta_records(ledger->peer);
-    ReplicationPeerRecord record = {
-        .kind       = kind,
-        .full       = full,
-        .size       = own->size,
-        .disk_id    = own->disk_id,
-        .generation = own->current,
-        .instance   = r->own.instance,
-    };
-
-    if (replication_meta_write_peer(ledger->peer, &record, errp) < 0) {
-        return false;
-    }
-    ledger->announced = r->peer;
-
-    return true;
-}
-
 bool replication_ledger_announce(ReplicationLedger *ledger,
                                  const ReplicationRuling *ruling, Error **errp)
 {
-    QEMUTimer *bound;
-    bool ok;
-
     GLOBAL_STATE_CODE();
 
     ledger_note_peer(ledger, ruling);
@@ -775,11 +840,15 @@ bool replication_ledger_announce(ReplicationLedger *ledger,
     if (!ledger->peer) {
         return true;
     }
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp);
-    ledger_end_bound(bound);
+    ledger->unheard = ledger_own(ledger)->current;
+    ledger->unheard_by = replication_meta_records(ledger->peer)->own.instance;
+    if (!ledger_tell_peer(ledger, REPLICATION_PEER_SYNC, ruling->full, errp)) {
+        return false;
+    }
+    ledger->unheard = (QemuUUID) {};
+    qatomic_set(&ledger->told, true);
 
-    return ok;
+    return true;
 }
 
 /* Whether nobody has written there since we did */
@@ -815,8 +884,6 @@ static bool ledger_check_announced(ReplicationLedger *ledger, Error **errp)
 bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
 {
     ReplicationOwnRecord own = *ledger_own(ledger);
-    QEMUTimer *bound;
-    bool ok;
 
     GLOBAL_STATE_CODE();
 
@@ -827,15 +894,12 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
         }
     }
     qatomic_set(&ledger->confirmed, true);
-    if (!ledger->peer) {
-        return true;
-    }
-    bound = ledger_begin_bound(ledger);
-    ok = ledger_check_announced(ledger, errp) &&
-         ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp);
-    ledger_end_bound(bound);
+    /* What was copied is in the log, perhaps all of the disk */
+    ledger_tick_in(ledger, 0);
 
-    return ok;
+    return !ledger->peer ||
+           (ledger_check_announced(ledger, errp) &&
+            ledger_tell_peer(ledger, REPLICATION_PEER_STARTED, false, errp));
 }
 
 bool replication_ledger_is_confirmed(ReplicationLedger *ledger)

@@ -31,7 +31,8 @@ typedef struct ReplicationLedger ReplicationLedger;
 
 /*
  * Of node @bs, with @meta and @changes that remain the caller's.  Nothing is
- * read.  What hangs at a peer is given up after @timeout_ms, if that is not 0.
+ * read.  A peer that does nothing for @timeout_ms is given up, or if that is 0
+ * after some seconds.
  */
 ReplicationLedger *replication_ledger_new(BlockDriverState *bs,
                                           ReplicationMeta *meta,
@@ -51,28 +52,32 @@ bool replication_ledger_is_open(ReplicationLedger *ledger);
 /*
  * Instead of open, for a secondary that runs and whose metadata was loaded: the
  * guest goes on with its disk and these overlays.  The changes have what the
- * guest has written since the checkpoint.  Fails if the primary has not said
- * that the disk may take over.
+ * guest has written since the checkpoint.  Returns 1, or 0 if the primary has
+ * not said that the disk may take over, or a negative errno if the metadata
+ * fails: then it can be tried again.
  */
-bool replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
-                                  const char *hidden, Error **errp);
+int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
+                                 const char *hidden, Error **errp);
 
 /*
  * The same when the disk goes back to the last checkpoint, of a primary that
  * has said that it may take over, or else to what it was before that began to
  * bring it in step: then the changes have what was overwritten.
  */
-bool replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
-                                const char *active, const char *hidden,
-                                Error **errp);
+int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
+                               const char *active, const char *hidden,
+                               Error **errp);
 
 /*
  * Whether the primary of this very secondary has said that it may take over.
- * Reads the metadata.
+ * Reads the metadata: a negative errno if that fails.
  */
-bool replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
+int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 
-/* The disk of a secondary has all of its primary, if that has confirmed it */
+/*
+ * The disk of a secondary has all of its primary.  That has confirmed it: who
+ * calls this has just asked.
+ */
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp);
 
 /*
@@ -114,6 +119,8 @@ bool replication_ledger_meet(ReplicationLedger *ledger, BdrvChild *child,
 BdrvChild *replication_ledger_leave(ReplicationLedger *ledger);
 /* Whatever is under way there fails */
 void replication_ledger_abandon(ReplicationLedger *ledger);
+/* The same from any thread, soon: the replica was lost */
+void replication_ledger_lose_peer(ReplicationLedger *ledger);
 
 /* What to copy to the peer; see replication_meta_judge() */
 bool replication_ledger_judge(ReplicationLedger *ledger, bool full,

@@ -32,6 +32,7 @@ typedef struct QEMU_PACKED RecordHeader {
 
 #define OWN_LOG_VOID    0x1
 #define PEER_FULL       0x1
+#define PEER_LOG_VOID   0x2
 
 typedef struct QEMU_PACKED OwnDisk {
     RecordHeader header;
@@ -127,9 +128,11 @@ void replication_peer_record_encode(const ReplicationPeerRecord *peer,
         .generation = peer->generation,
         .instance   = peer->instance,
     };
+    uint32_t flags = (peer->full ? PEER_FULL : 0) |
+                     (peer->log_void ? PEER_LOG_VOID : 0);
 
-    record_set_header(&disk.header, peer_magic, peer->kind,
-                      peer->full ? PEER_FULL : 0, peer->sequence, peer->size);
+    record_set_header(&disk.header, peer_magic, peer->kind, flags,
+                      peer->sequence, peer->size);
     disk.crc32c = cpu_to_le32(record_crc(&disk));
     memcpy(buf, &disk, sizeof(disk));
 }
@@ -210,13 +213,15 @@ replication_peer_record_decode(ReplicationPeerRecord *peer, const uint8_t *buf)
     memcpy(&disk, buf, sizeof(disk));
     kind = le32_to_cpu(disk.header.kind);
     flags = le32_to_cpu(disk.header.flags);
-    if (kind > REPLICATION_PEER_STARTED || flags & ~PEER_FULL) {
+    if (kind > REPLICATION_PEER_STARTED ||
+        flags & ~(PEER_FULL | PEER_LOG_VOID)) {
         return REPLICATION_RECORD_UNKNOWN;
     }
     *peer = (ReplicationPeerRecord) {
         .sequence   = le64_to_cpu(disk.header.sequence),
         .kind       = kind,
         .full       = flags & PEER_FULL,
+        .log_void   = flags & PEER_LOG_VOID,
         .size       = le64_to_cpu(disk.header.size),
         .disk_id    = disk.disk_id,
         .generation = disk.generation,
@@ -344,6 +349,8 @@ bool replication_records_check_usable(const ReplicationRecords *r,
 typedef struct PeerView {
     bool syncing;
     bool started;
+    /* One of the two has changed more than the logs have */
+    bool log_void;
     int64_t size;
     QemuUUID disk_id;
     QemuUUID current;
@@ -356,6 +363,9 @@ static PeerView peer_view(const ReplicationRecords *r)
         return (PeerView) {
             .syncing    = r->peer.kind == REPLICATION_PEER_SYNC,
             .started    = r->peer.kind == REPLICATION_PEER_STARTED,
+            .log_void   = r->peer.log_void ||
+                          (r->own.log_void &&
+                           r->peer.kind != REPLICATION_PEER_STARTED),
             .size       = r->peer.size,
             .disk_id    = r->peer.disk_id,
             .current    = r->peer.generation,
@@ -364,6 +374,7 @@ static PeerView peer_view(const ReplicationRecords *r)
     }
 
     return (PeerView) {
+        .log_void   = r->own.log_void,
         .size       = r->own.size,
         .disk_id    = r->own.disk_id,
         .current    = r->own.current,
@@ -522,7 +533,7 @@ bool replication_meta_judge(const ReplicationQuestion *q,
         ruling->reason = "that was asked for";
     } else if (q->peer->own.state == REPLICATION_META_STATE_MERGING) {
         ruling->reason = "the peer was half merged";
-    } else if (own->log_void || (q->peer->own.log_void && !view.started)) {
+    } else if (own->log_void || view.log_void) {
         ruling->reason = "a log is void";
     } else if (same_generation(&view.current, &own->current) ||
                same_generation(&view.current, &own->base) ||

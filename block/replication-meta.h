@@ -102,6 +102,8 @@ typedef struct ReplicationPeerRecord {
     ReplicationPeerKind kind;
     /* SYNC: everything is copied, and what is overwritten is of no more use */
     bool full;
+    /* The primary has changed something, and its log does not say what */
+    bool log_void;
     int64_t size;
     QemuUUID disk_id;
     QemuUUID generation;

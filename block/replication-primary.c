@@ -432,16 +432,19 @@ static bool primary_start(BlockDriverState *bs, Error **errp)
            primary_check_lengths(bs, length, bs, errp);
 }
 
-static BlockDriverState *primary_link(BlockDriverState *bs)
+static BlockDriverState *primary_link(void *opaque)
 {
+    BlockDriverState *bs = opaque;
+
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     return bs->file->bs;
 }
 
 /* The secondary does nothing, and somebody may wait for it, or all of us */
-static void primary_hang_up(BlockDriverState *bs)
+static void primary_hang_up(void *opaque)
 {
+    BlockDriverState *bs = opaque;
     ReplicationPrimary *s = primary_state(bs);
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
@@ -542,7 +545,7 @@ static bool primary_opened(BlockDriverState *bs, QDict *options, Error **errp)
     bdrv_keep_connection(bs->file->bs);
     s->frozen_below = replication_freeze_below(bs, NULL);
     s->watch = replication_watch_new(bs, s->timeout_ms, primary_link,
-                                     primary_hang_up);
+                                     primary_hang_up, bs);
 
     return true;
 }

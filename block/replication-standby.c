@@ -76,6 +76,10 @@ struct ReplicationStandby {
     bool saves; /* atomic */
     /* Something was overwritten that was not saved */
     bool overwritten; /* atomic */
+    /* Started on what may be a mixture, unless the primary starts, too.  BQL. */
+    bool mixed;
+    /* The guest goes on alone, which the metadata does not say */
+    bool unrecorded; /* atomic */
     /* Where the guest wrote past the running node, or NULL.  BQL. */
     char *bypassed;
     /* Does what others ask for who cannot: requests, changes of the graph */
@@ -742,6 +746,7 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationAbove *above = replication_above_new();
     g_autofree char *bypass = NULL;
+    ReplicationStandby *st = s->standby;
     bool inactive;
 
     bdrv_graph_rdlock_main_loop();
@@ -773,7 +778,9 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
         goto fail;
     }
     s->above = above;
-    g_clear_pointer(&s->standby->bypassed, g_free);
+    st->mixed = replication_stage(bs) == REPLICATION_STAGE_SYNCING ||
+                qatomic_read(&st->overwritten);
+    g_clear_pointer(&st->bypassed, g_free);
     qatomic_set(&s->left_behind, false);
 
     return true;
@@ -786,7 +793,13 @@ fail:
 /* What start has taken; the rest stays until the node is closed or promoted */
 static void standby_release(BlockDriverState *bs)
 {
+    BDRVReplicationState *node = bs->opaque;
     ReplicationSecondary *s = secondary_state(bs);
+
+    /* A start that is undone: its checkpoint, if it came to that, was none */
+    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE) {
+        standby_checkpointed(bs, false);
+    }
 
     if (s->above) {
         replication_above_free(g_steal_pointer(&s->above));
@@ -814,8 +827,11 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
     bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-                 secondary_in_sync(bs, NULL);
+                 secondary_in_sync(bs, NULL) &&
+                 (!st->ledger ||
+                  replication_ledger_has_started(st->ledger, NULL) > 0);
 
+    st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
         return false;
     }
@@ -828,6 +844,7 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
         return false;
     }
     qatomic_set(&st->announced, false);
+    qatomic_set(&st->unrecorded, false);
 
     return true;
 }
@@ -879,39 +896,57 @@ static bool standby_note_saved(BlockDriverState *bs, Error **errp)
     return true;
 }
 
-/* From here on, the metadata says that the disk is a primary's */
-static bool standby_take_disk(BlockDriverState *bs, bool take_over,
-                              Error **errp)
+/*
+ * From here on, the metadata says that the disk is a primary's.  Returns 1, or
+ * 0 if it may not be that, or a negative errno: then it can be tried again.
+ */
+static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
     bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
+    int ret;
 
     /* When a merge is tried again, it says so already */
     if (!st->ledger || replication_ledger_is_open(st->ledger)) {
-        return true;
+        return 1;
     }
     if (take_over) {
         return replication_ledger_take_over(st->ledger, st->active.kept,
                                             st->hidden.kept, errp);
     }
     /* While it ran, the primary has that in its log */
-    if (!(runs ? replication_ledger_has_started(st->ledger, errp) :
-                 standby_note_saved(bs, errp))) {
-        return false;
+    ret = runs ? replication_ledger_has_started(st->ledger, errp) :
+                 standby_note_saved(bs, errp);
+    if (ret <= 0) {
+        return ret;
     }
 
     return replication_ledger_go_back(st->ledger, runs, st->active.kept,
                                       st->hidden.kept, errp);
 }
 
+static void standby_go_alone(BlockDriverState *bs, Error **errp)
+{
+    standby_state(bs)->mixed = false;
+    standby_release(bs);
+    secondary_failover(bs, errp);
+}
+
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
     bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
+    int ret = standby_may_roll_back(bs, errp) ?
+              standby_take_disk(bs, runs, errp) : 0;
 
-    if (standby_may_roll_back(bs, errp) && standby_take_disk(bs, runs, errp)) {
-        standby_release(bs);
-        secondary_failover(bs, errp);
+    qatomic_set(&standby_state(bs)->unrecorded, runs && ret < 0);
+    if (ret > 0) {
+        standby_go_alone(bs, errp);
+    } else if (runs && ret < 0) {
+        /* Nothing has changed, and it can be tried again */
+        replication_report_error(bs, REPLICATION_ERROR_REASON_METADATA,
+                                 error_get_pretty(*errp));
+        replication_set_error(bs, error_copy(*errp));
     } else if (runs || !standby_can_roll_back(bs)) {
         replication_lose_checkpoint(bs, error_copy(*errp));
     }
@@ -931,7 +966,7 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
     case REPLICATION_STAGE_RUNNING:
         if (!runstate_check(RUN_STATE_RUNNING)) {
             /* Before anything is thrown away */
-            if (ledger && !replication_ledger_has_started(ledger, errp)) {
+            if (ledger && replication_ledger_has_started(ledger, errp) <= 0) {
                 return false;
             }
             break;
@@ -959,9 +994,8 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
         if (standby_state(bs)->changes) {
             standby_forget_changes(bs);
         }
-        if (standby_take_disk(bs, false, errp)) {
-            standby_release(bs);
-            secondary_failover(bs, errp);
+        if (standby_take_disk(bs, false, errp) > 0) {
+            standby_go_alone(bs, errp);
         }
     }
     bdrv_drain_all_end();
@@ -993,6 +1027,10 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
     if (replication_stage(bs) == REPLICATION_STAGE_STOPPED) {
         return -EIO;
     }
+    if (w->flags & BDRV_REQ_FUA &&
+        qatomic_read(&standby_state(bs)->unrecorded)) {
+        return -EIO;
+    }
     if (replication_allows(bs, REPLICATION_OP_WRITE)) {
         ret = standby_co_log(bs, w);
         if (ret < 0) {
@@ -1001,6 +1039,13 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
     }
 
     return secondary_co_write(bs, w);
+}
+
+/* What is flushed must be there after a crash */
+static int coroutine_fn GRAPH_RDLOCK standby_co_flush(BlockDriverState *bs)
+{
+    return qatomic_read(&standby_state(bs)->unrecorded) ?
+           -EIO : secondary_co_flush(bs);
 }
 
 static bool standby_may_resize(BlockDriverState *bs, int64_t length,
@@ -1128,6 +1173,6 @@ const ReplicationRole replication_standby_role = {
 
     .may_resize         = standby_may_resize,
     .co_write           = standby_co_write,
-    .co_flush           = secondary_co_flush,
+    .co_flush           = standby_co_flush,
     .left_behind        = secondary_left_behind,
 };

@@ -23,6 +23,7 @@ struct ReplicationWatch {
     uint64_t timeout_ms;
     ReplicationWatchLink *link;
     ReplicationWatchHangUp *hang_up;
+    void *opaque;
     QEMUTimer *timer;
 
     /* What was done when the timer ran last, and since how many times */
@@ -61,14 +62,14 @@ static void watch_look(void *opaque)
 
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
-    watch_add_load(watch->link(watch->bs), &load);
+    watch_add_load(watch->link(watch->opaque), &load);
     if (!load.in_flight || load.done != watch->done) {
         watch->idle_parts = 0;
     } else if (++watch->idle_parts == TIMEOUT_PARTS) {
         warn_report("Replication node '%s' cuts the connection to the "
                     "secondary, which has done nothing for %" PRIu64 " ms",
                     bdrv_get_node_name(watch->bs), watch->timeout_ms);
-        watch->hang_up(watch->bs);
+        watch->hang_up(watch->opaque);
     }
     watch->done = load.done;
 
@@ -79,7 +80,8 @@ static void watch_look(void *opaque)
 ReplicationWatch *replication_watch_new(BlockDriverState *bs,
                                         uint64_t timeout_ms,
                                         ReplicationWatchLink *link,
-                                        ReplicationWatchHangUp *hang_up)
+                                        ReplicationWatchHangUp *hang_up,
+                                        void *opaque)
 {
     ReplicationWatch *watch;
 
@@ -95,6 +97,7 @@ ReplicationWatch *replication_watch_new(BlockDriverState *bs,
         .timeout_ms = timeout_ms,
         .link       = link,
         .hang_up    = hang_up,
+        .opaque     = opaque,
         /* Runs while the main loop waits for the requests in flight */
         .timer      = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                     SCALE_MS, watch_look, watch),

@@ -10,18 +10,19 @@
 #include "block/block-common.h"
 
 typedef struct ReplicationWatch ReplicationWatch;
-typedef BlockDriverState *ReplicationWatchLink(BlockDriverState *bs);
-typedef void ReplicationWatchHangUp(BlockDriverState *bs);
+typedef BlockDriverState *ReplicationWatchLink(void *opaque);
+typedef void ReplicationWatchHangUp(void *opaque);
 
 /*
- * Watch the replication node @bs: call @hang_up when requests are in flight
- * below the node that @link gives, and none was done for @timeout_ms.  If that
- * is 0, this returns NULL.
+ * Watch a link of the replication node @bs: call @hang_up when requests are in
+ * flight below the node that @link gives, and none was done for @timeout_ms.
+ * If that is 0, this returns NULL.
  */
 ReplicationWatch *replication_watch_new(BlockDriverState *bs,
                                         uint64_t timeout_ms,
                                         ReplicationWatchLink *link,
-                                        ReplicationWatchHangUp *hang_up);
+                                        ReplicationWatchHangUp *hang_up,
+                                        void *opaque);
 void replication_watch_free(ReplicationWatch *watch);
 
 #endif /* BLOCK_REPLICATION_WATCH_H */

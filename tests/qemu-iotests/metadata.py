@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the tests of the metadata of block replication share."""
 
+import json
 import os
 import subprocess
 import uuid
@@ -115,11 +116,14 @@ class MetadataCase(ReplicaCase):
             replmeta.write_log(self.peer_meta, set(log), DISK)
         self.serve_meta()
 
-    def serve_meta(self) -> None:
-        options = f'driver=raw,file.driver=file,file.filename={self.peer_meta}'
+    def serve_meta(self, faults: Optional[Json] = None) -> None:
+        image: Json = {'driver': 'file', 'filename': self.peer_meta}
+        if faults:
+            image = {'driver': 'blkdebug', 'image': image, **faults}
+        options = json.dumps({'driver': 'raw', 'file': image})
         # ends in kill_meta_server()
         self.meta_server = replication.nbd_server(self.meta_socket,
-                                                  '--image-opts', options)
+                                                  f'json:{options}')
 
     def fresh_secondary(self) -> replmeta.Own:
         return replmeta.Own(size=DISK, instance=uuid.uuid4())

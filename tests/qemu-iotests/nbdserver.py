@@ -28,7 +28,8 @@ FIXED_NEWSTYLE = 1
 OPT_GO = 7
 REP_ACK, REP_INFO, REP_ERR_UNSUP = 1, 3, 0x80000001
 INFO_EXPORT = 0
-HAS_FLAGS, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES = 1, 4, 32, 64
+HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM = 1, 4, 8, 32
+SEND_WRITE_ZEROES = 64
 CMD_READ, CMD_WRITE, CMD_DISC, CMD_FLUSH = 0, 1, 2, 3
 CMD_TRIM, CMD_WRITE_ZEROES = 4, 6
 
@@ -62,6 +63,7 @@ class OneSlotServer:
         self.done: Set[int] = set()
         self.connections = 0
         self.stalled = threading.Event()
+        self.request_flags = 0
         self._lives: List[Life] = list(lives)
         self._life = Life()
         self._taken = 0
@@ -165,9 +167,10 @@ class OneSlotServer:
 
     def request(self) -> Tuple[int, int, int, int]:
         """Command, cookie, start and length of the next request"""
-        magic, _, command, cookie, start, length = REQUEST.unpack(
+        magic, flags, command, cookie, start, length = REQUEST.unpack(
             self._take(REQUEST.size))
         assert magic == REQUEST_MAGIC
+        self.request_flags = flags
         return command, cookie, start, length
 
     def answer(self) -> None:

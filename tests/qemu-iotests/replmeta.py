@@ -5,11 +5,11 @@ The metadata of block replication, as docs/replication-metadata.txt has it.
 Shares nothing with the driver, so that one tests the other.
 """
 
-import os
 import struct
 import uuid
 from dataclasses import dataclass, field
-from typing import List, Set
+from functools import lru_cache
+from typing import List, Optional, Set
 
 RECORD = 4096
 LOG = 4 * RECORD
@@ -27,6 +27,7 @@ _OWN = struct.Struct('<IIQ8x16s16s16s16s128s1024s1024s')
 _PEER = struct.Struct('<24x16s16s16s')
 
 
+@lru_cache(maxsize=1024)
 def _crc32c(data: bytes) -> int:
     """Castagnoli's, bit by bit"""
     crc = 0xffffffff
@@ -78,13 +79,15 @@ class Peer:
     size: int
     sequence: int = 1
     full: bool = False
+    log_void: bool = False
     disk_id: uuid.UUID = NONE
     generation: uuid.UUID = NONE
     instance: uuid.UUID = NONE
 
     def pack(self, version: int = 1) -> bytes:
         data = _HEADER.pack(b'QREPLPEE', version, self.kind, self.sequence,
-                            self.size, REGION, int(self.full))
+                            self.size, REGION,
+                            int(self.full) | 2 * int(self.log_void))
         data += _PEER.pack(self.disk_id.bytes, self.generation.bytes,
                            self.instance.bytes)
         return _seal(data)
@@ -110,11 +113,11 @@ def _text(raw: bytes) -> str:
     return raw.split(b'\0', 1)[0].decode()
 
 
-def read_own(path: str) -> Own:
-    with open(path, 'rb') as file:
-        copy = _newest(file.read(LOG), 0)
+def parse_own(data: bytes) -> Optional[Own]:
+    """Of all of the metadata"""
+    copy = _newest(data, 0)
     if not copy:
-        raise ValueError(f'{path} has no valid record of its own')
+        return None
     _, _, _, sequence, size, _, flags = _HEADER.unpack_from(copy)
     (role, state, absorbed, disk_id, current, base, instance, history, active,
      hidden) = _OWN.unpack_from(copy, _HEADER.size)
@@ -129,17 +132,46 @@ def read_own(path: str) -> Own:
         active=_text(active), hidden=_text(hidden))
 
 
-def read_peer(path: str) -> Peer:
-    with open(path, 'rb') as file:
-        copy = _newest(file.read(LOG), 2 * RECORD)
+def parse_peer(data: bytes) -> Optional[Peer]:
+    copy = _newest(data, 2 * RECORD)
     if not copy:
-        raise ValueError(f'nobody has announced anything in {path}')
+        return None
     _, _, kind, sequence, size, _, flags = _HEADER.unpack_from(copy)
     disk_id, generation, instance = _PEER.unpack_from(copy, _HEADER.size)
     return Peer(
         kind=kind, size=size, sequence=sequence, full=bool(flags & 1),
+        log_void=bool(flags & 2),
         disk_id=uuid.UUID(bytes=disk_id), instance=uuid.UUID(bytes=instance),
         generation=uuid.UUID(bytes=generation))
+
+
+def parse_log(data: bytes) -> Set[int]:
+    """The regions in the log"""
+    return {8 * i + bit for i, byte in enumerate(data[LOG:]) if byte
+            for bit in range(8) if byte >> bit & 1}
+
+
+def _read(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def read_own(path: str) -> Own:
+    own = parse_own(_read(path))
+    if not own:
+        raise ValueError(f'{path} has no valid record of its own')
+    return own
+
+
+def read_peer(path: str) -> Peer:
+    peer = parse_peer(_read(path))
+    if not peer:
+        raise ValueError(f'nobody has announced anything in {path}')
+    return peer
+
+
+def read_log(path: str) -> Set[int]:
+    return parse_log(_read(path))
 
 
 def create(path: str, disk: int) -> None:
@@ -169,15 +201,6 @@ def damage(path: str, at: int) -> None:
             file.seek(at + copy + 100)
             byte = file.read(1)
         _put(path, at + copy + 100, bytes([byte[0] ^ 1]))
-
-
-def read_log(path: str) -> Set[int]:
-    """The regions in the log"""
-    with open(path, 'rb') as file:
-        file.seek(LOG)
-        data = file.read(os.path.getsize(path) - LOG)
-    return {8 * i + bit for i, byte in enumerate(data) if byte
-            for bit in range(8) if byte >> bit & 1}
 
 
 def write_log(path: str, regions: Set[int], disk: int) -> None:

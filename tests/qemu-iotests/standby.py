@@ -126,6 +126,10 @@ class Host:
             self.export('meta', number)
         return self.guest(data or b'', number)
 
+    def address(self) -> str:
+        """Of what it exports"""
+        return self.vm.sock
+
     def add_link(self, other: 'Host', number: int = 0) -> None:
         links = {f'link{number}': f'replica{number}'}
         if self.metadata:
@@ -134,7 +138,7 @@ class Host:
             self.vm.cmd('blockdev-add', {
                 'driver': 'nbd', 'node-name': name, 'export': export,
                 'discard': 'unmap',
-                'server': {'type': 'unix', 'path': other.vm.sock}})
+                'server': {'type': 'unix', 'path': other.address()}})
 
     # Commands
 

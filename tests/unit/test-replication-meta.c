@@ -59,6 +59,7 @@ static void test_peer_record(void)
         .sequence   = 9,
         .kind       = REPLICATION_PEER_SYNC,
         .full       = true,
+        .log_void   = true,
         .size       = 4096,
         .disk_id    = gen('d'),
         .generation = gen('g'),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Set, Tuple
 
 import command
+import failback
 import primary
 import resync
 import secondary
@@ -46,6 +47,7 @@ def direct_cells(setting: Setting) -> List[Cell]:
 GROUPS: Dict[str, Callable[[Setting], List[Cell]]] = {
     'primary': primary.cells, 'quorum': primary.quorum_cells,
     'drain': primary.drain_cells, 'resync': resync.cells,
+    'failback': failback.cells, 'metadata': failback.log_cells,
     'memory': resync.memory_cells,
     'zeroes': primary.zeroes_cells, 'secondary': secondary.cells,
     'checkpoint': secondary.checkpoint_cells,

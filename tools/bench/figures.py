@@ -20,6 +20,7 @@ class Unit(NamedTuple):
 
 IOPS, MIBPS = Unit('IOPS', True), Unit('MiB/s', True)
 MS, BYTES, MIBS = Unit('ms'), Unit('bytes'), Unit('MiB')
+SECONDS = Unit('s')
 PER_BYTE = Unit('bytes/byte')
 
 

@@ -12,6 +12,10 @@ GROWTH = 'checkpoint, dirty: 1 TiB takes, times as long as 1 GiB'
 MOST_GROWTH = 1.2
 
 
+# Of a disk of which so much was changed, the log may have this in addition
+LOG_SIZE = 16
+
+
 class Goal(NamedTuple):
     """What each of some rows is to be, of another subject."""
     text: str
@@ -71,6 +75,28 @@ GOALS: List[Goal] = [
 ]
 
 
+class Bound(NamedTuple):
+    """What each of some rows is to be at most, whatever others take."""
+    text: str
+    applies: Callable[[Row], bool]
+    most: float
+
+
+def _fail_back(mark: str, who: str = '') -> Callable[[Row], bool]:
+    return lambda row: (row.group == 'failback' and row.mark.startswith(mark)
+                        and row.title.endswith(f'{who} died'))
+
+
+BOUNDS: List[Bound] = [
+    Bound('failback: protected within so many seconds', _fail_back('until'),
+          30),
+    Bound('failback, the secondary died: copied, times what changed',
+          _fail_back('copied', 'secondary'), 1.5),
+    Bound('failback, the primary died: the same, and what the log may have',
+          _fail_back('copied', 'primary'), 1.5 + LOG_SIZE),
+]
+
+
 def _growths(samples: Samples, rows: List[Row]) -> Iterator[float]:
     """How much longer a checkpoint of large disks takes."""
     large = {(row.title, row.line.replace('1 TiB', '1 GiB')): row
@@ -104,6 +130,14 @@ def verdicts(samples: Samples, rows: List[Row]) -> Iterator[str]:
             met, worst, where = min(found)
             yield (f'{"reached" if met else "MISSED"}: {goal.text}: '
                    f'{worst:.3g} (at least {goal.least:g}; worst: {where})')
+    for bound in BOUNDS:
+        values = [(value.value, row.name) for row in filter(
+            bound.applies, rows) if (value := samples.median(row, OURS))]
+        if values:
+            most, where = max(values)
+            yield (f'{"reached" if most <= bound.most else "MISSED"}: '
+                   f'{bound.text}: {most:.3g} (at most {bound.most:g}; worst: '
+                   f'{where})')
     growth = max(_growths(samples, rows), default=None)
     if growth is not None:
         yield (f'{"reached" if growth <= MOST_GROWTH else "MISSED"}: '

@@ -64,7 +64,7 @@ def in_a_row(block: int, depth: int, data: int) -> Arrival:
 def scattered(folder: Path, size: int, cluster: int, count: int, depth: int
               ) -> Arrival:
     """A block of 4 KiB in some clusters, in a random order, each once."""
-    path = folder / f'blocks-{count}'
+    path = folder / f'blocks-{cluster}-{count}'
     if not path.exists():
         offsets = list(range(0, size, cluster))
         Random(1).shuffle(offsets)

@@ -24,7 +24,7 @@ import command
 from autopsy import stacks
 from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
 from chaos_round import ChaosPair, RoundResult, Round
-from forms import Holder, Quorum
+from forms import FORMS
 from guest import GuestError, get_guest
 from guesthost import MIB, Setup, accelerator
 from host import HostError
@@ -119,16 +119,18 @@ class Campaign:
         folder = self.folder / f'g{self.guests}'
         folder.mkdir()
         options = {} if plan.behind else {'write-behind': 0}
+        form = FORMS[plan.form]
+        if form.has_metadata:
+            options['log-size'] = plan.log_size
         self._pair = ChaosPair(
             Setup(self.options.build_dir, self._guest, folder, plan.disks,
                   accelerator(), plan.checkpoint_ms),
-            (Quorum if plan.quorum else Holder)(
-                plan.disks.count, plan.disks.size, **options))
+            form(plan.disks.count, plan.disks.size, **options))
         self._pair.start_primary()
         say(f'guest {self.guests}: {plan.disks.count} x '
             f'{plan.disks.size // MIB} MiB, a checkpoint every '
-            f'{plan.checkpoint_ms} ms{", quorum" if plan.quorum else ""}'
-            f'{"" if plan.behind else ", write-behind=0"}')
+            f'{plan.checkpoint_ms} ms, {plan.form}'
+            f'{"".join(f", {key}={value}" for key, value in options.items())}')
 
     def _finish_guest(self) -> None:
         """Have the guest checked in full; it has survived all its rounds."""

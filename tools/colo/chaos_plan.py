@@ -10,8 +10,8 @@ from guesthost import Disks, MIB
 
 # Rounds that one guest lives through: a survivor gets a new secondary.
 GENERATIONS = 5
-# Of so many guests one has its disks below quorum.
-QUORUM_EVERY = 4
+# How the disks of one guest after the other are put together.
+FORMS = ('standby', 'quorum', 'standby', 'holder')
 
 
 class Kind(Enum):
@@ -87,8 +87,9 @@ class GuestPlan:
     checkpoint_ms: int
     # Whether its writes do not wait for the secondary.
     behind: bool
-    # Whether a quorum has its disks, not a node that holds both.
-    quorum: bool
+    form: str
+    # With metadata: how much of it may be copied again for nothing.
+    log_size: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def plan_guest(seed: int, group: int) -> GuestPlan:
                   size=rng.choice((40, 48, 64)) * MIB, fs_size=32 * MIB)
     return GuestPlan(disks, rng.choice((400, 800, 1200)),
                      behind=rng.random() < 0.7,
-                     quorum=group % QUORUM_EVERY == 1)
+                     form=FORMS[group % len(FORMS)],
+                     log_size=rng.choice((MIB, 16 * MIB, 16 << 30)))
 
 
 def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
@@ -130,7 +132,7 @@ def plan_round(seed: int, index: int, guest: GuestPlan) -> RoundPlan:
     deck = list(DECK)
     random.Random(f'{seed}/deck/{lap}').shuffle(deck)
     kind, moment = deck[card]
-    if guest.quorum and moment is Moment.COPYING:
+    if guest.form == 'quorum' and moment is Moment.COPYING:
         moment = Moment.BETWEEN
     rng = random.Random(f'{seed}/round/{index}')
     period = guest.checkpoint_ms / 1000

@@ -27,6 +27,8 @@ SLOW = MIB // 16
 SLOW_FOR = 4.0
 # A copy that is broken off is slow, too; no part of it takes a second.
 COPY_SPEED = 16 * MIB
+# After these the primary may have gone on alone, and the secondary does, too.
+SPLIT = (Kind.MUTE_PRIMARY, Kind.LINK_THEN_PRIMARY, Kind.LINK_EXIT_PRIMARY)
 
 
 class ChaosPair(ColoPair):
@@ -114,6 +116,7 @@ class Round:
             return
         pair.begin_sync()
         self.result.synced = pair.finish_sync(lambda _parts: None)
+        pair.form.discard_peer = False
         self.result.notes.append(f'{self.result.synced.copied // 1024} KiB '
                                  'copied')
         if self.plan.moment is Moment.MIGRATING:
@@ -124,6 +127,7 @@ class Round:
         self._reach_moment()
         failover = blows[self.plan.kind]()
         self.result.running_ms = failover.running_ms
+        pair.form.discard_peer = self.plan.kind in SPLIT
         self._look_at(pair.primary, failover.beat)
 
     def _break_copy(self) -> None:

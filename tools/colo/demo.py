@@ -1,27 +1,35 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Protect a running VM, kill a host of it, protect it again, and check it."""
+"""Kill both hosts of a protected VM, one after the other, and check the VM.
+
+The one that is killed first comes back with the disks that it had, and takes
+over when the other one is killed.
+"""
 
 import argparse
 import re
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Sequence
 
 import command
-from forms import Synced
+from forms import Standby, Synced
 from guest import GuestError, get_guest, run_tool
-from guesthost import Beat, Disks, GuestHost, MIB, Setup, accelerator
+from guesthost import Disks, MIB, Setup, accelerator
 from host import HostError
-from pair import Checkpoint, ColoPair, Failover
-from picture import (Look, Protection, Timeline, Work, copied_words,
+from pair import Checkpoint, ColoPair
+from picture import (Death, Look, Protection, Timeline, Work, copied_words,
                      draw)
 from verify import Findings, judge
 
 PROBLEMS = 8
 BAR = 24
+# How long the last survivor is alone before it is checked
+ALONE = 2.0
+# What the guest writes again and again of each disk, and what the log is to
+# have of it: most is written once and left alone, as on most disks
+BUSY, LOG = 12 * MIB, 32 * MIB
 
 
 def parse() -> argparse.Namespace:
@@ -33,14 +41,15 @@ def parse() -> argparse.Namespace:
                         help='time under protection before the kill '
                         '(default: %(default)s)')
     parser.add_argument('--after', type=float, default=5, metavar='N',
-                        help='time under protection again, after the kill '
-                        '(default: %(default)s)')
+                        help='time under protection again, before the other '
+                        'host is killed (default: %(default)s)')
     parser.add_argument('--disks', type=int, default=2, metavar='N',
                         choices=range(1, 9),
                         help='number of disks, 1 to 8 (default: %(default)s)')
     parser.add_argument('--kill', choices=('primary', 'secondary'),
                         default='primary',
-                        help='the side that dies (default: %(default)s)')
+                        help='the side that dies first (default: '
+                        '%(default)s)')
     parser.add_argument('--checkpoint-ms', type=int, default=1500,
                         metavar='N', help='time between two checkpoints '
                         '(default: %(default)s)')
@@ -52,25 +61,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--keep', action='store_true',
                         help='leave images and logs, and say where')
     return parser.parse_args()
-
-
-@dataclass
-class Kill:
-    """What a failover leaves for the verdict."""
-    victim: GuestHost
-    failover: Failover
-    before: Beat
-    safe: Beat
-
-    @property
-    def kept(self) -> bool:
-        """Whether the survivor knows all that the last checkpoint held."""
-        return self.failover.beat.tx >= self.safe.tx
-
-    @property
-    def gone(self) -> int:
-        """How many transactions came too late for the survivor."""
-        return max(self.before.tx - self.failover.beat.tx, 0)
 
 
 def version(build: Path) -> str:
@@ -89,7 +79,11 @@ class Story:
         self.screen = command.Progress()
         self._began = time.time()
         self._checkpoints: List[Checkpoint] = []
-        self.pair = ColoPair(self._setup())
+        setup = self._setup()
+        self.pair = ColoPair(setup, Standby(
+            setup.disks.count, setup.disks.size, **{'log-size': LOG}))
+        self._protections: List[Protection] = []
+        self._deaths: List[Death] = []
 
     def say(self, topic: str, text: str) -> None:
         """Write a line with the time since the start."""
@@ -103,25 +97,27 @@ class Story:
             f'guest      boots, {100 * pair.filled():.0f} % of its disks are '
             'filled'))
         self.say('guest', 'at work: SQLite on ext4, numbered blocks beside it')
-        first = self._protect(pair, self.options.seconds)
-        outcome = self._kill(pair)
-        again = self._protect(pair, self.options.after)
-        ended = time.time()
-        after = again.protected - outcome.victim.died
+        self._protect(pair, self.options.seconds)
+        self._kill(pair, self.options.kill)
+        self._protect(pair, self.options.after)
+        again = self._protections[1]
+        after = again.protected - self._deaths[0].when
         self.say('AGAIN', f'protected again after {after:.1f} s, '
                  f'{copied_words(again.copied, again.size)}')
-        pair.unprotect()
-        self.say('guest', 'alone, told to check all it wrote and shut down')
-        found = self._judge(pair, outcome)
-        self._draw(pair, found, outcome, (first, again, ended))
-        self._show(found, outcome, again)
+        self._kill(pair, 'primary')
+        self._work_alone(pair)
+        ended = time.time()
+        self.say('guest', 'told to check all it wrote and shut down')
+        found = self._judge(pair)
+        self._draw(pair, found, ended)
+        self._show(found)
         return not found.problems
 
     def _setup(self) -> Setup:
         options = self.options
         guest = get_guest(options.cache, lambda text: self.say('guest', text))
         accel = options.accel if options.accel != 'auto' else accelerator()
-        disks = Disks(count=options.disks)
+        disks = Disks(count=options.disks, busy=BUSY)
         self._footer = (
             f'{version(options.build_dir)} ({accel.upper()}), Linux '
             f'{guest.version} in the guest. All hosts are processes of this '
@@ -138,15 +134,15 @@ class Story:
                          + ' '.join(f'{100 * part:.0f} %'
                                     for part in parts[:6]))
 
-    def _protect(self, pair: ColoPair, seconds: float) -> Protection:
+    def _protect(self, pair: ColoPair, seconds: float) -> None:
         """Protect the guest for so long."""
         pair.look()
         pair.start_secondary()
         name = pair.secondary.name
-        old = '' if pair.secondary.images[0].parent.name == name else \
-            ', with the disks of the last one'
+        old = '' if not self._deaths else (
+            f': {self._deaths[-1].victim}, with the disks that it had')
         self.say('secondary', f'{name} is up, exports its disks by NBD{old}')
-        self.say('sync', 'copying the disks while the guest writes')
+        self.say('sync', 'copying what they lack while the guest writes')
         pair.begin_sync()
         synced: Synced = pair.finish_sync(self._show_sync)
         self.say('sync', 'disks equal, '
@@ -160,19 +156,20 @@ class Story:
             'checkpoint', f'{len(pair.checkpoints()):3}  pause '
             f'{checkpoint.pause_ms:4.0f} ms   {pair.primary.beat}'))
         self._checkpoints += pair.checkpoints()
-        return Protection(name, (synced.began, synced.ended),
-                          pair.protected_at, synced.copied, synced.size)
+        self._protections.append(Protection(
+            name, (synced.began, synced.ended), pair.protected_at,
+            synced.copied, synced.size))
 
-    def _kill(self, pair: ColoPair) -> Kill:
+    def _kill(self, pair: ColoPair, side: str) -> None:
         victim, other = pair.primary, pair.secondary
-        if self.options.kill == 'secondary':
+        if side == 'secondary':
             victim, other = other, victim
+        merge = len(pair.merge)
         runs = pair.primary.console
         safe = runs.last_before(self._checkpoints[-1].stopped)
         victim.sigkill()
-        self.say('KILL',
-                 f'SIGKILL to the {self.options.kill} ({victim.name})')
-        if self.options.kill == 'primary':
+        self.say('KILL', f'SIGKILL to the {side} ({victim.name})')
+        if side == 'primary':
             failover = pair.fail_over_to_secondary()
             # an ordinary end is none
             if other.seen('REPLICATION_ERROR'):
@@ -187,51 +184,48 @@ class Story:
                      f'{failover.merged_ms:.0f} ms of the kill')
         before = runs.last_before(victim.died)
         assert before
-        return Kill(victim, failover, before, safe or before)
+        self._deaths.append(Death(
+            side=side, victim=victim.name, survivor=other.name,
+            when=victim.died, running=victim.died + failover.running_ms / 1000,
+            first_output=victim.died + failover.output_ms / 1000,
+            merged=None if failover.merged_ms is None
+            else victim.died + failover.merged_ms / 1000,
+            merge=pair.merge[merge:], safe=(safe or before).tx,
+            at_kill=before.tx, taken_over=failover.beat.tx))
 
-    def _judge(self, pair: ColoPair, outcome: Kill) -> Findings:
+    def _work_alone(self, pair: ColoPair) -> None:
+        """Let the survivor show that it can."""
+        end = time.monotonic() + ALONE
+        while time.monotonic() < end:
+            pair.primary.pause()
+
+    def _judge(self, pair: ColoPair) -> Findings:
         report = pair.finish(lambda: self.screen.show(
             'guest      checks all it wrote'))
         self.say('host', 'checks the image of the survivor')
         found = judge(report, pair.images(), pair.setup.disks, self.folder)
         found.demand(
-            outcome.kept, 'the survivor took over at an older state than that '
-            'of the last checkpoint')
+            all(death.kept for death in self._deaths), 'a survivor took over '
+            'at an older state than that of the last checkpoint')
         return found
 
-    def _draw(self, pair: ColoPair, found: Findings, outcome: Kill,
-              spans: Tuple[Protection, Protection, float]) -> None:
+    def _draw(self, pair: ColoPair, found: Findings, ended: float) -> None:
         """Leave a picture of it."""
-        failover = outcome.failover
-        killed = outcome.victim.died
-        first, again, ended = spans
-
-        def after(milliseconds: float) -> float:
-            return killed + milliseconds / 1000
-
         timeline = Timeline(
-            victim=outcome.victim.name, survivor=pair.primary.name,
-            killed_side=self.options.kill, began=self._began,
-            first=first, killed=killed,
-            running=after(failover.running_ms),
-            first_output=after(failover.output_ms), again=again, ended=ended,
-            merged=None if failover.merged_ms is None
-            else after(failover.merged_ms),
+            began=self._began, ended=ended, protections=self._protections,
+            deaths=self._deaths,
             checkpoints=[(c.stopped, c.resumed) for c in self._checkpoints],
             work={host.name: [Work(beat.when, beat.tx)
                               for beat in host.console.beats()
                               if beat.when <= ended] for host in pair.hosts},
             looks=[Look(look.when, look.pending, look.lacking)
                    for look in pair.looks if look.when <= ended],
-            merge=pair.merge, safe=outcome.safe.tx, at_kill=outcome.before.tx,
-            taken_over=failover.beat.tx, at_end=found.rows,
-            checked=found.blocks, host_checked=found.host_blocks,
-            wrong=found.all_wrong, footer=self._footer,
-            problems=found.problems)
+            at_end=found.rows, checked=found.blocks,
+            host_checked=found.host_blocks, wrong=found.all_wrong,
+            footer=self._footer, problems=found.problems)
         self.options.picture.write_text(draw(timeline), encoding='utf-8')
 
-    def _show(self, found: Findings, outcome: Kill,
-              again: Protection) -> None:
+    def _show(self, found: Findings) -> None:
         """Show the verdict.
 
         The secondary's guest runs by itself between two checkpoints.  So it
@@ -239,24 +233,30 @@ class Story:
         the kill, but never with fewer than at the last checkpoint.
         """
         pauses = sorted(c.pause_ms for c in self._checkpoints)
-        failover = outcome.failover
+        again = self._protections[1]
+        lines = [('checkpoints', f'{len(pauses)}, median pause '
+                  f'{pauses[len(pauses) // 2]:.0f} ms, longest '
+                  f'{pauses[-1]:.0f} ms', True)]
+        for death in self._deaths:
+            lines += [
+                (f'{death.victim} killed', 'guest running again after '
+                 f'{(death.running - death.when) * 1000:.0f} ms (first output '
+                 f'{(death.first_output - death.when) * 1000:.0f} ms)', True),
+                ('transactions', f'{death.safe} at the last checkpoint: '
+                 'guaranteed', True),
+                ('', f'{death.at_kill} at the kill', True),
+                ('', f'{death.taken_over} when {death.survivor} took over'
+                 + (f', {death.gone} newer ones are gone' if death.gone
+                    else ''), death.kept)]
+            if death is self._deaths[0]:
+                lines.append(('protected again', 'after '
+                              f'{again.protected - death.when:.1f} s, '
+                              f'{copied_words(again.copied, again.size)}',
+                              True))
         self.screen.say('\nVerdict')
         for name, text, good in (
-                ('checkpoints', f'{len(pauses)}, median pause '
-                 f'{pauses[len(pauses) // 2]:.0f} ms, longest '
-                 f'{pauses[-1]:.0f} ms', True),
-                ('guest running again', f'after {failover.running_ms:.0f} ms '
-                 f'(first output {failover.output_ms:.0f} ms)', True),
-                ('protected again', f'after '
-                 f'{again.protected - outcome.victim.died:.1f} s, '
-                 f'{copied_words(again.copied, again.size)}', True),
-                ('transactions', f'{outcome.safe.tx} at the last checkpoint: '
-                 'guaranteed', True),
-                ('', f'{outcome.before.tx} at the kill', True),
-                ('', f'{failover.beat.tx} when the survivor took over'
-                 + (f', {outcome.gone} newer ones are gone' if outcome.gone
-                    else ''), outcome.kept),
-                ('', f'{found.committed} at the end', True),
+                *lines,
+                ('transactions at the end', f'{found.committed}', True),
                 ('PRAGMA integrity_check', f'{found.integrity}, {found.rows} '
                  f'of {found.committed} rows', found.integrity == 'ok'
                  and found.rows == found.committed),
@@ -270,12 +270,11 @@ class Story:
             self.screen.say(f' {" " if good else "!"} {name:<26} {text}')
         self.screen.say(
             f'\nFAIL: {len(found.problems)} problems' if found.problems else
-            f'\nPASS: the VM survived the {self.options.kill}, its memory and '
-            'its disks agree.')
-        if self.options.kill == 'primary':
-            self.screen.say(
-                'Without colo-compare, what the guest has told the outside '
-                'since the\nlast checkpoint may be gone.')
+            '\nPASS: the VM survived both hosts, one after the other; its '
+            'memory and its disks\nagree.')
+        self.screen.say(
+            'Without colo-compare, what the guest has told the outside since '
+            'the last\ncheckpoint may be gone.')
 
 
 def run(options: argparse.Namespace, folder: Path) -> bool:

@@ -1,8 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The two ways to put a pair's disks together.
+"""The ways to put a pair's disks together.
 
-The graph of one disk, with its node names, where the primary's node holds both
-disks:
+The graph of one disk, with its node names, where both hosts have metadata, and
+the secondary makes its own overlays:
+
+    primary                                secondary
+    colo-disk0 (replication)               colo-disk0 (replication)
+      |    |  \\                              |    |
+      |  disk0 link0 (nbd) -- unix socket --> replica0 -> disk0
+    meta0      link-meta0 (nbd) -----------------> meta0
+
+Whoever died comes back as the secondary with the disk that it had.  Without
+metadata, and with overlays that are given to the secondary:
 
     primary                                secondary
     colo-disk0 (replication)               guest0 (throttle)
@@ -16,7 +25,7 @@ guest0 is there for the day on which the secondary is promoted and is to be
 protected itself.  Then colo-disk0 is put between it and replication0, which
 serves the guest whether or not the merge has ended.
 
-And with quorum, as before there was such a node:
+And with quorum, before there was such a node:
 
     colo-disk0 (quorum)                    colo-disk0 (quorum)
       |      \\                               |
@@ -31,7 +40,7 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple, Type
 
 import nodes
 from guesthost import NO_LIMITS, GuestHost
@@ -64,6 +73,11 @@ class Form(ABC):
 
     # Whether a new secondary needs no more than what the last one's disk lacks
     keeps_disk = True
+    # Whether that is so of the last primary's disk, too, by what is beside it,
+    # and a secondary needs no overlays
+    has_metadata = False
+    # With metadata: whether what the next secondary has alone may be lost
+    discard_peer = False
 
     def __init__(self, count: int, size: int, **options: Any) -> None:
         """The options are those of the primary's replication nodes."""
@@ -72,6 +86,10 @@ class Form(ABC):
         self.options = options
         self._began = 0.0
         self._before = (0, 0)
+
+    def exports(self, disk: int) -> Dict[str, str]:
+        """What the primary gets of a secondary, by the exports' names."""
+        return {f'disk{disk}': f'disk{disk}'}
 
     @abstractmethod
     def primary_root(self, disk: int) -> Json:
@@ -97,6 +115,10 @@ class Form(ABC):
     @abstractmethod
     def promoted(self, host: GuestHost) -> None:
         """Have a secondary that was promoted be like a primary."""
+
+    def merged(self) -> str:
+        """The stage in which a disk is whole after a failover."""
+        return 'none' if self.has_metadata else 'done'
 
     def _check_jobs(self, host: GuestHost) -> None:
         host.pump()
@@ -130,15 +152,21 @@ class Holder(Form):
         return (sum(stats['out-of-sync-bytes'] for stats in told),
                 sum(stats['copied-bytes'] for stats in told))
 
+    def _attach(self, host: GuestHost, socket: Path, disk: int, changed: bool
+                ) -> Json:
+        """Add the links of a disk; return how to use them."""
+        host.add(nodes.link(f'link{disk}', socket, f'disk{disk}'))
+        return {'replica': f'link{disk}',
+                'sync': 'changed' if changed else 'full'}
+
     def begin_sync(self, host: GuestHost, socket: Path, changed: bool,
                    speed: int) -> None:
         self._began = time.time()
         self._before = self._counts(host)
         for disk in self.disks:
-            host.add(nodes.link(f'link{disk}', socket, f'disk{disk}'))
             host.cmd('x-block-replica-sync', job_id=f'sync{disk}',
-                     node_name=top(disk), replica=f'link{disk}', speed=speed,
-                     sync='changed' if changed else 'full')
+                     node_name=top(disk), speed=speed,
+                     **self._attach(host, socket, disk, changed))
 
     def finish_sync(self, host: GuestHost, progress: Progress) -> Synced:
         def ended() -> bool:
@@ -161,13 +189,13 @@ class Holder(Form):
             host.attempt('block-job-cancel', device=job['device'], force=True)
         host.wait_until(lambda: not host.cmd('query-block-jobs'),
                         'the end of the disk sync')
-        known = host.node_names()
+        known = set(host.node_names())
         for disk in self.disks:
             if 'replica' in host.children(top(disk)):
                 host.cmd('x-block-replica-detach', node_name=top(disk),
                          force=True)
-            if f'link{disk}' in known:
-                host.delete(f'link{disk}')
+            host.delete(*known.intersection({f'link{disk}',
+                                             f'link-meta{disk}'}))
 
     def promoted(self, host: GuestHost) -> None:
         for disk in self.disks:
@@ -175,6 +203,42 @@ class Holder(Form):
                                   **self.options))
             host.cmd('blockdev-reopen', {'options': [
                 {**self.secondary_root(disk), 'file': top(disk)}]})
+
+
+class Standby(Holder):
+    """Both sides have metadata, and the secondary is to become a primary."""
+
+    has_metadata = True
+
+    def exports(self, disk: int) -> Dict[str, str]:
+        return {f'disk{disk}': f'replica{disk}',
+                f'meta{disk}': f'meta{disk}'}
+
+    def primary_root(self, disk: int) -> Json:
+        return {**super().primary_root(disk), 'metadata': f'meta{disk}'}
+
+    def secondary_root(self, disk: int) -> Json:
+        return nodes.standby(top(disk), f'replica{disk}', f'disk{disk}',
+                             metadata=f'meta{disk}', **self.options)
+
+    def _attach(self, host: GuestHost, socket: Path, disk: int, changed: bool
+                ) -> Json:
+        host.add(nodes.link(f'link{disk}', socket, f'disk{disk}'),
+                 nodes.link(f'link-meta{disk}', socket, f'meta{disk}'))
+        return {'replica': f'link{disk}',
+                'replica-metadata': f'link-meta{disk}',
+                'discard-peer': self.discard_peer}
+
+    def begin_sync(self, host: GuestHost, socket: Path, changed: bool,
+                   speed: int) -> None:
+        super().begin_sync(host, socket, changed, speed)
+        # what the other side's metadata says is known only now
+        lacking, copied = self._counts(host)
+        before = self._before[1]
+        self._before = (lacking + copied - before, before)
+
+    def promoted(self, host: GuestHost) -> None:
+        """Nothing: the node becomes a primary by itself."""
 
 
 class Quorum(Form):
@@ -266,3 +330,7 @@ class Quorum(Form):
 
     def promoted(self, host: GuestHost) -> None:
         """Nothing: replication0 serves what is below it."""
+
+
+FORMS: Dict[str, Type[Form]] = {'standby': Standby, 'holder': Holder,
+                                'quorum': Quorum}

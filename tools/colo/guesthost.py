@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -48,14 +47,18 @@ class Disks:
     count: int = 2
     size: int = 96 * MIB
     fs_size: int = 48 * MIB
+    # How much of each disk is written again and again, or all of it
+    busy: Optional[int] = None
 
     @property
     def regions(self) -> List[str]:
-        """The worker's DEVICE:FIRST:BLOCKS for each disk."""
+        """The worker's DEVICE:FIRST:BLOCKS:BUSY for each disk."""
         end = self.size // BLOCK
         first = [self.fs_size // BLOCK] + [0] * (self.count - 1)
+        busy = (self.busy or self.size) // BLOCK
         return [f'/dev/vd{chr(ord("a") + disk)}:{first[disk]}:'
-                f'{end - first[disk]}' for disk in range(self.count)]
+                f'{end - first[disk]}:{min(busy, end - first[disk])}'
+                for disk in range(self.count)]
 
     @property
     def kernel_arguments(self) -> str:
@@ -95,33 +98,35 @@ class Beat:
 
 
 class Console:
-    """Reads all that a guest says, so that it never blocks on its port."""
+    """Reads all that a guest says on its port, in a folder's work.out.
 
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._socket.connect(str(path))
-        except OSError:
-            self._socket.close()
-            raise
+    A file takes everything at once.  A socket has room for some 300 bytes if
+    they are written one by one, and then the port waits, with a state that no
+    checkpoint should have.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._out = folder / 'work.out'
+        self._out.touch()
+        (folder / 'work.in').unlink(missing_ok=True)
+        os.mkfifo(folder / 'work.in')
+        # for QEMU there is always a writer
+        self._in = os.open(folder / 'work.in', os.O_RDWR)
         self._news = threading.Condition()
-        self.closed = False
+        self._closing = threading.Event()
         self._lines: List[str] = []
         self._beats: List[Beat] = []
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        with self._socket.makefile('rb') as stream:
-            try:
-                for raw in stream:
-                    self._take(raw.decode(errors='replace').strip('\r\n'))
-            except OSError:
-                # QEMU is gone: there is nothing more to read.
-                pass
-        with self._news:
-            self.closed = True
-            self._news.notify_all()
+        left, last = b'', False
+        with open(self._out, 'rb') as stream:
+            while not last:
+                last = self._closing.wait(POLL)
+                *whole, left = (left + stream.read()).split(b'\n')
+                for line in whole:
+                    self._take(line.decode(errors='replace').strip('\r'))
 
     def _take(self, line: str) -> None:
         found = _BEAT.fullmatch(line)
@@ -163,17 +168,14 @@ class Console:
 
     def send(self, line: str) -> None:
         """Type a line."""
-        self._socket.sendall(line.encode() + b'\n')
+        os.write(self._in, line.encode() + b'\n')
 
     def close(self) -> None:
-        """Stop reading."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            # The other end is gone already.
-            pass
-        self._thread.join(timeout=10)
-        self._socket.close()
+        """Read what is there, and no more."""
+        if not self._closing.is_set():
+            self._closing.set()
+            self._thread.join(STEP_SECONDS)
+            os.close(self._in)
 
 
 def fields(line: str) -> Dict[str, str]:
@@ -202,10 +204,14 @@ class GuestHost(Host):
             '-append', 'console=ttyS0 quiet panic=-1 '
             + setup.disks.kernel_arguments,
             '-chardev', f'file,id=log,path={self.path("guest.log")}',
-            '-serial', 'chardev:log', *self._socket('work'),
+            '-serial', 'chardev:log',
+            '-chardev', f'file,id=work,path={self.path("work.out")},'
+            f'append=on,input-path={self.path("work.in")}',
             '-serial', 'chardev:work',
             # for ./run top
-            *self._socket('top'), '-mon', 'chardev=top,mode=control')
+            '-chardev', 'socket,id=top,server=on,wait=off,'
+            f'path={self.path("top.sock")}',
+            '-mon', 'chardev=top,mode=control')
         self.add_args('-object', f'throttle-group,id={NO_LIMITS}')
         for disk, chain in enumerate(nodes):
             for node in chain:
@@ -214,16 +220,12 @@ class GuestHost(Host):
                           f'drive={chain[-1]["node-name"]}')
         if incoming:
             self.add_args('-incoming', 'defer')
+        self.console = Console(folder)
         self.launch()
-        self.console = Console(self.path('work.sock'))
 
     def path(self, name: str) -> Path:
         """The path of one of this host's files."""
         return self.folder / name
-
-    def _socket(self, name: str) -> List[str]:
-        return ['-chardev', f'socket,id={name},server=on,wait=off,'
-                f'path={self.path(name)}.sock']
 
     @property
     def beat(self) -> Beat:
@@ -250,6 +252,7 @@ class GuestHost(Host):
 
     def kill(self) -> None:
         super().kill()
+        self.console.close()
         # a host that is replaced is not to be watched
         self.path('top.sock').unlink(missing_ok=True)
 
@@ -258,11 +261,6 @@ class GuestHost(Host):
         """When QEMU was killed."""
         assert self._killed_at is not None
         return self._killed_at
-
-    def close(self) -> None:
-        """End QEMU, if it runs, and what reads from it."""
-        self.console.close()
-        self.kill()
 
     def last_words(self) -> str:
         """The ends of its logs."""

@@ -12,8 +12,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import nodes
 from forms import Form, Holder, Progress, Synced
-from guesthost import (CHECK_SECONDS, POLL, STEP_SECONDS, Beat, GuestHost,
-                       Setup, fields)
+from guesthost import (CHECK_SECONDS, MIB, POLL, STEP_SECONDS, Beat,
+                       GuestHost, Setup, fields)
 from host import HostError, Json
 
 # Called again and again while something takes its time
@@ -22,6 +22,8 @@ Tell = Callable[[], None]
 BANDWIDTH = 1 << 40
 # What a replica lacks is known in blocks of so many bytes
 NOTED = 64 * 1024
+# What the metadata of a disk takes, however large that is
+METADATA = MIB
 # How often the primary is asked how far the secondary is behind, in seconds.
 LOOK_EVERY = 0.1
 
@@ -66,7 +68,8 @@ class ColoPair:
         self.hosts: List[GuestHost] = []
         self._primary: Optional[GuestHost] = None
         self._secondary: Optional[GuestHost] = None
-        # The last secondary, if the primary knows what its disks lack
+        # The host that died last; if it was the secondary, does the primary
+        # know what its disks lack?
         self._lost: Optional[GuestHost] = None
         self._knows = False
         self.protected_at = 0.0
@@ -97,13 +100,13 @@ class ColoPair:
     def close(self) -> None:
         """End both QEMUs, whatever they do."""
         for host in self.hosts:
-            host.close()
+            host.kill()
 
     # Both hosts, before protection
 
     def _new_host(self, images: List[Path], secondary: bool) -> GuestHost:
         """Start a host, with images of another or new ones."""
-        name = f'host{len(self.hosts) + 1}'
+        name = self._name(images)
         folder = self.setup.folder / name
         folder.mkdir()
         images = images or [self._new_image(folder, disk)
@@ -114,10 +117,17 @@ class ColoPair:
                                     secondary, self.host_args))
         return self.hosts[-1]
 
+    def _name(self, images: List[Path]) -> str:
+        """A host that comes back has its old name, and a number."""
+        if not images:
+            return f'host{len({h.images[0] for h in self.hosts}) + 1}'
+        lives = sum(host.images == images for host in self.hosts)
+        return f'{images[0].parent.name}-{lives + 1}'
+
     def _new_image(self, folder: Path, disk: int) -> Path:
         path = folder / f'disk{disk}.raw'
-        with path.open('wb') as image:
-            image.truncate(self.setup.disks.size)
+        nodes.sparse(path, self.setup.disks.size)
+        nodes.sparse(metadata(path), METADATA)
         return path
 
     def _local_disk(self, image: Path, disk: int) -> Json:
@@ -131,9 +141,13 @@ class ColoPair:
     def _nodes(self, folder: Path, image: Path, disk: int,
                secondary: bool) -> List[Json]:
         local = self._local_disk(image, disk)
+        root = (self.form.secondary_root if secondary else
+                self.form.primary_root)(disk)
+        if self.form.has_metadata:
+            return [local, nodes.file(metadata(image), **{
+                'node-name': f'meta{disk}'}), root]
         if not secondary:
-            return [local, self.form.primary_root(disk)]
-        root = self.form.secondary_root(disk)
+            return [local, root]
         return [local,
                 self._overlay(folder / f'hidden{disk}.qcow2',
                               f'hidden{disk}', f'disk{disk}'),
@@ -162,12 +176,14 @@ class ColoPair:
         for dead in self.hosts:
             if dead is not self.primary:
                 dead.kill()
-        images = self._lost.images if (
-            self._lost and self._knows and self.form.keeps_disk) else []
+        known = self._knows and self.form.keeps_disk
+        images = self._lost.images if self._lost and (
+            known or self.form.has_metadata) else []
         host = self._secondary = self._new_host(images, True)
         host.serve()
         for disk in self.disks:
-            host.export(f'disk{disk}')
+            for name, node in self.form.exports(disk).items():
+                host.export(node, name)
         self._exporting = True
         self._enable_colo(host)
         host.cmd('migrate-incoming', uri=f'unix:{host.path("ram.sock")}')
@@ -288,7 +304,7 @@ class ColoPair:
         host.cmd('x-colo-lost-heartbeat')
         self.stop_exports()
         self._primary, self._secondary = host, None
-        self._lost, self._knows = None, False
+        self._lost, self._knows = dead, False
         return self._wait_for_failover(host, since or dead.died, merge=True)
 
     def fail_over_to_primary(self, since: Optional[float] = None) -> Failover:
@@ -343,9 +359,11 @@ class ColoPair:
                         (beat.when - since) * 1000, merged_ms, beat)
 
     def _look_at_merge(self, host: GuestHost) -> None:
-        told = [stats.get('failover') for stats in host.statistics()]
-        self.merge.append((time.time(), sum(t['done'] for t in told if t),
-                           sum(t['total'] for t in told if t)))
+        told = [stats['failover'] for stats in host.statistics()
+                if 'failover' in stats]
+        if told:
+            self.merge.append((time.time(), sum(t['done'] for t in told),
+                               sum(t['total'] for t in told)))
 
     def _wait_for_merge(self, host: GuestHost) -> float:
         """Wait until the overlays are merged into the disk.
@@ -360,7 +378,7 @@ class ColoPair:
         def done() -> List[float]:
             return [event['when'] for event
                     in host.seen('REPLICATION_STAGE_CHANGE')
-                    if event['data']['stage'] == 'done']
+                    if event['data']['stage'] == self.form.merged()]
 
         # that it has not ended is no reason to wait
         self.form.promoted(host)
@@ -433,8 +451,10 @@ class ColoPair:
                 raise HostError(f'{host.name}: the guest did not report')
             tell()
             console.wait(POLL)
-            # its last line, if there is one, comes before the end
-            over = console.closed or time.monotonic() > end
+            over = not host.is_running() or time.monotonic() > end
+            if over:
+                # its last line, if there is one, comes before the end
+                console.close()
         host.wait(timeout=int(STEP_SECONDS))
         # A wrong read counts wherever and whenever it was: the secondary's
         # guest forgets its own at each checkpoint, but has said it.
@@ -447,6 +467,11 @@ class ColoPair:
     def images(self) -> List[Path]:
         """Return the survivor's disk images."""
         return self.primary.images
+
+
+def metadata(image: Path) -> Path:
+    """Where the metadata of a disk is."""
+    return image.with_suffix('.meta')
 
 
 def pauses(host: GuestHost, since: float) -> List[Checkpoint]:

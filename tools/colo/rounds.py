@@ -1,28 +1,31 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Lose the secondary again and again, and protect the guest anew.
+"""Lose a host again and again, and protect the guest anew.
 
-Where the primary holds both disks, each new secondary has the disks of the
-last one, and is brought in step with what changed.  In the end it has to be
-equal to the primary, byte by byte, and to what the guest remembers.
+Where both have metadata, it is the primary that is lost, and comes back as the
+secondary.  Else it is the secondary.  Where the primary holds both disks, each
+new secondary has the disks of the one that was lost, and is brought in step
+with what changed.  In the end it has to be equal to the primary, byte by byte,
+and to what the guest remembers.
 """
 
 import argparse
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Dict, Iterator, Set
 
 import command
-from forms import Form, Holder, Quorum
+from forms import FORMS
 from guest import GuestError, get_guest
 from guesthost import BLOCK, MIB, Disks, Setup, accelerator
 from host import HostError
-from pair import NOTED, ColoPair
+from pair import NOTED, ColoPair, metadata
 from verify import judge
 
-FORMS = {'holder': Holder, 'quorum': Quorum}
 KIB = 1024
+# Where the log of a disk's metadata begins, with a bit for each region
+LOG, REGION = 16 * KIB, MIB
 
 
 def parse() -> argparse.Namespace:
@@ -31,9 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
                         help='folder that keeps the guest between runs')
     parser.add_argument('--rounds', type=int, default=10, metavar='N',
-                        help='how often the secondary is lost '
+                        help='how often a host is lost '
                         '(default: %(default)s)')
-    parser.add_argument('--form', choices=FORMS, default='holder',
+    parser.add_argument('--form', choices=FORMS, default='standby',
                         help='how the disks are put together '
                         '(default: %(default)s)')
     return parser.parse_args()
@@ -45,14 +48,26 @@ def blocks_of(image: Path, size: int) -> Iterator[bytes]:
     return (data[at:at + size] for at in range(0, len(data), size))
 
 
+def logged(image: Path) -> Set[int]:
+    """The regions of a disk that its metadata says were changed."""
+    log = metadata(image).read_bytes()[LOG:]
+    return {8 * at + bit for at, byte in enumerate(log) if byte
+            for bit in range(8) if byte >> bit & 1}
+
+
 class Rounds:
     """One guest, and one secondary after the other."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.screen = command.Progress()
         disks = Disks(2, 20 * MIB, 16 * MIB)
+        more: Dict[str, Any] = {}
+        if options.form == 'standby':
+            # most is written once, and a small log has to forget that
+            disks = Disks(2, 48 * MIB, 16 * MIB, 6 * MIB)
+            more = {'log-size': 8 * MIB}
         guest = get_guest(options.cache, self.screen.say)
-        form: Form = FORMS[options.form](disks.count, disks.size)
+        form = FORMS[options.form](disks.count, disks.size, **more)
         self.rounds: int = options.rounds
         self.pair = ColoPair(Setup(options.build_dir, guest, folder, disks,
                                    accelerator(), 500), form)
@@ -64,13 +79,17 @@ class Rounds:
         pair.start_primary(lambda: self.screen.show(
             f'the guest boots, {100 * pair.filled():.0f} % of its disks are '
             'filled'))
-        self._sync('at first')
-        for number in range(self.rounds):
+        self._sync(0)
+        for number in range(1, self.rounds + 1):
             pair.protect()
             pair.watch(1, lambda _checkpoint: None)
-            pair.secondary.sigkill()
-            pair.fail_over_to_primary()
-            self._sync(f'round {number + 1}')
+            if pair.form.has_metadata:
+                pair.primary.sigkill()
+                pair.fail_over_to_secondary()
+            else:
+                pair.secondary.sigkill()
+                pair.fail_over_to_primary()
+            self._sync(number)
             self.screen.show('the guest checks its disks')
             blocks = pair.check()
             self._demand(not pair.complaints(), '\n'.join(pair.complaints()))
@@ -83,25 +102,32 @@ class Rounds:
                 f'{NOTED // KIB} KiB')
         self._compare()
 
-    def _sync(self, what: str) -> None:
-        pair = self.pair
+    def _sync(self, number: int) -> None:
+        pair, form = self.pair, self.pair.form
         pair.start_secondary()
         with self._stopped():
             changed, blocks = self._differing(BLOCK), self._differing(NOTED)
             told = pair.lacking()
-        self._demand(not pair.form.keeps_disk or told >= blocks,
+            if form.has_metadata:
+                self._demand_logged()
+                told += sum(REGION * len(logged(image))
+                            for image in pair.secondary.images)
+            before = pair.wrote()
+        self._demand(not form.keeps_disk or told >= blocks,
                      f'{told} bytes are out of sync, {blocks} differ')
-        before = pair.wrote()
         pair.begin_sync()
         synced = pair.finish_sync(lambda done: self.screen.show(
             f'copying: {100 * sum(done) / len(done):.0f} %'))
         written = pair.wrote() - before
         self.screen.say(
-            f'{what}: {synced.copied / KIB:,.0f} of {synced.size / KIB:,.0f} '
-            f'KiB copied, {changed / KIB:,.0f} KiB differed')
-        self._demand(synced.copied <= synced.lacking + written,
-                     'more was copied than had changed')
-        if synced.lacking < synced.size:
+            f'{f"round {number}" if number else "at first"}: '
+            f'{synced.copied / KIB:,.0f} of {synced.size / KIB:,.0f} KiB '
+            f'copied, {changed / KIB:,.0f} KiB differed')
+        if number and form.keeps_disk:
+            self._demand(synced.copied <= told + written,
+                         'more was copied than had changed')
+            self._demand(synced.copied <= synced.size / 2,
+                         'most of it was copied')
             self.changed += changed
             self.copied += synced.copied
         with self._stopped():
@@ -125,6 +151,17 @@ class Rounds:
                                          self.pair.secondary.images)
             for one, other in zip(blocks_of(ours, size),
                                   blocks_of(theirs, size)) if one != other)
+
+    def _demand_logged(self) -> None:
+        """The disks may differ where one of both logs says so, and only so."""
+        for ours, theirs in zip(self.pair.primary.images,
+                                self.pair.secondary.images):
+            differ = {number for number, (one, other) in enumerate(zip(
+                blocks_of(ours, REGION), blocks_of(theirs, REGION)))
+                if one != other}
+            missing = differ - logged(ours) - logged(theirs)
+            self._demand(not missing, f'{ours.name}: no log has the regions '
+                         f'{sorted(missing)}, which differ')
 
     def _demand_equal(self) -> None:
         differ = self._differing(BLOCK)

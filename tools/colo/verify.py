@@ -107,7 +107,7 @@ def judge_blocks(found: Findings, images: List[Path], disks: Disks,
     memory.
     """
     for image, region, digest in zip(images, disks.regions, digests):
-        _, first, blocks = region.split(':')
+        _, first, blocks, _ = region.split(':')
         generations = []
         with image.open('rb') as stream:
             stream.seek(int(first) * BLOCK)

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -79,44 +78,6 @@ def with_guest(config: Json, guest: Guest, disks: Disks) -> Json:
         '-serial', 'chardev:work']))
 
 
-class PortConsole(Console):
-    """A guest's port in files, which no restart of QEMU cuts.
-
-    A port on a socket may stand still for good when its reader is late.
-    """
-
-    # pylint: disable=super-init-not-called
-    def __init__(self, folder: Path) -> None:
-        self._out = folder / 'work.out'
-        self._out.touch()
-        (folder / 'work.in').unlink(missing_ok=True)
-        os.mkfifo(folder / 'work.in')
-        # for QEMU there is always a writer
-        self._in = os.open(folder / 'work.in', os.O_RDWR)
-        self._news = threading.Condition()
-        self._closing = threading.Event()
-        self._lines, self._beats = [], []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    def _read(self) -> None:
-        with open(self._out, 'rb') as stream:
-            left = b''
-            while not self._closing.wait(POLL):
-                *whole, left = (left + stream.read()).split(b'\n')
-                for line in whole:
-                    self._take(line.decode(errors='replace').strip('\r'))
-
-    def send(self, line: str) -> None:
-        os.write(self._in, line.encode() + b'\n')
-
-    def close(self) -> None:
-        if not self._closing.is_set():
-            self._closing.set()
-            self._thread.join(STEP_SECONDS)
-            os.close(self._in)
-
-
 class Side:
     """A host: its keeper, and the QEMU that this one has started."""
 
@@ -126,7 +87,7 @@ class Side:
         self.name = name
         self.folder.mkdir(exist_ok=True)
         self._keeper: Optional['subprocess.Popen[bytes]'] = None
-        self.console = PortConsole(self.folder)
+        self.console = Console(self.folder)
         self._told = self.folder / 'status.json'
 
     def start(self) -> None:

@@ -24,6 +24,7 @@ import nbd  # type: ignore
 
 import command
 from autopsy import stacks
+from failback import Failback
 from holder import Holder
 from host import Hang, HostError
 from layout import Images
@@ -33,8 +34,9 @@ from sequence import Sequence, Stats
 from steps import choose, hosts, start
 
 MINUTES = 3.0
-# One of so many sequences is of a primary that holds both disks
-HOLDERS = 3
+# In turn: pairs under quorum, of a primary that holds both disks, and of two
+# disks with metadata
+KINDS = [Holder, Sequence, Failback, Sequence]
 MIN_STEPS, MAX_STEPS = 10, 50
 LOG_LINES = 40
 # Each wait has its own limit; this is for what nobody thought of
@@ -113,8 +115,7 @@ class Player:
             self._hosts[name].served += 1
         args = (self._hosts, self._images, folder, f'{self._seed}/{number}',
                 trace)
-        seq: Union[Holder, Sequence] = (
-            Holder(*args) if number % HOLDERS == 0 else Sequence(*args))
+        seq: Union[Holder, Sequence] = KINDS[number % len(KINDS)](*args)
         try:
             if isinstance(seq, Holder):
                 seq.play()

@@ -21,7 +21,7 @@ from bases import Base, Failure, REFERENCE
 # checkpoint unless QEMU itself is mended: that is no difference between the
 # drivers, so this tree gets that series, and only that.
 STOCK_SERIES = 'colo'
-FLAVOURS = ('ours', 'sanitize', 'stock')
+FLAVOURS = ('mutations', 'ours', 'sanitize', 'stock')
 
 
 class Tree:

@@ -2,11 +2,12 @@
 /*
  * The work that the protected guest does, and the judge of its disks.
  *
- *   worker CHANNEL DATABASE DEVICE:FIRST:BLOCKS...
+ *   worker CHANNEL DATABASE DEVICE:FIRST:BLOCKS:BUSY...
  *
  * One process commits SQLite transactions through Debian's sqlite3.  One
- * process for each DEVICE:FIRST:BLOCKS writes numbered 4 KiB blocks past the
- * page cache and reads them back.  Each remembers in its own memory what it
+ * process for each DEVICE writes numbered 4 KiB blocks past the page cache and
+ * reads them back: first all BLOCKS, from FIRST on, then the first BUSY of them
+ * again and again.  Each remembers in its own memory what it
  * wrote.  That memory and the disk travel to the other host by different
  * ways (COLO's checkpoints and the replication driver), so any difference
  * between the two is a lost, old or foreign block.
@@ -46,6 +47,7 @@ struct region {
     const char *device;
     uint64_t first;
     uint32_t blocks;
+    uint32_t busy;
     _Atomic bool filled;
     _Atomic uint64_t writes;
     _Atomic uint64_t reads;
@@ -251,9 +253,10 @@ static void block_work(struct region *r)
 
     while (!atomic_load(&shared->stop)) {
         random = mix(random);
-        uint32_t number = (random >> 1) % r->blocks;
+        bool writes = random & 1;
+        uint32_t number = (random >> 1) % (writes ? r->busy : r->blocks);
 
-        if (random & 1) {
+        if (writes) {
             fill(want, number, ++generation[number]);
             if (pwrite(fd, want, BLOCK, (r->first + number) * BLOCK) !=
                 BLOCK) {
@@ -470,7 +473,8 @@ static void parse_region(char *text, struct region *r)
     char *numbers = strchr(text, ':');
     unsigned long long first;
 
-    if (!numbers || sscanf(numbers, ":%llu:%u", &first, &r->blocks) != 2) {
+    if (!numbers || sscanf(numbers, ":%llu:%u:%u", &first, &r->blocks,
+                            &r->busy) != 3 || !r->busy) {
         errno = EINVAL;
         die(text);
     }
@@ -625,7 +629,7 @@ int main(int argc, char **argv)
 {
     if (argc < 4 || argc - 3 > MAX_REGIONS) {
         fprintf(stderr, "usage: worker CHANNEL DATABASE "
-                "DEVICE:FIRST:BLOCKS...\n");
+                "DEVICE:FIRST:BLOCKS:BUSY...\n");
         return 2;
     }
     open_channel(argv[1]);
