@@ -63,6 +63,9 @@ class Judge:
     async def has_died(self) -> None:
         """QEMU has ended where the VM ran."""
 
+    async def stopped(self) -> None:
+        """QEMU was ended here."""
+
     async def watch(self, _lost: Callable[[str], None]) -> None:
         """Say so when the peer is lost, for ever."""
 
@@ -80,8 +83,13 @@ class ClusterJudge(Judge):
 
     async def of_peer(self, since: float) -> Verdict:
         try:
-            await asyncio.to_thread(cluster.delete_score, self._resource,
-                                    self._works.config.peer)
+            peer = self._works.config.peer
+            await asyncio.to_thread(cluster.delete_score, self._resource, peer)
+            now = await asyncio.to_thread(cluster.membership)
+            if peer not in now.members:
+                # its word would not count where its score is still there
+                return await self._of_silent_peer(
+                    f'the cluster has lost {peer}', since)
             word = asyncio.ensure_future(super().of_peer(since))
             try:
                 # a peer that is down does not answer, for long
@@ -107,13 +115,14 @@ class ClusterJudge(Judge):
         """The score is gone.  Is that so where the peer would ask?"""
         works, peer = self._works, self._works.config.peer
         before = await asyncio.to_thread(cluster.membership)
-        down = await asyncio.to_thread(self._is_down, since)
-        # again: it has to be so in the part of the cluster that is asked
-        await asyncio.to_thread(cluster.delete_score, self._resource, peer)
-        after = await asyncio.to_thread(cluster.membership)
-        if before == after and after.quorate \
-                and (peer in after.members or down):
-            return Verdict.OUT
+        if peer in before.members \
+                or await asyncio.to_thread(self._is_down, since):
+            # again: it has to be so in the part of the cluster that is asked
+            await asyncio.to_thread(cluster.delete_score, self._resource,
+                                    peer)
+            if before.quorate and before == await asyncio.to_thread(
+                    cluster.membership):
+                return Verdict.OUT
         works.problem = (f'{why}: waits until the cluster has quorum, and '
                          f'{peer} is in it or has been fenced')
         return Verdict.UNKNOWN
@@ -132,10 +141,12 @@ class ClusterJudge(Judge):
                                 self._works.config.peer, cluster.PEER_SCORE)
 
     async def promoted(self) -> None:
+        config = self._works.config
         try:
-            await asyncio.to_thread(
-                cluster.set_score, self._resource, self._works.config.here,
-                cluster.OWN_SCORE)
+            await asyncio.to_thread(cluster.delete_score, self._resource,
+                                    config.peer)
+            await asyncio.to_thread(cluster.set_score, self._resource,
+                                    config.here, cluster.OWN_SCORE)
         except Failed as exc:
             # the VM is worth more
             self._works.problem = str(exc)
@@ -151,6 +162,12 @@ class ClusterJudge(Judge):
             except Failed as exc:
                 self._works.problem = str(exc)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def stopped(self) -> None:
+        """There is no checkpoint to promote any more, where one was."""
+        if self._works.facts.data == 'replica':
+            await asyncio.to_thread(cluster.delete_score, self._resource,
+                                    self._works.config.here)
 
     async def has_died(self) -> None:
         """The peer's turn, if it is in step; a failure is slower."""

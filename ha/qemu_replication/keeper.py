@@ -20,10 +20,12 @@ from .facts import write_whole
 from .machine import Machine
 from .errors import Failed
 from .peer import Peer
-from .states import AT_REST, PRIMARY, SOLE, STATES
+from .states import AT_REST, PRIMARY, PROMOTABLE, SOLE, STATES
 from .work import LOOK_SECONDS, Works
 
 log = logging.getLogger('keeper')
+# The guest has ended it, and would do so on the peer as well
+GUEST_REASONS = ('guest-shutdown', 'guest-panic')
 
 
 def notify(text: str) -> None:
@@ -106,6 +108,8 @@ class Keeper(Works):
         log.info('%s -> %s: %s', self.state, new, why)
         self.state, self.since, self.why = new, time.time(), why
         self.problem = self.progress = ''
+        if new in ('yielded', 'arming'):
+            self.gave_up.clear()
         self._entered += 1
         if state.data and self.facts.data != state.data:
             self.facts.data = state.data
@@ -186,7 +190,7 @@ class Keeper(Works):
 
     def _on_event(self, event: Json) -> None:
         name, data = event['event'], event.get('data', {})
-        if name == 'SHUTDOWN' and data.get('reason') == 'guest-shutdown':
+        if name == 'SHUTDOWN' and data.get('reason') in GUEST_REASONS:
             self._off = STATES[self.state].role == PRIMARY
         elif name == 'COLO_EXIT':
             self._colo_ended = True
@@ -277,6 +281,11 @@ class Keeper(Works):
             return self.status()
         if what == 'yield':
             return await self._answer_yield(int(body['generation']))
+        if what == 'well':
+            # now, not when it was last looked at
+            await self._monitor.cmd('query-status')
+            return {'ok': self.state in PROMOTABLE,
+                    'because': f'it {STATES[self.state].says}'}
         if what == 'in-step' and self.state == 'standby':
             self.facts.generation = int(body['generation'])
             self.facts.overwrite = False
@@ -297,7 +306,8 @@ class Keeper(Works):
                 # the peer has no newer data
                 pass
             elif self.state in ('yielded', 'arming'):
-                yields = True
+                # the QEMU that is there may be the next one already
+                dead, yields = self.gave_up, True
             else:
                 yields = await self.post(
                     'yield', f'{self.config.peer} has the VM').taken

@@ -33,7 +33,8 @@ STATES = {
         'nothing runs here', work='end', on={
             'boot': 'booting', 'arm': 'arming', 'yield': 'yielded'}),
     'yielded': State(
-        'nothing runs here, and the peer has the VM', data=REPLICA, on={
+        'nothing runs here, and the peer has the VM', work='end',
+        data=REPLICA, on={
             'boot': 'booting', 'arm': 'arming'}),
     'down': State(
         'QEMU has died while it ran the VM', work='tell_death',
@@ -112,20 +113,21 @@ STATES = {
         'stands by, and waits for the primary', STANDBY, on={
             'in-step': 'secondary', 'yield': 'arming', 'died': 'arming',
             'silent': 'arming', 'stop': 'stopped'}),
+    # Whether it hangs, or waits for a primary that has died without a word,
+    # only the primary's keeper can tell
     'secondary': State(
         'stands by, and is in step', STANDBY, on={
             'lost': 'orphan', 'take': 'taking', 'promote': 'promoting',
-            'yield': 'arming', 'died': 'arming', 'silent': 'arming',
-            'stop': 'stopped'}),
+            'yield': 'arming', 'died': 'arming', 'stop': 'stopped'}),
     'orphan': State(
         'has lost the primary, and waits for a failover', STANDBY, on={
             'take': 'taking', 'promote': 'promoting', 'yield': 'arming',
-            'died': 'arming', 'silent': 'arming', 'stop': 'stopped'}),
+            'died': 'arming', 'stop': 'stopped'}),
     'taking': State(
         'asks the primary to give up the VM', STANDBY, 'take', 'failover',
         on={'done': 'promoting', 'promote': 'promoting',
             'failed': 'secondary', 'orphaned': 'orphan', 'died': 'arming',
-            'silent': 'arming', 'stop': 'stopped'}),
+            'stop': 'stopped'}),
     'promoting': State(
         'takes the VM', PRIMARY, 'promote', 'failover', on={
             'done': 'alone', 'failed': 'stuck', 'unfit': 'orphan',

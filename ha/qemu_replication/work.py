@@ -45,6 +45,8 @@ class Works:
         # from when on the peer may have been in step
         self._in_step_since = time.time()
         self._tries = 0
+        # the QEMU that had a claim to the VM has ended
+        self.gave_up = asyncio.Event()
         # which standby was tried last, by when it began to be one
         self._tried = 0.0
         # why the last one has failed
@@ -285,10 +287,10 @@ class Works:
         """
         while True:
             try:
-                told = await self.peer.ask('status')
-                if told['state'] in PROMOTABLE and told['guest'] != 'silent':
+                told = await self.peer.ask('well')
+                if told['ok']:
                     return 'hangs'
-                self.problem = f'{self.config.peer}: {told["says"]}'
+                self.problem = f'{self.config.peer}: {told["because"]}'
             except Unreachable as exc:
                 self.problem = str(exc)
             try:
@@ -299,14 +301,7 @@ class Works:
                 pass
 
     async def _do_detach(self) -> str:
-        # what hangs on the peer is cut off, beside QEMU's main loop
-        for instance in graph.yank(self.config):
-            try:
-                await self._monitor.cmd('yank', {'instances': [instance]},
-                                        oob=True)
-            except Failed:
-                # there is no such connection
-                pass
+        await self._yank(graph.yank(self.config))
         status = (await self._monitor.cmd('query-migrate')).get('status')
         if status == 'colo':
             await self._monitor.cmd('x-colo-lost-heartbeat')
@@ -322,6 +317,16 @@ class Works:
         await self._wait_until_running()
         await self._let_go()
         return 'hold' if self.hold else 'done'
+
+    async def _yank(self, instances: List[Json]) -> None:
+        """Cut off what hangs on the peer, beside QEMU's main loop."""
+        for instance in instances:
+            try:
+                await self._monitor.cmd('yank', {'instances': [instance]},
+                                        oob=True)
+            except Failed:
+                # there is no such connection
+                pass
 
     async def _wait_until_running(self) -> None:
         async def running() -> bool:
@@ -403,11 +408,14 @@ class Works:
 
     async def _do_end(self) -> None:
         await self.machine.end(QUIT_SECONDS)
+        self.gave_up.set()
+        await self.judge.stopped()
 
     # This host stands by
 
     async def _do_arm(self) -> None:
         await self.machine.end()
+        self.gave_up.set()
         await asyncio.sleep(self._pause_seconds())
         await self._drop_leftovers()
         await asyncio.to_thread(graph.make_images, self.config)
@@ -443,6 +451,8 @@ class Works:
         raise Failed(why, 'orphaned' if self._colo_ended else 'failed')
 
     async def _do_promote(self) -> None:
+        # within a checkpoint QEMU waits for the primary and nothing else
+        await self._yank([{'type': 'migration'}])
         nodes = await self._monitor.replication()
         if (await self._monitor.cmd('query-migrate'))['status'] == 'colo':
             for node in nodes:

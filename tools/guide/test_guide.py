@@ -14,46 +14,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 import command
+from page import Step, answers, steps
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = ROOT / 'tools/base/install.sh'
 GUIDE = ROOT / 'docs/protect-a-vm.txt'
-PROMPT = re.compile(r'    (east|west|both)\$ (.*)')
 SECONDS = 120.0
 SIZE = 10 << 30
 DATA = 4 << 20
-
-
-@dataclass
-class Step:
-    """A command, where, and what it is going to print."""
-    line: int
-    host: str
-    command: str
-    answer: List[str] = field(default_factory=list)
-
-
-def steps() -> Iterator[Step]:
-    """Take the commands out of the guide."""
-    step = None
-    for number, line in enumerate(GUIDE.read_text('utf-8').splitlines(), 1):
-        found = PROMPT.fullmatch(line)
-        if found:
-            if step:
-                yield step
-            step = Step(number, found[1], found[2])
-        elif step and line.startswith('    > '):
-            step.command += '\n' + line[6:]
-        elif step and line.startswith('    '):
-            step.answer.append(line[4:])
-        elif step:
-            yield step
-            step = None
 
 
 class Shell:
@@ -167,10 +139,7 @@ class Guide:
                 continue
             status, told = shell.run(self.set(step.command))
             if step.answer:
-                right = len(told) == len(step.answer) and all(
-                    re.fullmatch(re.escape(wanted).replace(r'\.\.\.', '.*'),
-                                 line)
-                    for wanted, line in zip(step.answer, told))
+                right = answers(step, told)
             else:
                 right = status == 0 and not any(
                     line.startswith('error: ') for line in told)
@@ -201,7 +170,7 @@ def main() -> None:
     with command.work_folder('guide-', Path(tempfile.gettempdir())) as folder:
         guide = Guide(options, folder)
         try:
-            for step in steps():
+            for step in steps(GUIDE):
                 guide.do(step)
             guide.compare()
         finally:

@@ -13,15 +13,19 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Tuple
 
 from guest import build_once, debian_release, run_tool
 
 HERE = Path(__file__).resolve().parent
+# What it says of the resource is what is tested
+PAGE = HERE.parents[1] / 'docs/operate-a-cluster.txt'
 PACKAGES = ('pacemaker', 'pacemaker-cli-utils', 'corosync',
             'resource-agents')
 FETCH_SECONDS = 300
 SECONDS = 30.0
+# Corosync has one of its own, and so has replication
+NETWORKS = CLUSTER, LINK = 'net-cluster', 'net-link'
 USERS = {'passwd': 'hacluster:x:981:981::/var/lib/pacemaker:/bin/false\n',
          'group': 'haclient:x:981:\n'}
 COROSYNC = '''totem {{
@@ -35,7 +39,7 @@ nodelist {{
 }}
 quorum {{
     provider: corosync_votequorum
-    two_node: 1
+    {two_node}
 }}
 system {{
     sched_rr: no
@@ -64,39 +68,27 @@ CIB = '''<cib admin_epoch="0" epoch="1" num_updates="0"
    <nvpair id="seed" name="master-vm" value="200"/>
   </instance_attributes></node>
   <node id="2" uname="west"/>
+{witness}
  </nodes>
  <resources>
   <primitive id="fence" class="stonith" type="fence_test">
    <instance_attributes id="fence-attributes">
-    <nvpair id="hosts" name="pcmk_host_list" value="east west"/>
+    <nvpair id="hosts" name="pcmk_host_list" value="{names}"/>
    </instance_attributes>
   </primitive>
-  <clone id="vms"><meta_attributes id="vms-meta">
-    <nvpair id="promotable" name="promotable" value="true"/>
-    <nvpair id="clone-max" name="clone-max" value="2"/>
-    <nvpair id="promoted-max" name="promoted-max" value="1"/>
-   </meta_attributes>
-   <primitive id="vm" class="ocf" provider="qemu-replication" type="vm">
-    <instance_attributes id="vm-attributes">
-     <nvpair id="config" name="config" value="{config}"/>
-    </instance_attributes>
-    <operations>
-     <op id="m1" name="monitor" interval="2s" role="Promoted" timeout="30s"/>
-     <op id="m2" name="monitor" interval="3s" role="Unpromoted"
-         timeout="30s"/>
-     <op id="start" name="start" interval="0" timeout="90s"/>
-     <op id="stop" name="stop" interval="0" timeout="90s"/>
-     <op id="promote" name="promote" interval="0" timeout="90s"/>
-     <op id="demote" name="demote" interval="0" timeout="90s"/>
-    </operations>
-   </primitive>
-  </clone>
+{clone}</clone>
  </resources>
- <constraints/>
+ <constraints>{constraint}</constraints>
 </configuration>
 <status/>
 </cib>
 '''
+# A third node, which is asked for its vote only
+WITNESS = '  <node id="3" uname="north"/>'
+CONSTRAINT = """
+  <rsc_location id="no-vm" rsc="vms" node="north" score="-INFINITY"
+                resource-discovery="never"/>
+ """
 # Asks the test to power a node off
 FENCE = '''#!/usr/bin/python3
 import os, socket, sys
@@ -117,9 +109,9 @@ elif action in ('off', 'reboot'):
         sock.sendall(f'{{action}} {{name}}\\n'.encode())
         sys.exit(0 if sock.recv(10) == b'ok' else 1)
 '''
-AGENT = '''#!/bin/sh
+PROGRAM = '''#!/bin/sh
 export PYTHONPATH={path}
-exec {agent} "$@"
+exec {program} "$@"
 '''
 
 
@@ -157,13 +149,10 @@ class Node:
         self._cluster = cluster
         self.number = number
         self._boots = self._cables = 0
+        # what is plugged in, by the network
+        self._plugged: Dict[str, str] = {}
         self.namespace = ''
         self._process: 'subprocess.Popen[bytes] | None' = None
-
-    @property
-    def _veth(self) -> str:
-        # each has its own name: the kernel lets go of one late
-        return f'v{self.number}-{self._cables}'
 
     def start(self) -> None:
         """Power it on."""
@@ -171,7 +160,8 @@ class Node:
         cluster = self._cluster
         self.namespace = f'{cluster.prefix}-{self.name}{self._boots}'
         ip('netns', 'add', self.namespace)
-        self.plug()
+        for network in NETWORKS:
+            self.plug(network)
         with open(cluster.folder / f'{self.name}.log', 'ab') as log:
             # pylint: disable=consider-using-with
             self._process = subprocess.Popen(
@@ -179,38 +169,45 @@ class Node:
                  '--pid', '--fork', '--uts', '--ipc', '--kill-child',
                  str(HERE / 'node-init.sh'), self.name,
                  str(cluster.packages), str(cluster.folder / 'extra'),
-                 str(cluster.folder / f'etc-{self.name}')],
+                 str(cluster.folder / f'etc-{self.name}'),
+                 str(cluster.folder / f'cib-{self.name}')],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True)
 
-    def plug(self) -> None:
-        """Put its cable in."""
+    def plug(self, network: str) -> None:
+        """Put a cable in."""
+        # each has its own name: the kernel lets go of one late
         self._cables += 1
+        veth = f'v{self.number}-{self._cables}'
         switch = self._cluster.switch
-        ip('-n', switch, 'link', 'add', self._veth, 'type', 'veth',
-           'peer', 'name', 'eth0', 'netns', self.namespace)
-        ip('-n', switch, 'link', 'set', self._veth, 'master', 'br0', 'up')
+        ip('-n', switch, 'link', 'add', veth, 'type', 'veth',
+           'peer', 'name', network, 'netns', self.namespace,
+           # as a host has it that comes back
+           'address', f'02:00:00:00:0{NETWORKS.index(network)}:'
+           f'0{self.number}')
+        ip('-n', switch, 'link', 'set', veth, 'master', f'br-{network}', 'up')
         ip('-n', self.namespace, 'addr', 'add',
-           f'{self._cluster.address(self)}/24', 'dev', 'eth0')
-        ip('-n', self.namespace, 'link', 'set', 'eth0', 'up')
+           f'{self._cluster.address(self, network)}/24', 'dev', network)
+        ip('-n', self.namespace, 'link', 'set', network, 'up')
+        self._plugged[network] = veth
 
-    def unplug(self) -> None:
-        """Cut its cable."""
-        ip('-n', self._cluster.switch, 'link', 'del', self._veth)
+    def unplug(self, network: str) -> None:
+        """Cut a cable."""
+        veth = self._plugged.pop(network, None)
+        if veth:
+            ip('-n', self._cluster.switch, 'link', 'del', veth)
 
     def power_off(self) -> None:
         """Whatever it does."""
-        try:
-            self.unplug()
-        except subprocess.CalledProcessError:
-            # it has none any more
-            pass
+        for network in NETWORKS:
+            self.unplug(network)
         if self._process:
             # its child, the node's first process, ends with it
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(timeout=SECONDS)
             self._process = None
             ip('netns', 'del', self.namespace)
+        self._cluster.log.append((time.time(), self.name, 'power off'))
 
     def run(self, *words: str) -> str:
         """Run a program of the cluster there."""
@@ -227,51 +224,67 @@ class Node:
 class Cluster:
     """Nodes, the switch between them, and what powers them off."""
 
-    def __init__(self, folder: Path, packages: Path, config: Path,
-                 agent: Path) -> None:
+    def __init__(self, folder: Path, packages: Path, ha: Path, *,
+                 witness: bool = False) -> None:
         self.folder = folder
         self.packages = packages
         self.prefix = f'ha{os.getpid()}'
         self.switch = f'{self.prefix}-switch'
         self.nodes: Dict[str, Node] = {
             name: Node(self, name, number)
-            for number, name in enumerate(('east', 'west'), 1)}
+            for number, name in enumerate(
+                ('east', 'west', 'north') if witness else ('east', 'west'),
+                1)}
         self.fenced: List[str] = []
-        self._lay(config, agent)
+        # when, where and what
+        self.log: List[Tuple[float, str, str]] = []
+        self.fenced_at = 0.0
+        self._lay(ha)
         ip('netns', 'add', self.switch)
-        ip('-n', self.switch, 'link', 'add', 'br0', 'type', 'bridge')
-        ip('-n', self.switch, 'link', 'set', 'br0', 'up')
+        for network in NETWORKS:
+            bridge = f'br-{network}'
+            ip('-n', self.switch, 'link', 'add', bridge, 'type', 'bridge')
+            ip('-n', self.switch, 'link', 'set', bridge, 'up')
         self._listen()
 
     @staticmethod
-    def address(node: Node) -> str:
+    def address(node: Node, network: str) -> str:
         """On the switch, which nobody else sees."""
-        return f'10.9.0.{node.number}'
+        return f'10.9.{NETWORKS.index(network)}.{node.number}'
 
-    def _lay(self, config: Path, agent: Path) -> None:
+    def _lay(self, ha: Path) -> None:
         """What the nodes have besides."""
         extra = self.folder / 'extra/usr'
+        path = os.environ.get('PYTHONPATH', '')
         files = {
             extra / 'sbin/fence_test': FENCE.format(
                 path=self.folder / 'fence.sock'),
-            extra / 'lib/ocf/resource.d/qemu-replication/vm': AGENT.format(
-                path=os.environ.get('PYTHONPATH', ''), agent=agent)}
+            extra / 'lib/ocf/resource.d/qemu-replication/vm': PROGRAM.format(
+                path=path, program=ha / 'ocf-vm'),
+            extra / 'sbin/qemu-replication': PROGRAM.format(
+                path=path, program=ha / 'qemu-replication')}
         conf = COROSYNC.format(nodes='\n'.join(
-            NODE.format(address=self.address(node), name=name,
+            NODE.format(address=self.address(node, CLUSTER), name=name,
                         number=node.number)
-            for name, node in self.nodes.items()))
+            for name, node in self.nodes.items()),
+            two_node='two_node: 1' if len(self.nodes) == 2 else '')
+        clone = PAGE.read_text('utf-8')
+        clone = clone[clone.index('<clone'):clone.index('</clone>')]
+        cib = CIB.format(clone=clone, names=' '.join(self.nodes),
+                         witness=WITNESS if len(self.nodes) > 2 else '',
+                         constraint=CONSTRAINT if len(self.nodes) > 2 else '')
         for name in self.nodes:
             etc = self.folder / f'etc-{name}'
             files[etc / 'corosync/corosync.conf'] = conf
-            files[etc / 'cib.xml'] = CIB.format(config=config)
-            for file, line in USERS.items():
-                files[etc / file] = Path('/etc', file).read_text('utf-8') \
+            files[self.folder / f'cib-{name}/cib.xml'] = cib
+            for name, line in USERS.items():
+                files[etc / name] = Path('/etc', name).read_text('utf-8') \
                     + line
-        for path, text in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, 'utf-8')
-            if extra in path.parents:
-                path.chmod(0o755)
+        for file, text in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, 'utf-8')
+            if extra in file.parents:
+                file.chmod(0o755)
 
     def _listen(self) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -291,6 +304,7 @@ class Cluster:
                 node = self.nodes[name]
                 node.power_off()
                 self.fenced.append(name)
+                self.fenced_at = time.monotonic()
                 connection.sendall(b'ok')
                 if action == 'reboot':
                     node.start()

@@ -1,14 +1,15 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# node-init.sh NAME PACKAGES EXTRA ETC
+# node-init.sh NAME PACKAGES EXTRA ETC CIB
 #
 # The first process of a node of a cluster, in namespaces of its own: what was
 # unpacked in PACKAGES and EXTRA is laid over /usr, and ETC over /etc, for this
-# node alone; then the cluster's daemons start.  Nothing is installed.
+# node alone; CIB is what the cluster remembers.  Then its daemons start.  Nothing
+# is installed.
 
 set -eu
-name=$1 packages=$2 extra=$3 etc=$4
+name=$1 packages=$2 extra=$3 etc=$4 cib=$5
 
 hostname "$name"
 mount -t proc proc /proc
@@ -20,7 +21,7 @@ done
 mkdir -p /var/{tmp,log/{pacemaker,cluster},lib/{corosync,heartbeat/cores}} \
     /var/lib/pacemaker/{blackbox,cib,cores,pengine} /run/{lock,resource-agents}
 ln -s /run /var/run
-cp "$etc/cib.xml" /var/lib/pacemaker/cib/
+mount --bind "$cib" /var/lib/pacemaker/cib
 chown -R hacluster:haclient /var/lib/pacemaker /var/log/pacemaker
 chmod 750 /var/lib/pacemaker/*
 ip link set lo up

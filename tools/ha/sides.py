@@ -13,6 +13,7 @@ from guest import Guest
 from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
 
 PROGRAM = Path(__file__).resolve().parents[2] / 'ha/qemu-replication'
+QMP = PROGRAM.parents[1] / 'tools/guide/qmp.py'
 POLL = 0.05
 # Its start and its check of all that it has want much of the CPU
 GUEST_SECONDS = 500.0
@@ -91,7 +92,7 @@ class Side:
 
     def start(self) -> None:
         """Start the keeper, and wait until it answers."""
-        self._told.unlink(missing_ok=True)
+        self.forget()
         with open(self.folder / 'keeper.log', 'ab') as log:
             # pylint: disable=consider-using-with
             self._keeper = subprocess.Popen(
@@ -111,6 +112,10 @@ class Side:
         if not self._told.exists():
             return None
         return dict(json.loads(self._told.read_text('utf-8')))
+
+    def forget(self) -> None:
+        """It has ended, and what it has told is not so any more."""
+        self._told.unlink(missing_ok=True)
 
     @property
     def state(self) -> str:
@@ -137,6 +142,11 @@ class Side:
             raise SideError(f'{self.name}: {command} {" ".join(words)}: '
                             f'status {done.returncode}: {done.stdout}')
         return done.stdout
+
+    def qmp(self, command: str) -> None:
+        """Give QEMU a command."""
+        subprocess.run([QMP, self.folder / 'top.sock', command], check=True,
+                       stdout=subprocess.DEVNULL, timeout=STEP_SECONDS)
 
     @property
     def pid(self) -> int:

@@ -309,7 +309,11 @@ class JudgeTest(FakeCluster):
         return asyncio.run(judge.of_peer(1000.0))
 
     def test_word_of_peer(self) -> None:
-        """It is enough, and the score is gone before."""
+        """It is enough while it is in the cluster; the score goes before."""
+        self.program('corosync-quorumtool', quorum('east'))
+        self.assertIs(self.judge({'yields': True}), Verdict.UNKNOWN)
+        self.calls_file.unlink()
+        self.program('corosync-quorumtool', quorum('east', 'west'))
         self.assertIs(self.judge({'yields': True}), Verdict.OUT)
         self.assertEqual(self.calls('crm_attribute'), [
             'crm_attribute --promotion=vm -N west -l forever -D'])

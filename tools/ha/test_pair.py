@@ -19,7 +19,8 @@ from typing import Dict, List, Tuple
 
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import NAMES, Side, configuration, toml, with_guest
+from sides import (GUEST_SECONDS, NAMES, Side, configuration, toml,
+                   with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
 # On each disk behind what the guest writes
@@ -272,6 +273,17 @@ class PairTest(unittest.TestCase):
         self.assertEqual(self.primary.console.lines('FAIL', 'WRONG'), [])
         self.primary.order('protect')
         self.protected(self.primary, self.standby)
+
+    def test_reboot(self) -> None:
+        """The guest's own: both QEMUs go on."""
+        before = self.same()
+        beats = self.primary.console.beats()
+        self.primary.qmp('system_reset')
+        self.primary.wait(
+            lambda: self.primary.console.beats()[-1].number
+            < beats[-1].number, 'the reboot', GUEST_SECONDS)
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.same(), before)
 
     def test_refusals(self) -> None:
         """What would do harm is not done."""
