@@ -167,7 +167,7 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
 void holder_kick_copiers(BlockDriverState *bs);
 void holder_copy_timer(void *opaque);
 
-/* Copy what the guest wrote faster than the link took it; the VM stands still */
+/* Copy what the guest wrote faster than the link took.  The VM has stopped. */
 void holder_catch_up(BlockDriverState *bs);
 
 /* replication-holder-attach.c: the replica comes and goes; who writes above */

@@ -76,7 +76,7 @@ struct ReplicationStandby {
     bool saves; /* atomic */
     /* Something was overwritten that was not saved */
     bool overwritten; /* atomic */
-    /* Started on what may be a mixture, unless the primary starts, too.  BQL. */
+    /* Started on what may be a mixture, unless the primary starts.  BQL. */
     bool mixed;
     /* The guest goes on alone, which the metadata does not say */
     bool unrecorded; /* atomic */
