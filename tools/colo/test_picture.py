@@ -5,7 +5,7 @@
 import unittest
 import xml.etree.ElementTree as ET
 from dataclasses import replace
-from typing import List
+from typing import Any, List
 
 from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Death, Look,
                      Protection, Timeline, Work, copied_words, draw)
@@ -110,7 +110,7 @@ class PictureTest(unittest.TestCase):
                              points)
 
     @staticmethod
-    def dies(death: Death, **changes: float) -> Timeline:
+    def dies(death: Death, **changes: Any) -> Timeline:
         """One of the deaths is another one."""
         other = replace(death, **changes)
         return replace(GOOD, deaths=[other if each is death else each
