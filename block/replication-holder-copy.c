@@ -288,17 +288,32 @@ static void coroutine_fn holder_catch_up_entry(void *opaque)
     aio_wait_kick();
 }
 
-void holder_catch_up(BlockDriverState *bs)
+/* The node is drained */
+static void holder_catch_up(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
     HolderCatchUp c = { .bs = bs };
 
-    bdrv_drained_begin(bs);
-    if (holder_forwards(bs) && s->caught_up &&
-        replication_changes_lacking_bytes(s->changes)) {
-        aio_co_enter(bdrv_get_aio_context(bs),
-                     qemu_coroutine_create(holder_catch_up_entry, &c));
-        BDRV_POLL_WHILE(bs, !qatomic_read(&c.done));
+    if (!holder_forwards(bs) || !s->caught_up ||
+        !replication_changes_lacking_bytes(s->changes)) {
+        return;
     }
-    bdrv_drained_end(bs);
+    aio_co_enter(bdrv_get_aio_context(bs),
+                 qemu_coroutine_create(holder_catch_up_entry, &c));
+    BDRV_POLL_WHILE(bs, !qatomic_read(&c.done));
+}
+
+void holder_vm_changed(void *opaque, bool running, RunState state)
+{
+    BlockDriverState *bs = opaque;
+
+    if (state != RUN_STATE_FINISH_MIGRATE) {
+        return;
+    }
+    /* And what is below, lest that be held back there */
+    bdrv_drain_all_begin();
+    if (!(bs->open_flags & BDRV_O_INACTIVE)) {
+        holder_catch_up(bs);
+    }
+    bdrv_drain_all_end();
 }

@@ -185,17 +185,6 @@ static void holder_failover(BlockDriverState *bs, Error **errp)
     }
 }
 
-/*
- * Before COLO begins, with the end of a migration, the secondary is started
- * first: what came there later would not be of its first checkpoint.
- */
-static void holder_vm_state_changed(void *opaque, bool running, RunState state)
-{
-    if (state == RUN_STATE_FINISH_MIGRATE) {
-        holder_catch_up(opaque);
-    }
-}
-
 static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
                        uint64_t timeout_ms, uint64_t log_size)
 {
@@ -207,7 +196,6 @@ static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
     s->timeout_ms = timeout_ms;
     s->log_size = log_size;
     s->above = replication_above_new();
-    s->vm_state = qemu_add_vm_change_state_handler(holder_vm_state_changed, bs);
     qemu_co_mutex_init(&s->ranges_lock);
     QLIST_INIT(&s->ranges);
     stat64_init(&s->copied_bytes, 0);
@@ -215,6 +203,7 @@ static void holder_new(BlockDriverState *bs, const WriteBehindOptions *queue,
     ratelimit_init(&s->copy_limit);
     s->copy_timer = aio_timer_new(qemu_get_aio_context(), QEMU_CLOCK_REALTIME,
                                   SCALE_NS, holder_copy_timer, bs);
+    s->vm_change = qemu_add_vm_change_state_handler(holder_vm_changed, bs);
     replication_replica_set_speed(bs, 0);
 }
 
@@ -344,7 +333,7 @@ static void holder_cleanup(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
 
-    qemu_del_vm_change_state_handler(s->vm_state);
+    qemu_del_vm_change_state_handler(s->vm_change);
     replication_unfreeze_below(s->frozen);
     replication_watch_free(s->watch);
     if (s->queue) {

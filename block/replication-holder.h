@@ -59,7 +59,7 @@ struct ReplicationHolder {
     ReplicationAbove *above;
 
     /* Told when the VM stops */
-    VMChangeStateEntry *vm_state;
+    VMChangeStateEntry *vm_change;
 
     /*
      * Why the replica gets nothing more: a negative errno, or 0.  Accessed with
@@ -167,8 +167,12 @@ holder_co_read_failed(BlockDriverState *bs, int64_t offset, int64_t bytes,
 void holder_kick_copiers(BlockDriverState *bs);
 void holder_copy_timer(void *opaque);
 
-/* Copy what the guest wrote faster than the link took.  The VM has stopped. */
-void holder_catch_up(BlockDriverState *bs);
+/*
+ * For a migration, the VM has stopped: copy what the guest wrote faster than
+ * the link took it.  A secondary starts before its primary, and what comes
+ * between the two is not in the checkpoint that it begins with.
+ */
+void holder_vm_changed(void *opaque, bool running, RunState state);
 
 /* replication-holder-attach.c: the replica comes and goes; who writes above */
 

@@ -607,6 +607,49 @@ static void replication_cleanup(BlockDriverState *bs)
     qemu_mutex_destroy(&s->error_lock);
 }
 
+static bool GRAPH_RDLOCK replication_same_image(BlockDriverState *a,
+                                                BlockDriverState *b)
+{
+    bdrv_refresh_filename(a);
+    bdrv_refresh_filename(b);
+
+    return a == b || (*a->filename && !strcmp(a->filename, b->filename));
+}
+
+/*
+ * One log for two disks would lose bits of both.  Permissions do not tell: who
+ * exports the metadata to the peer writes to it as well.
+ */
+static bool GRAPH_RDLOCK
+replication_check_metadata(BlockDriverState *bs, BlockDriverState *metadata,
+                           Error **errp)
+{
+    BlockDriverState *other = NULL;
+
+    if (replication_same_image(bs->file->bs, metadata)) {
+        error_setg(errp, "Metadata '%s' of replication node '%s' is its disk",
+                   bdrv_get_node_name(metadata), bdrv_get_node_name(bs));
+        error_append_hint(errp, "Have a file of its own for it.\n");
+        return false;
+    }
+    while ((other = bdrv_next_all_states(other))) {
+        BDRVReplicationState *o = other->opaque;
+
+        if (other == bs || other->drv != bs->drv || !o->meta ||
+            !replication_same_image(replication_meta_child(o->meta)->bs,
+                                    metadata)) {
+            continue;
+        }
+        error_setg(errp, "Metadata '%s' of replication node '%s' is that of "
+                   "replication node '%s'", bdrv_get_node_name(metadata),
+                   bdrv_get_node_name(bs), bdrv_get_node_name(other));
+        error_append_hint(errp, "Each disk needs metadata of its own.\n");
+        return false;
+    }
+
+    return true;
+}
+
 static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
                                       Error **errp)
 {
@@ -618,11 +661,18 @@ static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
     }
     child = bdrv_open_child(NULL, options, REPLICATION_OPT_METADATA, bs,
                             &child_of_bds, BDRV_CHILD_METADATA, false, errp);
-    if (child) {
-        s->meta = replication_meta_new(bs, child);
+    if (!child) {
+        return false;
     }
 
-    return child;
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    if (!replication_check_metadata(bs, child->bs, errp)) {
+        return false;
+    }
+    s->meta = replication_meta_new(bs, child);
+
+    return true;
 }
 
 static int replication_open(BlockDriverState *bs, QDict *options, int flags,
