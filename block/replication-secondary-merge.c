@@ -43,13 +43,29 @@ static int GRAPH_RDLOCK secondary_flush_all(BlockDriverState *bs)
     return secondary_flush(bs, s->hidden->bs, s->disk->bs);
 }
 
+/* The same, such that a crash does not take the overlays from the guest */
+static int coroutine_mixed_fn GRAPH_RDLOCK
+secondary_do_settle(BlockDriverState *bs, Error **errp)
+{
+    int ret = secondary_flush_all(bs);
+
+    if (ret < 0) {
+        error_setg_errno(errp, -ret, "Replication node '%s': flushing the disk "
+                         "after the failover failed", bdrv_get_node_name(bs));
+        return ret;
+    }
+
+    return standby_keep_overlays(bs, errp);
+}
+
 /*
  * After a failover, the guest relies on what was flushed before.  All of it has
  * to be on the disk before something that is written later may be.  Returns an
  * error until it is.
  */
-int coroutine_fn secondary_settle(BlockDriverState *bs)
+int coroutine_fn secondary_settle(BlockDriverState *bs, Error **errp)
 {
+    ERRP_GUARD();
     ReplicationSecondary *s = secondary_state(bs);
     int ret;
 
@@ -63,15 +79,13 @@ int coroutine_fn secondary_settle(BlockDriverState *bs)
         return 0;
     }
 
-    ret = secondary_flush_all(bs);
+    ret = secondary_do_settle(bs, errp);
     if (ret == 0) {
         qatomic_store_release(&s->unsettled, false);
     } else if (!qatomic_cmpxchg(&s->settle_error, 0, ret)) {
-        error_report("Replication node '%s': flushing the disk after the "
-                     "failover failed: %s", bdrv_get_node_name(bs),
-                     strerror(-ret));
+        error_report("%s", error_get_pretty(*errp));
         replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER,
-                                 strerror(-ret));
+                                 error_get_pretty(*errp));
     }
 
     return ret;
@@ -131,7 +145,7 @@ int coroutine_fn secondary_merge_co_write(BlockDriverState *bs,
      * tried once, only who asks for a flush is told that it fails.
      */
     if (fua || !qatomic_read(&s->settle_error)) {
-        ret = secondary_settle(bs);
+        ret = secondary_settle(bs, NULL);
         if (ret < 0 && fua) {
             return ret;
         }
@@ -150,7 +164,7 @@ int coroutine_fn secondary_merge_co_flush(BlockDriverState *bs)
     ReplicationSecondary *s = secondary_state(bs);
     int ret;
 
-    ret = secondary_settle(bs);
+    ret = secondary_settle(bs, NULL);
     if (ret < 0) {
         return ret;
     }
@@ -243,7 +257,7 @@ void secondary_failover_failed(BlockDriverState *bs, Error *err)
 
     /* Otherwise the guest's next write or the end of the merge would do it */
     bdrv_graph_rdlock_main_loop();
-    if (qatomic_read(&s->unsettled) && secondary_flush_all(bs) == 0) {
+    if (qatomic_read(&s->unsettled) && secondary_do_settle(bs, NULL) == 0) {
         qatomic_set(&s->unsettled, false);
     }
     bdrv_graph_rdunlock_main_loop();

@@ -171,6 +171,10 @@ bool standby_saves_nothing(BlockDriverState *bs);
 /* The overlays are empty, or something is left there that is of no use */
 void standby_checkpointed(BlockDriverState *bs, bool done);
 
+/* From now on, a crash leaves the overlays to the guest */
+int coroutine_mixed_fn standby_keep_overlays(BlockDriverState *bs,
+                                             Error **errp);
+
 /* Begin the merge when the overlays are such that it may be interrupted */
 void standby_prepare_merge(BlockDriverState *bs);
 bool standby_prepares_merge(BlockDriverState *bs);
@@ -241,7 +245,8 @@ int GRAPH_RDLOCK secondary_flush(BlockDriverState *bs, BlockDriverState *hidden,
                                  BlockDriverState *disk);
 
 /* Put it there once, after a failover.  Returns an error until it is. */
-int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs);
+int coroutine_fn GRAPH_RDLOCK secondary_settle(BlockDriverState *bs,
+                                               Error **errp);
 
 void secondary_failover(BlockDriverState *bs, Error **errp);
 

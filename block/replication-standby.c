@@ -23,6 +23,7 @@
 #include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "system/runstate.h"
+#include "block/thread-pool.h"
 #include "copy-before-write.h"
 #include "replication-ledger.h"
 #include "replication-secondary.h"
@@ -85,9 +86,9 @@ struct ReplicationStandby {
     /* Does what others ask for who cannot: requests, changes of the graph */
     QEMUBH *bh;
 
-    /* A merge begins when everything is flushed; with this result.  BQL. */
+    /* A merge begins when everything is flushed, or fails with this.  BQL. */
     bool prepares_merge;
-    int flushed;
+    Error *settle_error;
     QEMUBH *merge_bh;
 
     /* The node is being closed, and becomes nothing any more */
@@ -523,14 +524,14 @@ static void GRAPH_RDLOCK standby_parents_changed(BlockDriverState *bs)
     secondary_parents_changed(bs);
 }
 
-static bool standby_sync_dir(BlockDriverState *bs, Error **errp)
+static int standby_sync_dir(BlockDriverState *bs, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
     int fd = qemu_open(st->dir, O_RDONLY, errp);
     int ret;
 
     if (fd < 0) {
-        return false;
+        return -errno;
     }
     ret = fsync(fd) < 0 ? -errno : 0;
     qemu_close(fd);
@@ -539,35 +540,61 @@ static bool standby_sync_dir(BlockDriverState *bs, Error **errp)
                          bdrv_get_node_name(bs), st->dir);
     }
 
-    return ret == 0;
+    return ret;
 }
 
-static bool standby_keep_overlay(BlockDriverState *bs, StandbyOverlay *overlay,
-                                 Error **errp)
+static int standby_keep_overlay(BlockDriverState *bs, StandbyOverlay *overlay,
+                                Error **errp)
 {
+    int ret;
+
     if (overlay->is_kept) {
-        return true;
+        return 0;
     }
     if (rename(overlay->scratch, overlay->kept) < 0) {
-        error_setg_errno(errp, errno, "Replication node '%s' cannot rename its "
+        ret = -errno;
+        error_setg_errno(errp, -ret, "Replication node '%s' cannot rename its "
                          "overlay '%s' to '%s'", bdrv_get_node_name(bs),
                          overlay->scratch, overlay->kept);
-        return false;
+        return ret;
     }
     overlay->is_scratch = false;
     overlay->is_kept = true;
 
-    return true;
+    return 0;
 }
 
-/* From now on, a crash leaves the overlays to the guest */
-static bool standby_keep_overlays(BlockDriverState *bs, Error **errp)
-{
-    ReplicationStandby *st = standby_state(bs);
+typedef struct StandbyKeep {
+    BlockDriverState *bs;
+    Error **errp;
+} StandbyKeep;
 
-    return standby_keep_overlay(bs, &st->hidden, errp) &&
-           standby_keep_overlay(bs, &st->active, errp) &&
-           standby_sync_dir(bs, errp);
+/* In a thread that may block */
+static int standby_do_keep(void *opaque)
+{
+    StandbyKeep *keep = opaque;
+    ReplicationStandby *st = standby_state(keep->bs);
+    int ret;
+
+    ret = standby_keep_overlay(keep->bs, &st->hidden, keep->errp);
+    if (ret == 0) {
+        ret = standby_keep_overlay(keep->bs, &st->active, keep->errp);
+    }
+
+    return ret < 0 ? ret : standby_sync_dir(keep->bs, keep->errp);
+}
+
+int coroutine_mixed_fn standby_keep_overlays(BlockDriverState *bs, Error **errp)
+{
+    StandbyKeep keep = { .bs = bs, .errp = errp };
+
+    if (!standby_state(bs)) {
+        return 0;
+    }
+
+    return qemu_in_coroutine() ?
+           thread_pool_submit_co(standby_do_keep, &keep) :
+           standby_do_keep(&keep);
 }
 
 static void coroutine_fn standby_flush_entry(void *opaque)
@@ -576,7 +603,7 @@ static void coroutine_fn standby_flush_entry(void *opaque)
     ReplicationStandby *st = standby_state(bs);
 
     bdrv_graph_co_rdlock();
-    st->flushed = secondary_settle(bs);
+    secondary_settle(bs, &st->settle_error);
     bdrv_graph_co_rdunlock();
     qemu_bh_schedule(st->merge_bh);
     bdrv_dec_in_flight(bs);
@@ -606,16 +633,13 @@ static void standby_merge_bh(void *opaque)
     BlockDriverState *bs = opaque;
     ReplicationStandby *st = standby_state(bs);
     AioContext *ctx = bdrv_get_aio_context(bs);
-    Error *err = NULL;
+    Error *err;
 
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
     st->prepares_merge = false;
-    if (st->flushed < 0) {
-        error_setg_errno(&err, -st->flushed, "Replication node '%s' could not "
-                         "flush its overlays and its disk",
-                         bdrv_get_node_name(bs));
-    } else if (standby_keep_overlays(bs, &err)) {
+    err = g_steal_pointer(&st->settle_error);
+    if (!err) {
         secondary_start_commit(bs, &err);
     }
     if (err) {
@@ -664,6 +688,7 @@ static void standby_free(BlockDriverState *bs)
     replication_meta_free(st->meta);
     replication_ledger_free(st->ledger);
     replication_changes_free(st->changes);
+    error_free(st->settle_error);
     g_free(st->overlay_dir);
     g_free(st->dir);
     g_free(st->bypassed);
@@ -1095,7 +1120,7 @@ static void standby_cleanup(BlockDriverState *bs)
 
     st->closing = true;
     if (standby_is_worth_keeping(bs) &&
-        !standby_keep_overlays(bs, &local_err)) {
+        standby_keep_overlays(bs, &local_err) < 0) {
         warn_report_err(local_err);
     }
     if (s->guard) {
