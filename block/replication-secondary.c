@@ -28,13 +28,14 @@
  */
 #define MERGE_AT_QUIT_MS 5000
 
-/* A failover has begun, and its merge has not succeeded */
+/* A merge has begun, and has not succeeded */
 static bool secondary_is_merging(BlockDriverState *bs)
 {
     ReplicationNodeStage stage = replication_stage(bs);
 
     return stage == REPLICATION_STAGE_FAILOVER ||
-           stage == REPLICATION_STAGE_FAILOVER_FAILED;
+           (stage == REPLICATION_STAGE_FAILOVER_FAILED &&
+            !standby_is_unrecorded(bs));
 }
 
 int coroutine_fn secondary_co_write(BlockDriverState *bs, const WriteRequest *w)

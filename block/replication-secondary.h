@@ -175,6 +175,12 @@ void standby_checkpointed(BlockDriverState *bs, bool done);
 int coroutine_mixed_fn standby_keep_overlays(BlockDriverState *bs,
                                              Error **errp);
 
+/*
+ * Whether the guest goes on alone, which the metadata does not say yet: writes
+ * go to the active overlay, as before the failover
+ */
+bool standby_is_unrecorded(BlockDriverState *bs);
+
 /* Begin the merge when the overlays are such that it may be interrupted */
 void standby_prepare_merge(BlockDriverState *bs);
 bool standby_prepares_merge(BlockDriverState *bs);

@@ -100,6 +100,13 @@ static ReplicationStandby *standby_state(BlockDriverState *bs)
     return secondary_state(bs)->standby;
 }
 
+bool standby_is_unrecorded(BlockDriverState *bs)
+{
+    ReplicationStandby *st = standby_state(bs);
+
+    return st && qatomic_read(&st->unrecorded);
+}
+
 /* Whether a failover would give a whole disk */
 static bool standby_can_roll_back(BlockDriverState *bs)
 {
@@ -869,7 +876,6 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
         return false;
     }
     qatomic_set(&st->announced, false);
-    qatomic_set(&st->unrecorded, false);
 
     return true;
 }
@@ -952,26 +958,44 @@ static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
 
 static void standby_go_alone(BlockDriverState *bs, Error **errp)
 {
-    standby_state(bs)->mixed = false;
+    ReplicationStandby *st = standby_state(bs);
+
+    qatomic_set(&st->unrecorded, false);
+    st->mixed = false;
     standby_release(bs);
     secondary_failover(bs, errp);
+}
+
+/*
+ * Nothing has changed, and it can be tried again.  Until then, nobody may throw
+ * away what the guest writes, or come in its way.
+ */
+static void standby_wait_for_record(BlockDriverState *bs, const Error *err)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    qatomic_set(&s->standby->unrecorded, true);
+    s->standby->mixed = false;
+    standby_release(bs);
+    replication_guard_fence(s->guard);
+    replication_report_error(bs, REPLICATION_ERROR_REASON_METADATA,
+                             error_get_pretty(err));
+    replication_set_error(bs, error_copy(err));
+    replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
 }
 
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
-    bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
+    bool waits = standby_is_unrecorded(bs);
+    bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING || waits;
     int ret = standby_may_roll_back(bs, errp) ?
               standby_take_disk(bs, runs, errp) : 0;
 
-    qatomic_set(&standby_state(bs)->unrecorded, runs && ret < 0);
     if (ret > 0) {
         standby_go_alone(bs, errp);
-    } else if (runs && ret < 0) {
-        /* Nothing has changed, and it can be tried again */
-        replication_report_error(bs, REPLICATION_ERROR_REASON_METADATA,
-                                 error_get_pretty(*errp));
-        replication_set_error(bs, error_copy(*errp));
+    } else if (waits || (runs && ret < 0)) {
+        standby_wait_for_record(bs, *errp);
     } else if (runs || !standby_can_roll_back(bs)) {
         replication_lose_checkpoint(bs, error_copy(*errp));
     }
@@ -1052,8 +1076,7 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
     if (replication_stage(bs) == REPLICATION_STAGE_STOPPED) {
         return -EIO;
     }
-    if (w->flags & BDRV_REQ_FUA &&
-        qatomic_read(&standby_state(bs)->unrecorded)) {
+    if (w->flags & BDRV_REQ_FUA && standby_is_unrecorded(bs)) {
         return -EIO;
     }
     if (replication_allows(bs, REPLICATION_OP_WRITE)) {
@@ -1069,8 +1092,7 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
 /* What is flushed must be there after a crash */
 static int coroutine_fn GRAPH_RDLOCK standby_co_flush(BlockDriverState *bs)
 {
-    return qatomic_read(&standby_state(bs)->unrecorded) ?
-           -EIO : secondary_co_flush(bs);
+    return standby_is_unrecorded(bs) ? -EIO : secondary_co_flush(bs);
 }
 
 static bool standby_may_resize(BlockDriverState *bs, int64_t length,
