@@ -221,13 +221,23 @@ void standby_give_up_saving(BlockDriverState *bs, int ret)
     }
 }
 
+/* Then a reference that is dropped would delete it once more */
+static bool standby_is_being_deleted(BlockDriverState *bs)
+{
+    return !bs->refcnt;
+}
+
 static void standby_bh(void *opaque)
 {
     BlockDriverState *bs = opaque;
     ReplicationSecondary *s = secondary_state(bs);
-    BlockDriverState *hidden = s->hidden->bs;
+    BlockDriverState *hidden;
     ReplicationNodeStage stage;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
+    hidden = s->hidden->bs;
     bdrv_ref(bs);
     bdrv_ref(hidden);
     /* And all above, which are the primary and this node */
@@ -642,6 +652,9 @@ static void standby_merge_bh(void *opaque)
     AioContext *ctx = bdrv_get_aio_context(bs);
     Error *err;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
     st->prepares_merge = false;
