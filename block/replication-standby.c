@@ -672,9 +672,14 @@ static void standby_merge_bh(void *opaque)
     bdrv_unref(bs);
 }
 
+static const char *standby_overlay_path(const StandbyOverlay *overlay)
+{
+    return overlay->is_kept ? overlay->kept : overlay->scratch;
+}
+
 static void standby_remove_overlay(StandbyOverlay *overlay)
 {
-    const char *path = overlay->is_kept ? overlay->kept : overlay->scratch;
+    const char *path = standby_overlay_path(overlay);
 
     if ((overlay->is_kept || overlay->is_scratch) && unlink(path) < 0) {
         warn_report("Could not remove '%s', which is of no more use: %s", path,
@@ -1151,11 +1156,13 @@ static void standby_cleanup(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationStandby *st = s->standby;
+    bool keep = standby_is_worth_keeping(bs);
     Error *local_err = NULL;
 
     st->closing = true;
-    if (standby_is_worth_keeping(bs) &&
-        standby_keep_overlays(bs, &local_err) < 0) {
+    if (keep && standby_keep_overlays(bs, &local_err) < 0) {
+        error_append_hint(&local_err, "Rename it before the disk is opened "
+                          "again, which would overwrite it.\n");
         warn_report_err(local_err);
     }
     if (s->guard) {
@@ -1165,10 +1172,11 @@ static void standby_cleanup(BlockDriverState *bs)
         bdrv_drained_end(s->guard);
     }
     secondary_release(bs);
-    if (st->active.is_kept) {
+    if (keep || st->active.is_kept) {
         warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
                     "part of its disk's data", bdrv_get_node_name(bs),
-                    st->active.kept, st->hidden.kept);
+                    standby_overlay_path(&st->active),
+                    standby_overlay_path(&st->hidden));
     } else {
         standby_remove_overlays(bs);
     }
