@@ -1053,6 +1053,8 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
 
 static void standby_detach(BlockDriverState *bs, Error **errp)
 {
+    ERRP_GUARD();
+
     if (!standby_may_detach(bs, errp)) {
         return;
     }
@@ -1063,6 +1065,10 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
         }
         if (standby_take_disk(bs, false, errp) > 0) {
             standby_go_alone(bs, errp);
+        } else if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+            error_append_hint(errp, "What the guest has written is thrown "
+                              "away. Stop replication with failover.\n");
+            standby_wait_for_record(bs, *errp);
         }
     }
     bdrv_drain_all_end();
