@@ -192,13 +192,23 @@ void standby_give_up_saving(BlockDriverState *bs, int ret)
     }
 }
 
+/* Then a reference that is dropped would delete it once more */
+static bool standby_is_being_deleted(BlockDriverState *bs)
+{
+    return !bs->refcnt;
+}
+
 static void standby_bh(void *opaque)
 {
     BlockDriverState *bs = opaque;
     ReplicationSecondary *s = secondary_state(bs);
-    BlockDriverState *hidden = s->hidden->bs;
+    BlockDriverState *hidden;
     ReplicationNodeStage stage;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
+    hidden = s->hidden->bs;
     bdrv_ref(bs);
     bdrv_ref(hidden);
     /* And all above, which are the primary and this node */
@@ -380,6 +390,9 @@ static void standby_merge_bh(void *opaque)
     AioContext *ctx = bdrv_get_aio_context(bs);
     Error *err;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
     st->prepares_merge = false;
@@ -749,6 +762,8 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
 
 static void standby_detach(BlockDriverState *bs, Error **errp)
 {
+    ERRP_GUARD();
+
     if (!standby_may_detach(bs, errp)) {
         return;
     }
@@ -759,6 +774,10 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
         }
         if (standby_take_disk(bs, false, errp) > 0) {
             standby_go_alone(bs, errp);
+        } else if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+            error_append_hint(errp, "What the guest has written is thrown "
+                              "away. Stop replication with failover.\n");
+            standby_wait_for_record(bs, *errp);
         }
     }
     bdrv_drain_all_end();
@@ -852,11 +871,13 @@ static void standby_cleanup(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationStandby *st = s->standby;
+    bool keep = standby_is_worth_keeping(bs);
     Error *local_err = NULL;
 
     st->closing = true;
-    if (standby_is_worth_keeping(bs) &&
-        replication_overlays_keep(st->overlays, &local_err) < 0) {
+    if (keep && replication_overlays_keep(st->overlays, &local_err) < 0) {
+        error_append_hint(&local_err, "Rename it before the disk is opened "
+                          "again, which would overwrite it.\n");
         warn_report_err(local_err);
     }
     if (s->guard) {
@@ -866,11 +887,8 @@ static void standby_cleanup(BlockDriverState *bs)
         bdrv_drained_end(s->guard);
     }
     secondary_release(bs);
-    if (replication_overlays_are_kept(st->overlays)) {
-        warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
-                    "part of its disk's data", bdrv_get_node_name(bs),
-                    replication_overlays_active(st->overlays),
-                    replication_overlays_hidden(st->overlays));
+    if (keep || replication_overlays_are_kept(st->overlays)) {
+        replication_overlays_leave(st->overlays);
     } else {
         replication_overlays_remove(st->overlays);
     }
