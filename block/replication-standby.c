@@ -1188,7 +1188,8 @@ static void standby_cleanup(BlockDriverState *bs)
         bdrv_drained_end(s->guard);
     }
     secondary_release(bs);
-    if (keep || st->active.is_kept) {
+    /* Unless a merge has come to its end meanwhile */
+    if (st->active.is_kept || (keep && st->active.is_scratch)) {
         warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
                     "part of its disk's data", bdrv_get_node_name(bs),
                     standby_overlay_path(&st->active),
