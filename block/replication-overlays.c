@@ -329,6 +329,10 @@ static const char *overlay_path(const Overlay *overlay)
 
 void replication_overlays_leave(const ReplicationOverlays *o)
 {
+    /* A merge may have come to its end while the node was being closed */
+    if (!o->active.is_kept && !o->active.is_scratch) {
+        return;
+    }
     warn_report("Replication node '%s' leaves '%s' and '%s', which have a part "
                 "of its disk's data", overlays_node(o),
                 overlay_path(&o->active), overlay_path(&o->hidden));

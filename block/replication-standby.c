@@ -549,6 +549,15 @@ fail:
     return false;
 }
 
+/* Whether the overlays may be the only ones that have the last checkpoint */
+static bool standby_may_have_started(BlockDriverState *bs)
+{
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
+    return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+           (!ledger || replication_ledger_has_started(ledger, NULL) != 0);
+}
+
 /* What start has taken; the rest stays until the node is closed or promoted */
 static void standby_release(BlockDriverState *bs)
 {
@@ -556,7 +565,8 @@ static void standby_release(BlockDriverState *bs)
     ReplicationSecondary *s = secondary_state(bs);
 
     /* A start that is undone: its checkpoint, if it came to that, was none */
-    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE) {
+    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE &&
+        !(standby_is_being_deleted(bs) && standby_may_have_started(bs))) {
         standby_checkpointed(bs, false);
     }
 
