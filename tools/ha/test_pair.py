@@ -177,6 +177,19 @@ class PairTest(unittest.TestCase):
         self.protected(self.standby, self.primary)
         self.assertNotEqual(self.primary.pid, hung)
 
+    def test_stop_hung(self) -> None:
+        """Who has heard that it is stopped may rely on that."""
+        hung = self.primary.signal(signal.SIGSTOP)
+        self.primary.kill_keeper()
+        self.primary.start()
+        self.assertEqual(self.primary.state, 'finding')
+        self.primary.order('stop', '--force')
+        line = Path(f'/proc/{hung}/cmdline')
+        self.assertFalse(line.exists() and line.read_bytes())
+        self.standby.order('failover')
+        self.primary.order('standby')
+        self.protected(self.standby, self.primary)
+
     def test_switch(self) -> None:
         """From either side."""
         self.primary.order('switch')
