@@ -341,6 +341,7 @@ class JudgeTest(FakeCluster):
                              quorum(*members, quorate=quorate))
                 self.program('stonith_admin', fenced(when) if when else '')
                 self.assertIs(self.judge(), wanted)
+        self.assertIn('--verbose', self.calls('stonith_admin')[-1])
         self.program('stonith_admin', fenced(1500, 'failed'))
         self.program('corosync-quorumtool', quorum('east'))
         self.assertIs(self.judge(), Verdict.UNKNOWN)
