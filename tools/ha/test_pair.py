@@ -287,6 +287,23 @@ class PairTest(unittest.TestCase):
         self.primary.order('protect')
         self.protected(self.primary, self.standby)
 
+    def test_panic(self) -> None:
+        """Of the VM it is the end, and of what stands by it is not."""
+        before = self.primary.pid
+        dead = self.standby.pid
+        self.standby.qmp('inject-nmi')
+        self.standby.wait(lambda: self.standby.state == 'secondary'
+                          and self.standby.pid != dead, 'another QEMU')
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.primary.pid, before)
+        self.primary.qmp('inject-nmi')
+        self.unprotected(self.primary, 'off')
+        self.unprotected(self.standby, 'standby')
+        self.primary.wait(lambda: self.primary.data == 'sole',
+                          'the peer to give up')
+        self.primary.order('protect')
+        self.protected(self.primary, self.standby)
+
     def test_reboot(self) -> None:
         """The guest's own: both QEMUs go on."""
         before = self.same()
