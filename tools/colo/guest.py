@@ -20,7 +20,8 @@ from typing import Callable, List
 HERE = Path(__file__).resolve().parent
 FETCH_DEBS = HERE.parent / 'base' / 'fetch-debs.sh'
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
-MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4')
+MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4',
+           'pvpanic-pci')
 PROGRAMS = ('/usr/bin/sqlite3', '/sbin/mke2fs')
 USER_PACKAGES = ('busybox-static', 'sqlite3', 'e2fsprogs', 'libc6',
                  'libsqlite3-0')
