@@ -321,8 +321,9 @@ bool replication_records_check_usable(const ReplicationRecords *r,
         error_setg(errp, "Half of the data of replication node '%s' is in the "
                    "overlays '%s' and '%s', which were being merged", name,
                    r->own.active, r->own.hidden);
-        error_append_hint(errp, "Commit the overlays to the disk, or use the "
-                          "other side's disk.\n");
+        error_append_hint(errp, "Commit the overlays to the disk, and fill the "
+                          "metadata with zeroes. If they are not there, use "
+                          "the other side's disk.\n");
         return false;
     }
     if (!replication_records_has_peer(r)) {

@@ -7,50 +7,23 @@
  * failover meanwhile rolls back to what the disk had.  When the merge of a
  * failover has ended, the node is a primary without a replica.
  *
- * As long as the overlays mean nothing without this process, their names end in
- * ".scratch", and whoever finds them may overwrite them.  Before a merge begins
- * they get their other names: what is found there may be the rest of a disk.
- *
  * SPDX-License-Identifier: GPL-2.0-or-later
  */
 
 #include "qemu/osdep.h"
 #include "qapi/error.h"
-#include "qemu/cutils.h"
 #include "qemu/error-report.h"
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
-#include "qemu/units.h"
 #include "qobject/qdict.h"
 #include "system/runstate.h"
-#include "block/thread-pool.h"
 #include "copy-before-write.h"
 #include "replication-ledger.h"
+#include "replication-overlays.h"
 #include "replication-secondary.h"
-
-/*
- * The guest's writes, and what is copied before the primary's, are rounded to
- * subclusters, 32 in a cluster.  The copies are serialised by clusters.
- */
-#define ACTIVE_CLUSTER (128 * KiB)
-#define HIDDEN_CLUSTER (64 * KiB)
-
-/* Where the overlays of a disk are that is no regular file */
-#define DEFAULT_OVERLAY_DIR "/var/tmp"
-
-typedef struct StandbyOverlay {
-    /* While it means nothing without us, and else */
-    char *scratch;
-    char *kept;
-
-    /* The file is there by the name of... */
-    bool is_scratch;
-    bool is_kept;
-} StandbyOverlay;
 
 struct ReplicationStandby {
     /* Options */
-    char *overlay_dir;
     bool keep_checkpoint;
     /* Of the primary that the node becomes */
     WriteBehindOptions queue;
@@ -69,9 +42,7 @@ struct ReplicationStandby {
     CoMutex announce_lock; /* held to read it there */
     bool announced; /* atomic */
 
-    char *dir;
-    StandbyOverlay active;
-    StandbyOverlay hidden;
+    ReplicationOverlays *overlays;
 
     /* What the primary overwrites is saved, even if the node does not run */
     bool saves; /* atomic */
@@ -276,173 +247,6 @@ void standby_checkpointed(BlockDriverState *bs, bool done)
     }
 }
 
-/* The file or the device that the data of @bs is in, or NULL */
-static const char *GRAPH_RDLOCK standby_image(BlockDriverState *bs)
-{
-    BlockDriverState *below;
-
-    while ((below = bdrv_primary_bs(bs))) {
-        bs = below;
-    }
-    if (!bs->drv || !bs->drv->protocol_name || !bs->exact_filename[0] ||
-        (strcmp(bs->drv->format_name, "file") &&
-         strcmp(bs->drv->format_name, "host_device"))) {
-        return NULL;
-    }
-
-    return bs->exact_filename;
-}
-
-static void standby_name_overlay(StandbyOverlay *overlay, const char *prefix,
-                                 const char *which)
-{
-    overlay->kept = g_strdup_printf("%s.standby-%s.qcow2", prefix, which);
-    overlay->scratch = g_strdup_printf("%s.standby-%s.scratch", prefix, which);
-}
-
-/* Such that no other disk of this host has the same names */
-static void standby_name_overlays(BlockDriverState *bs, const char *image)
-{
-    ReplicationStandby *st = standby_state(bs);
-    g_autofree char *path = image ? realpath(image, NULL) : NULL;
-    g_autofree char *prefix = NULL;
-    g_autofree char *name = NULL;
-    struct stat sb;
-
-    if (!path) {
-        name = g_strdup(bdrv_get_node_name(bs));
-    } else if (!st->overlay_dir && stat(path, &sb) == 0 &&
-               S_ISREG(sb.st_mode)) {
-        st->dir = g_path_get_dirname(path);
-        name = g_path_get_basename(path);
-    } else {
-        name = g_strdelimit(g_strdup(path + 1), "/", '-');
-    }
-    if (!st->dir) {
-        st->dir = g_canonicalize_filename(st->overlay_dir ?:
-                                          DEFAULT_OVERLAY_DIR, NULL);
-    }
-    prefix = g_build_filename(st->dir, name, NULL);
-    standby_name_overlay(&st->active, prefix, "active");
-    standby_name_overlay(&st->hidden, prefix, "hidden");
-}
-
-/* What a merge has left has data that is nowhere else */
-static bool standby_check_left(BlockDriverState *bs, Error **errp)
-{
-    ReplicationStandby *st = standby_state(bs);
-    const StandbyOverlay *overlays[] = { &st->active, &st->hidden };
-
-    for (int i = 0; i < ARRAY_SIZE(overlays); i++) {
-        if (access(overlays[i]->kept, F_OK) < 0 && errno == ENOENT) {
-            continue;
-        }
-        error_setg(errp, "Replication node '%s' finds '%s' of an earlier one, "
-                   "which may have a part of its disk's data",
-                   bdrv_get_node_name(bs), overlays[i]->kept);
-        error_append_hint(errp, "If the disk is the one to go on with, and no "
-                          "guest has used it since, put the data there with "
-                          "'qemu-img commit -b DISK %s'. Then, or else, remove "
-                          "that file and '%s'.\n",
-                          st->active.kept, st->hidden.kept);
-        return false;
-    }
-
-    return true;
-}
-
-static bool standby_create(BlockDriverState *bs, StandbyOverlay *overlay,
-                           int64_t length, int64_t cluster,
-                           const char *backing, const char *backing_fmt,
-                           Error **errp)
-{
-    ERRP_GUARD();
-    QemuOpts *opts = qemu_opts_create(bdrv_qcow2.create_opts, NULL, 0,
-                                      &error_abort);
-    int ret;
-
-    qemu_opt_set_number(opts, BLOCK_OPT_SIZE, length, &error_abort);
-    qemu_opt_set_number(opts, BLOCK_OPT_CLUSTER_SIZE, cluster, &error_abort);
-    qemu_opt_set_bool(opts, BLOCK_OPT_EXTL2, true, &error_abort);
-    if (backing) {
-        /* For qemu-img only, should nobody else be left */
-        qemu_opt_set(opts, BLOCK_OPT_BACKING_FILE, backing, &error_abort);
-        qemu_opt_set(opts, BLOCK_OPT_BACKING_FMT, backing_fmt, &error_abort);
-    }
-    ret = bdrv_create(&bdrv_qcow2, overlay->scratch, opts, errp);
-    qemu_opts_del(opts);
-    if (ret < 0) {
-        error_prepend(errp, "Replication node '%s' cannot make its overlay "
-                      "'%s': ", bdrv_get_node_name(bs), overlay->scratch);
-        return false;
-    }
-    overlay->is_scratch = true;
-
-    return true;
-}
-
-static BlockDriverState *standby_open_overlay(BlockDriverState *bs,
-                                              StandbyOverlay *overlay,
-                                              BlockDriverState *backing,
-                                              bool direct, Error **errp)
-{
-    QDict *options = qdict_new();
-    int flags = BDRV_O_RDWR | BDRV_O_UNMAP |
-                (bs->open_flags & BDRV_O_INACTIVE);
-
-    qdict_put_str(options, "driver", "qcow2");
-    qdict_put_str(options, "file.driver", "file");
-    qdict_put_str(options, "file.filename", overlay->scratch);
-    qdict_put_str(options, "backing", bdrv_get_node_name(backing));
-    qdict_put_str(options, BDRV_OPT_DISCARD, "unmap");
-    qdict_put_str(options, BDRV_OPT_CACHE_DIRECT, direct ? "on" : "off");
-
-    return bdrv_open(NULL, NULL, options, flags, errp);
-}
-
-/* Returns the active overlay, with a reference, or NULL */
-static BlockDriverState *standby_make_overlays(BlockDriverState *bs,
-                                               Error **errp)
-{
-    ReplicationStandby *st = standby_state(bs);
-    BlockDriverState *disk, *format, *hidden, *active;
-    g_autofree char *image = NULL;
-    const char *fmt;
-    int64_t length;
-    bool direct;
-
-    bdrv_graph_rdlock_main_loop();
-    disk = bs->file->bs;
-    format = bdrv_skip_filters(disk);
-    image = g_strdup(standby_image(disk));
-    fmt = format->drv->is_format ? format->drv->format_name : "raw";
-    direct = !secondary_uses_page_cache(disk);
-    length = bdrv_getlength(disk);
-    bdrv_graph_rdunlock_main_loop();
-    if (length < 0) {
-        error_setg_errno(errp, -length, "Replication node '%s': failed to get "
-                         "the length of its disk", bdrv_get_node_name(bs));
-        return NULL;
-    }
-
-    standby_name_overlays(bs, image);
-    if (!standby_check_left(bs, errp) ||
-        !standby_create(bs, &st->hidden, length, HIDDEN_CLUSTER, image, fmt,
-                        errp) ||
-        !standby_create(bs, &st->active, length, ACTIVE_CLUSTER,
-                        st->hidden.kept, "qcow2", errp)) {
-        return NULL;
-    }
-    hidden = standby_open_overlay(bs, &st->hidden, disk, direct, errp);
-    if (!hidden) {
-        return NULL;
-    }
-    active = standby_open_overlay(bs, &st->active, hidden, direct, errp);
-    bdrv_unref(hidden);
-
-    return active;
-}
-
 /* If the node is inactive, the records are read when the guard is active */
 static bool standby_open_metadata(BlockDriverState *bs, Error **errp)
 {
@@ -491,7 +295,7 @@ static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
         error_append_hint(errp, "Open both with read-only=off.\n");
         return false;
     }
-    active = standby_make_overlays(bs, errp);
+    active = replication_overlays_make(standby_state(bs)->overlays, disk, errp);
     if (!active) {
         return false;
     }
@@ -531,77 +335,11 @@ static void GRAPH_RDLOCK standby_parents_changed(BlockDriverState *bs)
     secondary_parents_changed(bs);
 }
 
-static int standby_sync_dir(BlockDriverState *bs, Error **errp)
-{
-    ReplicationStandby *st = standby_state(bs);
-    int fd = qemu_open(st->dir, O_RDONLY, errp);
-    int ret;
-
-    if (fd < 0) {
-        return -errno;
-    }
-    ret = fsync(fd) < 0 ? -errno : 0;
-    qemu_close(fd);
-    if (ret < 0) {
-        error_setg_errno(errp, -ret, "Replication node '%s' cannot flush '%s'",
-                         bdrv_get_node_name(bs), st->dir);
-    }
-
-    return ret;
-}
-
-static int standby_keep_overlay(BlockDriverState *bs, StandbyOverlay *overlay,
-                                Error **errp)
-{
-    int ret;
-
-    if (overlay->is_kept) {
-        return 0;
-    }
-    if (rename(overlay->scratch, overlay->kept) < 0) {
-        ret = -errno;
-        error_setg_errno(errp, -ret, "Replication node '%s' cannot rename its "
-                         "overlay '%s' to '%s'", bdrv_get_node_name(bs),
-                         overlay->scratch, overlay->kept);
-        return ret;
-    }
-    overlay->is_scratch = false;
-    overlay->is_kept = true;
-
-    return 0;
-}
-
-typedef struct StandbyKeep {
-    BlockDriverState *bs;
-    Error **errp;
-} StandbyKeep;
-
-/* In a thread that may block */
-static int standby_do_keep(void *opaque)
-{
-    StandbyKeep *keep = opaque;
-    ReplicationStandby *st = standby_state(keep->bs);
-    int ret;
-
-    ret = standby_keep_overlay(keep->bs, &st->hidden, keep->errp);
-    if (ret == 0) {
-        ret = standby_keep_overlay(keep->bs, &st->active, keep->errp);
-    }
-
-    return ret < 0 ? ret : standby_sync_dir(keep->bs, keep->errp);
-}
-
 int coroutine_mixed_fn standby_keep_overlays(BlockDriverState *bs, Error **errp)
 {
-    StandbyKeep keep = { .bs = bs, .errp = errp };
+    ReplicationStandby *st = standby_state(bs);
 
-    if (!standby_state(bs)) {
-        return 0;
-    }
-
-    return qemu_in_coroutine() ?
-           thread_pool_submit_co(standby_do_keep, &keep) :
-           standby_do_keep(&keep);
+    return st ? replication_overlays_keep(st->overlays, errp) : 0;
 }
 
 static void coroutine_fn standby_flush_entry(void *opaque)
@@ -659,36 +397,12 @@ static void standby_merge_bh(void *opaque)
     bdrv_unref(bs);
 }
 
-static void standby_remove_overlay(StandbyOverlay *overlay)
-{
-    const char *path = overlay->is_kept ? overlay->kept : overlay->scratch;
-
-    if ((overlay->is_kept || overlay->is_scratch) && unlink(path) < 0) {
-        warn_report("Could not remove '%s', which is of no more use: %s", path,
-                    strerror(errno));
-    }
-    overlay->is_kept = false;
-    overlay->is_scratch = false;
-}
-
-static void standby_remove_overlays(BlockDriverState *bs)
-{
-    ReplicationStandby *st = standby_state(bs);
-
-    standby_remove_overlay(&st->active);
-    standby_remove_overlay(&st->hidden);
-}
-
 static void standby_free(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationStandby *st = s->standby;
-    StandbyOverlay *overlays[] = { &st->active, &st->hidden };
 
-    for (int i = 0; i < ARRAY_SIZE(overlays); i++) {
-        g_free(overlays[i]->scratch);
-        g_free(overlays[i]->kept);
-    }
+    replication_overlays_free(st->overlays);
     qemu_bh_delete(st->bh);
     qemu_bh_delete(st->merge_bh);
     progress_destroy(&s->progress);
@@ -696,8 +410,6 @@ static void standby_free(BlockDriverState *bs)
     replication_ledger_free(st->ledger);
     replication_changes_free(st->changes);
     error_free(st->settle_error);
-    g_free(st->overlay_dir);
-    g_free(st->dir);
     g_free(st->bypassed);
     g_free(st);
     secondary_free(bs);
@@ -754,16 +466,18 @@ ReplicationNodeStage standby_merged(BlockDriverState *bs)
     if (ret < 0) {
         warn_report("Replication node '%s' keeps '%s' and '%s', because its "
                     "disk could not be flushed after their merge: %s",
-                    bdrv_get_node_name(bs), st->active.kept, st->hidden.kept,
-                    strerror(-ret));
+                    bdrv_get_node_name(bs),
+                    replication_overlays_active(st->overlays),
+                    replication_overlays_hidden(st->overlays), strerror(-ret));
     } else if (st->ledger &&
                !replication_ledger_forget_overlays(st->ledger, &local_err)) {
         error_append_hint(&local_err, "'%s' and '%s' are kept, and of no more "
                           "use when the guest has written.\n",
-                          st->active.kept, st->hidden.kept);
+                          replication_overlays_active(st->overlays),
+                          replication_overlays_hidden(st->overlays));
         warn_report_err(local_err);
     } else {
-        standby_remove_overlays(bs);
+        replication_overlays_remove(st->overlays);
     }
     if (st->closing) {
         return REPLICATION_STAGE_DONE;
@@ -934,6 +648,8 @@ static bool standby_note_saved(BlockDriverState *bs, Error **errp)
 static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
+    const char *active = replication_overlays_active(st->overlays);
+    const char *hidden = replication_overlays_hidden(st->overlays);
     bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING;
     int ret;
 
@@ -942,8 +658,7 @@ static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
         return 1;
     }
     if (take_over) {
-        return replication_ledger_take_over(st->ledger, st->active.kept,
-                                            st->hidden.kept, errp);
+        return replication_ledger_take_over(st->ledger, active, hidden, errp);
     }
     /* While it ran, the primary has that in its log */
     ret = runs ? replication_ledger_has_started(st->ledger, errp) :
@@ -952,8 +667,7 @@ static int standby_take_disk(BlockDriverState *bs, bool take_over, Error **errp)
         return ret;
     }
 
-    return replication_ledger_go_back(st->ledger, runs, st->active.kept,
-                                      st->hidden.kept, errp);
+    return replication_ledger_go_back(st->ledger, runs, active, hidden, errp);
 }
 
 static void standby_go_alone(BlockDriverState *bs, Error **errp)
@@ -1142,7 +856,7 @@ static void standby_cleanup(BlockDriverState *bs)
 
     st->closing = true;
     if (standby_is_worth_keeping(bs) &&
-        standby_keep_overlays(bs, &local_err) < 0) {
+        replication_overlays_keep(st->overlays, &local_err) < 0) {
         warn_report_err(local_err);
     }
     if (s->guard) {
@@ -1152,12 +866,13 @@ static void standby_cleanup(BlockDriverState *bs)
         bdrv_drained_end(s->guard);
     }
     secondary_release(bs);
-    if (st->active.is_kept) {
+    if (replication_overlays_are_kept(st->overlays)) {
         warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
                     "part of its disk's data", bdrv_get_node_name(bs),
-                    st->active.kept, st->hidden.kept);
+                    replication_overlays_active(st->overlays),
+                    replication_overlays_hidden(st->overlays));
     } else {
-        standby_remove_overlays(bs);
+        replication_overlays_remove(st->overlays);
     }
     standby_free(bs);
 }
@@ -1181,12 +896,12 @@ static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
 
     s = secondary_state(bs);
     options.log_size = replication_holder_get_log_size(opts);
-    options.overlay_dir =
-        g_strdup(qemu_opt_get(opts, REPLICATION_OPT_OVERLAY_DIR));
     options.keep_checkpoint =
         qemu_opt_get_bool(opts, REPLICATION_OPT_KEEP_CHECKPOINT, true);
     options.saves = options.keep_checkpoint;
     options.bh = aio_bh_new(qemu_get_aio_context(), standby_bh, bs);
+    options.overlays = replication_overlays_new(
+        bs, qemu_opt_get(opts, REPLICATION_OPT_OVERLAY_DIR));
     options.merge_bh = aio_bh_new(qemu_get_aio_context(), standby_merge_bh, bs);
     s->guard_name = g_strdup(name);
     s->standby = g_memdup2(&options, sizeof(options));

@@ -24,6 +24,8 @@ from .states import AT_REST, PRIMARY, PROMOTABLE, SOLE, STATES
 from .work import LOOK_SECONDS, Works
 
 log = logging.getLogger('keeper')
+# Between two attempts at a merge that has failed: its cause may be gone
+AGAIN_SECONDS = 5.0
 # The guest has ended it, and would do so on the peer as well
 GUEST_REASONS = ('guest-shutdown', 'guest-panic')
 
@@ -64,6 +66,7 @@ class Keeper(Works):
         self._entered = 0
         self._work: Optional['asyncio.Task[None]'] = None
         self._look: Json = {}
+        self._merged_at = 0.0
 
     # The machine of states
 
@@ -223,6 +226,17 @@ class Keeper(Works):
             return
         self._look = {'status': status, 'nodes': nodes}
         await self._conclude(nodes)
+        await self._merge_again(nodes)
+
+    async def _merge_again(self, nodes: List[Json]) -> None:
+        """The guest's data is in three files, and none may take it over."""
+        failed = [node['node'] for node in nodes
+                  if node['stage'] == 'failover-failed']
+        if failed and time.monotonic() - self._merged_at > AGAIN_SECONDS:
+            self._merged_at = time.monotonic()
+            log.warning('%s: the failover is tried again', ', '.join(failed))
+            await self._monitor.attempt('xen-set-replication', {
+                'enable': False, 'primary': False, 'failover': True})
 
     async def _conclude(self, nodes: List[Json]) -> None:
         mine = [node for node in nodes if node['mode'] == 'secondary']

@@ -263,14 +263,14 @@ class StandbyCase(replication.TestCase):
         self.kill(self.a)
         self.b.vm.stop_replication(failover=True)
 
-    def fail_back(self, **options: Any) -> None:
+    def fail_back(self, sync: Optional[Json] = None, **options: Any) -> None:
         """The host that was lost is the secondary, with its old disks"""
         self.a, self.b = self.b, self.restart(self.a)
         self.a_guests, self.b_guests = self.b_guests, []
         for number in range(self.disks):
             self.b_guests.append(self.b.add_standby(None, number, **options))
             self.a.add_link(self.b, number)
-        self.sync()
+        self.sync(**(sync or {}))
         self.start()
 
     def restart(self, host: Host) -> Host:

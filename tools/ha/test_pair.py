@@ -149,6 +149,18 @@ class PairTest(unittest.TestCase):
         self.standby.order('failover')
         self.protected(self.standby, self.primary)
 
+    def test_takeover_fails(self) -> None:
+        """What fails for a time is repeated until it does not."""
+        in_the_way = self.standby.folder / 'disk1.raw.standby-hidden.qcow2'
+        in_the_way.mkdir()
+        self.primary.signal(signal.SIGKILL)
+        self.unprotected(self.standby, 'orphan')
+        self.standby.order('failover')
+        self.standby.wait(lambda: '"failover-failed"' in json.dumps(
+            self.standby.status()), 'the failure')
+        in_the_way.rmdir()
+        self.protected(self.standby, self.primary)
+
     def test_kill_primary_and_keeper(self) -> None:
         """Nobody takes over unless somebody vouches for it."""
         dead = self.primary
