@@ -243,6 +243,14 @@ static void standby_forget_changes(BlockDriverState *bs)
     }
 }
 
+/* By what the metadata had at a checkpoint: nobody can wait for it here */
+static bool standby_is_confirmed(BlockDriverState *bs)
+{
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
+    return !ledger || replication_ledger_knows_started(ledger);
+}
+
 void standby_checkpointed(BlockDriverState *bs, bool done)
 {
     ReplicationStandby *st = standby_state(bs);
@@ -254,6 +262,11 @@ void standby_checkpointed(BlockDriverState *bs, bool done)
     qatomic_set(&st->saves, done && st->keep_checkpoint);
     if (st->changes) {
         standby_forget_changes(bs);
+    }
+    if (done && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+        !standby_is_confirmed(bs)) {
+        /* The primary may have said it since; what counts is the failover */
+        replication_ledger_has_started(st->ledger, NULL);
     }
 }
 
@@ -957,6 +970,7 @@ const ReplicationRole replication_standby_role = {
     .failover           = standby_failover,
     .detach             = standby_detach,
     .get_error          = secondary_get_error,
+    .is_confirmed       = standby_is_confirmed,
     .get_stats          = standby_get_stats,
     .release            = standby_release,
     .finish             = secondary_finish,
