@@ -193,8 +193,13 @@ guard_co_pdiscard(BlockDriverState *bs, int64_t offset, int64_t bytes)
     return guard_co_write(bs, &w);
 }
 
+/* To close a fence must not wait until the guest's disk is flushed */
 static int coroutine_fn GRAPH_RDLOCK guard_co_flush(BlockDriverState *bs)
 {
+    if (guard_is_fence(bs)) {
+        return -EPERM;
+    }
+
     return guard_result(bs, bdrv_co_flush(bs->file->bs));
 }
 
