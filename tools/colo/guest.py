@@ -162,10 +162,10 @@ def fill_root(root: Path, kernel: Path) -> None:
     for name, wanted in (('order', MODULES), ('network', NETWORK_MODULES)):
         order = []
         for module in modules(kernel, wanted):
-            path = root / 'modules' / f"{module.name.split('.')[0]}.ko"
-            if not path.exists():
-                path.write_bytes(unpacked(module))
-                order.append(path.name)
+            target = root / 'modules' / f"{module.name.split('.')[0]}.ko"
+            if not target.exists():
+                target.write_bytes(unpacked(module))
+                order.append(target.name)
         (root / 'modules' / name).write_text('\n'.join([*order, '']))
 
 
