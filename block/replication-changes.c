@@ -117,10 +117,10 @@ bool replication_changes_next(ReplicationChanges *changes, int64_t start,
     QEMU_LOCK_GUARD(&changes->lock);
 
     has_current = hbitmap_next_dirty_area(changes->current, start,
-                                          changes->size, changes->size, offset,
+                                          changes->size, INT64_MAX, offset,
                                           bytes);
     has_closing = hbitmap_next_dirty_area(changes->closing, start,
-                                          changes->size, changes->size,
+                                          changes->size, INT64_MAX,
                                           &closing, &closing_bytes);
     if (has_closing && (!has_current || closing < *offset)) {
         *offset = closing;
@@ -151,7 +151,7 @@ static void changes_move(ReplicationChanges *changes, HBitmap *from,
 {
     int64_t start = 0, bytes;
 
-    while (hbitmap_next_dirty_area(from, start, changes->size, changes->size,
+    while (hbitmap_next_dirty_area(from, start, changes->size, INT64_MAX,
                                    &start, &bytes)) {
         hbitmap_set(to, start, bytes);
         hbitmap_reset(from, start, bytes);
@@ -185,7 +185,7 @@ uint64_t replication_changes_settle(ReplicationChanges *changes)
 
     changes_move(changes, changes->current, changes->closing);
     while (hbitmap_next_dirty_area(changes->lacking, start, changes->size,
-                                   changes->size, &start, &bytes)) {
+                                   INT64_MAX, &start, &bytes)) {
         hbitmap_set(changes->current, start, bytes);
         start += bytes;
     }

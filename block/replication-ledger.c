@@ -58,6 +58,12 @@ struct ReplicationLedger {
     /* The changes are all that a disk of the base may lack.  BQL. */
     bool knows_changes;
 
+    /*
+     * What the primary had said when the takeover began, which may have to be
+     * repeated; sequence 0 if it has not begun.  BQL.
+     */
+    ReplicationPeerRecord taken_over;
+
     /* Of the peer, while there is one with metadata.  BQL. */
     ReplicationMeta *peer;
     ReplicationLog *peer_log;
@@ -342,6 +348,13 @@ int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
     return 1;
 }
 
+bool replication_ledger_knows_started(ReplicationLedger *ledger)
+{
+    GLOBAL_STATE_CODE();
+
+    return ledger_has_started(replication_meta_records(ledger->meta));
+}
+
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
@@ -407,25 +420,37 @@ int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
                                  const char *hidden, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
+    ReplicationPeerRecord *peer = &ledger->taken_over;
     ReplicationOwnRecord own;
     int ret;
 
     GLOBAL_STATE_CODE();
 
-    ret = replication_ledger_has_started(ledger, errp);
-    if (ret <= 0) {
-        return ret;
+    if (peer->sequence) {
+        /* A primary that is not dead may have said other things since */
+        ret = replication_meta_load(ledger->meta,
+                                    replication_changes_size(ledger->changes),
+                                    errp);
+        if (ret < 0) {
+            return ret;
+        }
+    } else {
+        ret = replication_ledger_has_started(ledger, errp);
+        if (ret <= 0) {
+            return ret;
+        }
+        *peer = r->peer;
     }
 
     own = r->own;
     /* A write that has failed may have got there all the same */
     if (!ledger_has_taken_over(r)) {
-        own.disk_id = r->peer.disk_id;
-        own.current = r->peer.generation;
+        own.disk_id = peer->disk_id;
+        own.current = peer->generation;
         replication_own_record_rotate(&own);
-        own.base = r->peer.generation;
+        own.base = peer->generation;
     }
-    own.log_void = ledger_begin_log(ledger) < 0 || r->peer.log_void;
+    own.log_void = ledger_begin_log(ledger) < 0 || peer->log_void;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
 }

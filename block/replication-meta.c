@@ -491,6 +491,27 @@ static bool judge_has_own_data(const ReplicationQuestion *q,
     return true;
 }
 
+/*
+ * Whether a primary that is none of ours has started with the secondary as it
+ * is open now: it may still write there, and nobody could tell the two apart
+ */
+static bool judge_is_in_use(const ReplicationQuestion *q)
+{
+    const ReplicationPeerRecord *peer = &q->peer->peer;
+    const ReplicationOwnRecord *own = q->own;
+
+    if (!replication_records_has_peer(q->peer) ||
+        peer->kind != REPLICATION_PEER_STARTED ||
+        !qemu_uuid_is_equal(&peer->instance, &q->peer->own.instance)) {
+        return false;
+    }
+
+    return !same_generation(&peer->disk_id, &own->disk_id) ||
+           (!same_generation(&peer->generation, &own->current) &&
+            !same_generation(&peer->generation, &own->base) &&
+            !in_history(own, &peer->generation));
+}
+
 bool replication_meta_judge(const ReplicationQuestion *q,
                             ReplicationRuling *ruling, Error **errp)
 {
@@ -514,6 +535,12 @@ bool replication_meta_judge(const ReplicationQuestion *q,
         judge_refuse(q, &view, errp, "the peer's is in use by a primary");
         error_append_hint(errp, "Open the peer's disk with mode=secondary and "
                           "this metadata first.\n");
+        return false;
+    }
+    if (judge_is_in_use(q)) {
+        judge_refuse(q, &view, errp, "it runs with another primary");
+        error_append_hint(errp, "If that has ended, stop the secondary, or "
+                          "remove its node and add it again.\n");
         return false;
     }
     if (replication_records_is_fresh(q->peer)) {

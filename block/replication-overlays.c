@@ -322,9 +322,25 @@ const char *replication_overlays_hidden(const ReplicationOverlays *o)
     return o->hidden.kept;
 }
 
+static const char *overlay_path(const Overlay *overlay)
+{
+    return overlay->is_kept ? overlay->kept : overlay->scratch;
+}
+
+void replication_overlays_leave(const ReplicationOverlays *o)
+{
+    /* A merge may have come to its end while the node was being closed */
+    if (!o->active.is_kept && !o->active.is_scratch) {
+        return;
+    }
+    warn_report("Replication node '%s' leaves '%s' and '%s', which have a part "
+                "of its disk's data", overlays_node(o),
+                overlay_path(&o->active), overlay_path(&o->hidden));
+}
+
 static void overlay_remove(Overlay *overlay)
 {
-    const char *path = overlay->is_kept ? overlay->kept : overlay->scratch;
+    const char *path = overlay_path(overlay);
 
     if ((overlay->is_kept || overlay->is_scratch) && unlink(path) < 0) {
         warn_report("Could not remove '%s', which is of no more use: %s", path,

@@ -42,6 +42,9 @@ bool replication_overlays_are_kept(const ReplicationOverlays *o);
 const char *replication_overlays_active(const ReplicationOverlays *o);
 const char *replication_overlays_hidden(const ReplicationOverlays *o);
 
+/* They stay, with data that is nowhere else: say where */
+void replication_overlays_leave(const ReplicationOverlays *o);
+
 /* They are of no more use */
 void replication_overlays_remove(ReplicationOverlays *o);
 

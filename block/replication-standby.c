@@ -192,13 +192,23 @@ void standby_give_up_saving(BlockDriverState *bs, int ret)
     }
 }
 
+/* Then a reference that is dropped would delete it once more */
+static bool standby_is_being_deleted(BlockDriverState *bs)
+{
+    return !bs->refcnt;
+}
+
 static void standby_bh(void *opaque)
 {
     BlockDriverState *bs = opaque;
     ReplicationSecondary *s = secondary_state(bs);
-    BlockDriverState *hidden = s->hidden->bs;
+    BlockDriverState *hidden;
     ReplicationNodeStage stage;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
+    hidden = s->hidden->bs;
     bdrv_ref(bs);
     bdrv_ref(hidden);
     /* And all above, which are the primary and this node */
@@ -233,6 +243,14 @@ static void standby_forget_changes(BlockDriverState *bs)
     }
 }
 
+/* By what the metadata had at a checkpoint: nobody can wait for it here */
+static bool standby_is_confirmed(BlockDriverState *bs)
+{
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
+    return !ledger || replication_ledger_knows_started(ledger);
+}
+
 void standby_checkpointed(BlockDriverState *bs, bool done)
 {
     ReplicationStandby *st = standby_state(bs);
@@ -244,6 +262,11 @@ void standby_checkpointed(BlockDriverState *bs, bool done)
     qatomic_set(&st->saves, done && st->keep_checkpoint);
     if (st->changes) {
         standby_forget_changes(bs);
+    }
+    if (done && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+        !standby_is_confirmed(bs)) {
+        /* The primary may have said it since; what counts is the failover */
+        replication_ledger_has_started(st->ledger, NULL);
     }
 }
 
@@ -380,6 +403,9 @@ static void standby_merge_bh(void *opaque)
     AioContext *ctx = bdrv_get_aio_context(bs);
     Error *err;
 
+    if (standby_is_being_deleted(bs)) {
+        return;
+    }
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
     st->prepares_merge = false;
@@ -536,6 +562,15 @@ fail:
     return false;
 }
 
+/* Whether the overlays may be the only ones that have the last checkpoint */
+static bool standby_may_have_started(BlockDriverState *bs)
+{
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+
+    return replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+           (!ledger || replication_ledger_has_started(ledger, NULL) != 0);
+}
+
 /* What start has taken; the rest stays until the node is closed or promoted */
 static void standby_release(BlockDriverState *bs)
 {
@@ -543,7 +578,8 @@ static void standby_release(BlockDriverState *bs)
     ReplicationSecondary *s = secondary_state(bs);
 
     /* A start that is undone: its checkpoint, if it came to that, was none */
-    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE) {
+    if (s->standby->mixed && node->undo_stage == REPLICATION_STAGE_NONE &&
+        !(standby_is_being_deleted(bs) && standby_may_have_started(bs))) {
         standby_checkpointed(bs, false);
     }
 
@@ -749,6 +785,8 @@ static bool standby_may_detach(BlockDriverState *bs, Error **errp)
 
 static void standby_detach(BlockDriverState *bs, Error **errp)
 {
+    ERRP_GUARD();
+
     if (!standby_may_detach(bs, errp)) {
         return;
     }
@@ -759,6 +797,10 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
         }
         if (standby_take_disk(bs, false, errp) > 0) {
             standby_go_alone(bs, errp);
+        } else if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
+            error_append_hint(errp, "What the guest has written is thrown "
+                              "away. Stop replication with failover.\n");
+            standby_wait_for_record(bs, *errp);
         }
     }
     bdrv_drain_all_end();
@@ -852,11 +894,13 @@ static void standby_cleanup(BlockDriverState *bs)
 {
     ReplicationSecondary *s = secondary_state(bs);
     ReplicationStandby *st = s->standby;
+    bool keep = standby_is_worth_keeping(bs);
     Error *local_err = NULL;
 
     st->closing = true;
-    if (standby_is_worth_keeping(bs) &&
-        replication_overlays_keep(st->overlays, &local_err) < 0) {
+    if (keep && replication_overlays_keep(st->overlays, &local_err) < 0) {
+        error_append_hint(&local_err, "Rename it before the disk is opened "
+                          "again, which would overwrite it.\n");
         warn_report_err(local_err);
     }
     if (s->guard) {
@@ -866,11 +910,8 @@ static void standby_cleanup(BlockDriverState *bs)
         bdrv_drained_end(s->guard);
     }
     secondary_release(bs);
-    if (replication_overlays_are_kept(st->overlays)) {
-        warn_report("Replication node '%s' leaves '%s' and '%s', which have a "
-                    "part of its disk's data", bdrv_get_node_name(bs),
-                    replication_overlays_active(st->overlays),
-                    replication_overlays_hidden(st->overlays));
+    if (keep || replication_overlays_are_kept(st->overlays)) {
+        replication_overlays_leave(st->overlays);
     } else {
         replication_overlays_remove(st->overlays);
     }
@@ -929,6 +970,7 @@ const ReplicationRole replication_standby_role = {
     .failover           = standby_failover,
     .detach             = standby_detach,
     .get_error          = secondary_get_error,
+    .is_confirmed       = standby_is_confirmed,
     .get_stats          = standby_get_stats,
     .release            = standby_release,
     .finish             = secondary_finish,

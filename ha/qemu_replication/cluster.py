@@ -144,7 +144,9 @@ def fences() -> bool:
 
 def was_fenced(node: str, since: float) -> bool:
     """Has the node been fenced with success since a time?"""
-    told = _run('stonith_admin', '--history', node, '--output-as', 'xml')
+    # verbose: else of several that are alike there may be the first one only
+    told = _run('stonith_admin', '--history', node, '--verbose',
+                '--output-as', 'xml')
     for event in re.findall(r'<fence_event [^>]*>', told.stdout):
         words = dict(re.findall(r'([\w-]+)="([^"]*)"', event))
         if words.get('target') == node \

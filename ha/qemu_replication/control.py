@@ -10,7 +10,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Callable, Container, Dict, NamedTuple
+from typing import Callable, Container, Dict, NamedTuple, Optional
 
 from . import check, graph
 from .client import DONE, FAILED, LATE, REFUSED
@@ -41,6 +41,8 @@ class Goal(NamedTuple):
     # these are no way there
     missed: Container[str]
     seconds: float
+    # QEMU, which has to have ended besides: who waits takes that for granted
+    dead: Optional[asyncio.Event] = None
 
 
 class Commands:
@@ -185,17 +187,21 @@ class Commands:
         keeper = self._keeper
         if STATES[keeper.state].role == PRIMARY and not force:
             raise Refusal('the VM runs here: to end it, say --force')
+        dead = keeper.machine.dead
         if keeper.state not in AT_REST or keeper.state == 'down':
             await self._post('stop')
-        return Goal(AT_REST, (), self._config.limits.answer + 60)
+        return Goal(AT_REST, (), self._config.limits.answer + 60, dead)
 
     async def demote(self, _force: bool) -> Goal:
         """End QEMU here, for the other side to take the VM."""
         keeper = self._keeper
+        # one that stands by goes on
+        dead = None if STATES[keeper.state].role == STANDBY \
+            else keeper.machine.dead
         if STATES[keeper.state].role == PRIMARY or keeper.state == 'down':
             await keeper.judge.gives_way()
             await self._post('demote')
-        return Goal(AT_REST + IDLE, (), self._config.limits.answer + 60)
+        return Goal(AT_REST + IDLE, (), self._config.limits.answer + 60, dead)
 
     async def quit(self, _force: bool) -> Goal:
         """End the keeper, but not QEMU."""
@@ -268,7 +274,8 @@ class Control:
             if text != said:
                 say(text)
                 said = text
-            if keeper.state in goal.reached:
+            reached = keeper.state in goal.reached
+            if reached and (not goal.dead or goal.dead.is_set()):
                 return DONE
             if keeper.state in goal.missed:
                 return FAILED
@@ -279,12 +286,16 @@ class Control:
             if left <= 0:
                 say(f'not reached in {goal.seconds:g} s; the keeper goes on')
                 return LATE
-            async with keeper.changed:
-                try:
-                    await asyncio.wait_for(keeper.changed.wait(), left)
-                except asyncio.TimeoutError:
-                    # said above
-                    pass
+            try:
+                await asyncio.wait_for(goal.dead.wait() if goal.dead
+                                       and reached else self._change(), left)
+            except asyncio.TimeoutError:
+                # said above
+                pass
+
+    async def _change(self) -> None:
+        async with self._keeper.changed:
+            await self._keeper.changed.wait()
 
     def _line(self, goal: Goal) -> str:
         keeper = self._keeper

@@ -20,7 +20,7 @@ from .facts import write_whole
 from .machine import Machine
 from .errors import Failed
 from .peer import Peer
-from .states import AT_REST, PRIMARY, PROMOTABLE, SOLE, STATES
+from .states import AT_REST, PRIMARY, PROMOTABLE, REPLICA, SOLE, STATES
 from .work import LOOK_SECONDS, Works
 
 log = logging.getLogger('keeper')
@@ -151,10 +151,10 @@ class Keeper(Works):
 
     async def _begin(self) -> None:
         """Go on where an earlier keeper has stopped."""
-        if await self.machine.adopt():
-            await self._look_once()
-            await self._enter(await self._find_state(), 'QEMU was found')
-        elif self.facts.data == 'replica':
+        if self.machine.find():
+            await self._enter('joining' if self.facts.data == REPLICA
+                              else 'finding', 'QEMU was found')
+        elif self.facts.data == REPLICA:
             # it may not run by itself, and does no harm when it stands by
             await self._enter('arming', 'this host has stood by')
         elif self.facts.data:
@@ -163,12 +163,14 @@ class Keeper(Works):
             await self._tell()
         notify('READY=1')
 
-    async def _find_state(self) -> str:
-        """What a QEMU is that was found."""
+    async def _do_find(self) -> str:
+        """What a QEMU is that was found: the state to go on in."""
+        await self.machine.connect()
+        await self._look_once()
         nodes = await self._monitor.replication()
         migration = await self._monitor.cmd('query-migrate')
         in_colo = migration.get('status') == 'colo'
-        if self.facts.data == 'replica':
+        if self.facts.data == REPLICA:
             running = all(node['stage'] == 'running' for node in nodes)
             return 'secondary' if in_colo and running else 'arming'
         if not any(node['mode'] == 'primary' for node in nodes):

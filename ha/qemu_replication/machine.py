@@ -70,9 +70,9 @@ class Machine:
                 env={**os.environ, graph.BRIDGE: self._config.network.bridge},
                 stdout=log, stderr=log, start_new_session=True)
         self._follow(self._child.pid)
-        await self._connect()
+        await self.connect()
 
-    async def adopt(self) -> bool:
+    def find(self) -> bool:
         """Find one that an earlier keeper has started."""
         try:
             pid = int(self.path('qemu.pid').read_text('utf-8'))
@@ -82,7 +82,6 @@ class Machine:
         if os.fsencode(self.path('qemu.pid')) not in line:
             return False
         self._follow(pid)
-        await self._connect()
         return True
 
     def _follow(self, pid: int) -> None:
@@ -107,7 +106,8 @@ class Machine:
         if not self._ending:
             self._on_death()
 
-    async def _connect(self) -> None:
+    async def connect(self) -> None:
+        """Talk to it, once it answers."""
         self.monitor = self._new_monitor()
         ways = [asyncio.ensure_future(self.monitor.connect()),
                 asyncio.ensure_future(self.dead.wait())]

@@ -52,6 +52,11 @@ STATES = {
             'stop': 'stopped'}),
 
     # the VM runs here
+    'finding': State(
+        'has found QEMU, and waits for its answer', PRIMARY, 'find', 'start',
+        on={name: name for name in ('protected', 'asking', 'promoting',
+                                    'detaching')}
+        | {'failed': 'down', 'died': 'down', 'off': 'off', **ENDS}),
     'booting': State(
         'starts the VM', PRIMARY, 'boot', 'start', on={
             'done': 'alone', 'failed': 'stopped', 'died': 'stopped'}),
@@ -105,6 +110,11 @@ STATES = {
             **ENDS}),
 
     # this host stands by
+    'joining': State(
+        'has found QEMU that stands by, and waits for its answer', STANDBY,
+        'find', 'start', on={
+            'secondary': 'secondary', 'arming': 'arming', 'failed': 'arming',
+            'died': 'arming', 'yield': 'arming', 'stop': 'stopped'}),
     'arming': State(
         'makes ready to stand by', STANDBY, 'arm', data=REPLICA, on={
             'done': 'standby', 'failed': 'arming', 'died': 'arming',

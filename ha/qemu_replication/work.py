@@ -402,9 +402,14 @@ class Works:
                 if told['facts']['generation'] > self.facts.generation:
                     if told['role'] == PRIMARY:
                         return
-                elif self.facts.data == SHARED and told['state'] in FORGETFUL:
+                elif self.facts.data != SHARED:
+                    pass
+                elif told['state'] in FORGETFUL:
                     await self._reclaim()
-            except Unreachable as exc:
+                elif told['state'] in PROMOTABLE:
+                    # this host may have asked about it when QEMU died
+                    await self.judge.in_step()
+            except Failed as exc:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
 

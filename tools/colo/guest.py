@@ -20,7 +20,8 @@ from typing import Callable, Iterable, List
 HERE = Path(__file__).resolve().parent
 FETCH_DEBS = HERE.parent / 'base' / 'fetch-debs.sh'
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
-MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4')
+MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4',
+           'pvpanic-pci')
 # Of a guest that is to have a network card
 NETWORK_MODULES = ('virtio_net',)
 PROGRAMS = ('/usr/bin/sqlite3', '/sbin/mke2fs')

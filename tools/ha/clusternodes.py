@@ -5,7 +5,9 @@ A node has its own network, processes, host name and mounts.  The packages are
 unpacked into the cache and not installed.
 """
 
+import hashlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -13,7 +15,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, Tuple
+from typing import Dict, Iterable, List, Set
 
 from guest import build_once, debian_release, run_tool
 
@@ -21,9 +23,11 @@ HERE = Path(__file__).resolve().parent
 # What it says of the resource is what is tested
 PAGE = HERE.parents[1] / 'docs/operate-a-cluster.txt'
 PACKAGES = ('pacemaker', 'pacemaker-cli-utils', 'corosync',
-            'resource-agents')
+            'resource-agents', 'libxml2-utils')
 FETCH_SECONDS = 300
 SECONDS = 30.0
+# There is no such card
+NOBODY = '02:00:00:00:00:ff'
 # Corosync has one of its own, and so has replication
 NETWORKS = CLUSTER, LINK = 'net-cluster', 'net-link'
 USERS = {'passwd': 'hacluster:x:981:981::/var/lib/pacemaker:/bin/false\n',
@@ -64,11 +68,7 @@ CIB = '''<cib admin_epoch="0" epoch="1" num_updates="0"
   <nvpair id="load" name="load-threshold" value="10000%"/>
  </cluster_property_set></crm_config>
  <nodes>
-  <node id="1" uname="east"><instance_attributes id="east-attributes">
-   <nvpair id="seed" name="master-vm" value="200"/>
-  </instance_attributes></node>
-  <node id="2" uname="west"/>
-{witness}
+{nodes}
  </nodes>
  <resources>
   <primitive id="fence" class="stonith" type="fence_test">
@@ -83,8 +83,12 @@ CIB = '''<cib admin_epoch="0" epoch="1" num_updates="0"
 <status/>
 </cib>
 '''
-# A third node, which is asked for its vote only
-WITNESS = '  <node id="3" uname="north"/>'
+HOST = """  <node id="{number}" uname="{name}">
+   <instance_attributes id="{name}-attributes">
+{score}
+  </instance_attributes></node>"""
+SCORE = '   <nvpair id="{name}-score" name="master-vm" value="{score}"/>'
+# On a third node, which is asked for its vote only
 CONSTRAINT = """
   <rsc_location id="no-vm" rsc="vms" node="north" score="-INFINITY"
                 resource-discovery="never"/>
@@ -106,7 +110,7 @@ elif action in ('off', 'reboot'):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect('{path}')
         name = words.get('nodename') or words.get('port', '')
-        sock.sendall(f'{{action}} {{name}}\\n'.encode())
+        sock.sendall(f'{{action}} {{name}} {{socket.gethostname()}}'.encode())
         sys.exit(0 if sock.recv(10) == b'ok' else 1)
 '''
 PROGRAM = '''#!/bin/sh
@@ -121,7 +125,7 @@ def unpacked(cache: Path) -> Path:
         archives = folder / 'archives'
         (archives / 'partial').mkdir(parents=True)
         run_tool(['apt-get', 'install', '-y', '-qq', '--download-only',
-                  '--no-install-recommends',
+                  '--no-install-recommends', '-o', 'Debug::NoLocking=true',
                   '-o', f'Dir::Cache::archives={archives}', *PACKAGES],
                  FETCH_SECONDS)
         for deb in sorted(archives.glob('*.deb')):
@@ -132,7 +136,21 @@ def unpacked(cache: Path) -> Path:
                             dirs_exist_ok=True)
         shutil.rmtree(archives)
 
-    return build_once(cache / f'cluster-{debian_release()}', build)
+    which = hashlib.sha256(' '.join(PACKAGES).encode()).hexdigest()[:8]
+    return build_once(cache / f'cluster-{debian_release()}-{which}', build)
+
+
+def cib(nodes: Iterable[str], scores: Dict[str, int]) -> str:
+    """What a cluster is configured as that has not begun yet."""
+    clone = PAGE.read_text('utf-8')
+    clone = clone[clone.index('<clone'):clone.index('</clone>')]
+    return CIB.format(
+        clone=clone, names=' '.join(nodes),
+        constraint=CONSTRAINT if 'north' in nodes else '',
+        nodes='\n'.join(HOST.format(
+            number=number, name=name, score=SCORE.format(
+                name=name, score=scores[name]) if name in scores else '')
+            for number, name in enumerate(nodes, 1)))
 
 
 def ip(*words: str) -> None:
@@ -149,8 +167,9 @@ class Node:
         self._cluster = cluster
         self.number = number
         self._boots = self._cables = 0
-        # what is plugged in, by the network
+        # what is plugged in, by the network, and what is of no use there
         self._plugged: Dict[str, str] = {}
+        self.dark: Set[str] = set()
         self.namespace = ''
         self._process: 'subprocess.Popen[bytes] | None' = None
 
@@ -185,7 +204,9 @@ class Node:
            # as a host has it that comes back
            'address', f'02:00:00:00:0{NETWORKS.index(network)}:'
            f'0{self.number}')
-        ip('-n', switch, 'link', 'set', veth, 'master', f'br-{network}', 'up')
+        ip('-n', switch, 'link', 'set', veth, 'up')
+        if network not in self.dark:
+            ip('-n', switch, 'link', 'set', veth, 'master', f'br-{network}')
         ip('-n', self.namespace, 'addr', 'add',
            f'{self._cluster.address(self, network)}/24', 'dev', network)
         ip('-n', self.namespace, 'link', 'set', network, 'up')
@@ -197,28 +218,68 @@ class Node:
         if veth:
             ip('-n', self._cluster.switch, 'link', 'del', veth)
 
+    def cut(self, network: str, mute: bool = False) -> None:
+        """Until it is healed, or only what it sends is lost, if it is mute."""
+        with self._cluster.lock:
+            if not mute:
+                self.dark.add(network)
+            if network not in self._plugged:
+                return
+            if not mute:
+                ip('-n', self._cluster.switch, 'link', 'set',
+                   self._plugged[network], 'nomaster')
+                return
+            for peer in self._cluster.nodes.values():
+                if peer is not self:
+                    ip('-n', self.namespace, 'neigh', 'replace',
+                       self._cluster.address(peer, network), 'dev', network,
+                       'lladdr', NOBODY, 'nud', 'permanent')
+
+    def heal(self) -> None:
+        """All that was cut."""
+        with self._cluster.lock:
+            self.dark.clear()
+            for network, veth in self._plugged.items():
+                ip('-n', self._cluster.switch, 'link', 'set', veth, 'master',
+                   f'br-{network}')
+                ip('-n', self.namespace, 'neigh', 'flush', 'dev', network,
+                   'nud', 'permanent')
+
     def power_off(self) -> None:
         """Whatever it does."""
-        for network in NETWORKS:
-            self.unplug(network)
-        if self._process:
-            # its child, the node's first process, ends with it
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(timeout=SECONDS)
-            self._process = None
-            ip('netns', 'del', self.namespace)
-        self._cluster.log.append((time.time(), self.name, 'power off'))
+        with self._cluster.lock:
+            for network in NETWORKS:
+                self.unplug(network)
+            if self._process:
+                # its child, the node's first process, ends with it, but not
+                # before all others of the node
+                ended = [os.pidfd_open(pid) for pid in self._init]
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait(timeout=SECONDS)
+                self._process = None
+                for pid in ended:
+                    assert select.select([pid], [], [], SECONDS)[0]
+                    os.close(pid)
+                ip('netns', 'del', self.namespace)
 
-    def run(self, *words: str) -> str:
-        """Run a program of the cluster there."""
-        assert self._process
-        pid = self._process.pid
-        init = Path(f'/proc/{pid}/task/{pid}/children').read_text(
-            'utf-8').split()[0]
-        return subprocess.run(
-            ['nsenter', '-t', init, '-m', '-p', '-n', '-u', '-i', *words],
+    @property
+    def _init(self) -> List[int]:
+        """The node's first process, if there is one."""
+        pid = self._process.pid if self._process else 0
+        path = Path(f'/proc/{pid}/task/{pid}/children')
+        try:
+            return [int(child) for child in path.read_text('utf-8').split()]
+        except OSError:
+            return []
+
+    def run(self, *words: str, seconds: float = SECONDS) -> str:
+        """Run a program of the cluster there, if it is on."""
+        init = self._init
+        return '' if not init else subprocess.run(
+            ['nsenter', '-t', str(init[0]), '-m', '-p', '-n', '-u',
+             '-i', *words],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            check=False, timeout=SECONDS).stdout
+            check=False, timeout=seconds).stdout
 
 
 class Cluster:
@@ -235,10 +296,13 @@ class Cluster:
             for number, name in enumerate(
                 ('east', 'west', 'north') if witness else ('east', 'west'),
                 1)}
+        # held where cables and power are changed
+        self.lock = threading.RLock()
         self.fenced: List[str] = []
-        # when, where and what
-        self.log: List[Tuple[float, str, str]] = []
         self.fenced_at = 0.0
+        # how long a fencing takes, and who has no way to the device
+        self.fence_seconds = 0.0
+        self.powerless: Set[str] = set()
         self._lay(ha)
         ip('netns', 'add', self.switch)
         for network in NETWORKS:
@@ -268,15 +332,11 @@ class Cluster:
                         number=node.number)
             for name, node in self.nodes.items()),
             two_node='two_node: 1' if len(self.nodes) == 2 else '')
-        clone = PAGE.read_text('utf-8')
-        clone = clone[clone.index('<clone'):clone.index('</clone>')]
-        cib = CIB.format(clone=clone, names=' '.join(self.nodes),
-                         witness=WITNESS if len(self.nodes) > 2 else '',
-                         constraint=CONSTRAINT if len(self.nodes) > 2 else '')
+        begin = cib(self.nodes, {'east': 200})
         for name in self.nodes:
             etc = self.folder / f'etc-{name}'
             files[etc / 'corosync/corosync.conf'] = conf
-            files[self.folder / f'cib-{name}/cib.xml'] = cib
+            files[self.folder / f'cib-{name}/cib.xml'] = begin
             for name, line in USERS.items():
                 files[etc / name] = Path('/etc', name).read_text('utf-8') \
                     + line
@@ -299,24 +359,20 @@ class Cluster:
             except OSError:
                 return
             with connection:
-                action, _, name = connection.recv(1000).decode(
-                    ).strip().partition(' ')
+                action, name, by_whom = connection.recv(1000).decode().split()
+                time.sleep(self.fence_seconds)
+                if by_whom in self.powerless \
+                        or select.select([connection], [], [], 0)[0]:
+                    # or who has asked is off
+                    continue
                 node = self.nodes[name]
-                node.power_off()
-                self.fenced.append(name)
-                self.fenced_at = time.monotonic()
+                with self.lock:
+                    node.power_off()
+                    self.fenced.append(name)
+                    self.fenced_at = time.monotonic()
+                    if action == 'reboot':
+                        node.start()
                 connection.sendall(b'ok')
-                if action == 'reboot':
-                    node.start()
-
-    def wait(self, done: Callable[[], bool], what: str, seconds: float
-             ) -> None:
-        """Wait for something that can be asked for."""
-        deadline = time.monotonic() + seconds
-        while not done():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f'{what} took more than {seconds:.0f} s')
-            time.sleep(0.1)
 
     def close(self) -> None:
         """Leave nothing; once is enough."""

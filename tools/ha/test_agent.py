@@ -27,6 +27,7 @@ from qemu_replication.config import load
 from qemu_replication.facts import Facts
 from qemu_replication.judge import Judge, Verdict, new_judge
 from qemu_replication.errors import Unreachable
+from qemu_replication.work import Works
 from sides import PROGRAM, configuration, toml
 
 AGENT = PROGRAM.with_name('ocf-vm')
@@ -286,18 +287,19 @@ class AgentTest(FakeCluster):
 class Lost:
     """What a judge sees of a keeper that has lost its peer."""
 
-    def __init__(self, test: FakeCluster, told: Optional[Json]) -> None:
+    def __init__(self, test: FakeCluster, *told: Optional[Json]) -> None:
         self.config = test.config
         self.facts = Facts(1, 'shared')
         self.problem = ''
         self.peer = self
-        self._told = told
+        self._told = list(told)
 
     async def ask(self, _what: str, **_more: object) -> Json:
         """What the peer's keeper says."""
-        if self._told is None:
+        told = self._told[0] if len(self._told) == 1 else self._told.pop(0)
+        if told is None:
             raise Unreachable('no keeper on west')
-        return self._told
+        return told
 
 
 class JudgeTest(FakeCluster):
@@ -341,6 +343,7 @@ class JudgeTest(FakeCluster):
                              quorum(*members, quorate=quorate))
                 self.program('stonith_admin', fenced(when) if when else '')
                 self.assertIs(self.judge(), wanted)
+        self.assertIn('--verbose', self.calls('stonith_admin')[-1])
         self.program('stonith_admin', fenced(1500, 'failed'))
         self.program('corosync-quorumtool', quorum('east'))
         self.assertIs(self.judge(), Verdict.UNKNOWN)
@@ -354,6 +357,18 @@ class JudgeTest(FakeCluster):
             f'[ $(wc -l <{self.folder}/n) = 1 ] || sed -i s/1.8/1.9/ '
             f'{self.folder}/corosync-quorumtool.says\n', 'utf-8')
         self.assertIs(self.judge(), Verdict.UNKNOWN)
+
+    def test_score_is_given_back(self) -> None:
+        """To a peer that was asked about when QEMU died here."""
+        works = Works.__new__(Works)
+        lost = Lost(self, {'facts': {'generation': 1}, 'state': 'orphan',
+                           'role': 'standby'},
+                    {'facts': {'generation': 2}, 'role': 'primary'})
+        works.__dict__.update(vars(lost))
+        works.judge = new_judge(works)
+        asyncio.run(getattr(works, '_wait_for_new_primary')())
+        self.assertEqual(self.calls('crm_attribute'), [
+            'crm_attribute --promotion=vm -N west -l forever -v 100'])
 
     def test_members(self) -> None:
         """As corosync-quorumtool tells them."""

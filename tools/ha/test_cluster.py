@@ -1,161 +1,31 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A protected VM under a real Pacemaker, on nodes of this machine.
+"""Every failure that a cluster is there for, on two nodes and on three."""
 
-Each test begins with a protected VM, on whichever node, and ends with one
-whose guest has checked every block that it ever wrote.  Needs root.
-"""
-
-import argparse
-import atexit
-import os
 import signal
 import sys
-import tempfile
 import time
 import unittest
-from pathlib import Path
-from typing import Dict, List, Optional, Tuple
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from clusternodes import LINK, NETWORKS, PAGE, Cluster, Node, unpacked
-from guest import get_guest
+from clustercase import (BLOCKS, OPTIONS, REST, SECONDS, ClusterCase,
+                         NodeSide)
+from clusternodes import LINK, NETWORKS, PAGE, Cluster
 from guesthost import MIB, Disks
 from page import answers, steps
-from sides import (NAMES, PROGRAM, Side, configuration, toml,
-                   with_guest)
+from sides import configuration, toml
 
-DISKS = Disks(2, 20 * MIB, 16 * MIB)
-BLOCKS = 6144
-# Longer than any of it takes on a machine that does other things
-SECONDS = 180.0
-SKIPPED = 77
-
-
-def parse() -> Tuple[argparse.Namespace, List[str]]:
-    """Read the command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
-
-
-OPTIONS, REST = parse()
-
-
-class NodeSide(Side):
-    """A side whose keeper the cluster starts."""
-
-    def qemu(self) -> Optional[int]:
-        """The process, as seen from outside of the node."""
-        mark = os.fsencode(self.folder / 'qemu.pid')
-        for path in Path('/proc').glob('[0-9]*/cmdline'):
-            try:
-                words = path.read_bytes().split(b'\0')
-            except OSError:
-                # it has ended
-                continue
-            if mark in words and b'qemu-system' in words[0]:
-                return int(path.parent.name)
-        return None
-
-    def signal(self, number: signal.Signals) -> int:
-        """Send QEMU a signal."""
-        pid = self.qemu()
-        assert pid
-        os.kill(pid, number)
-        return pid
-
-
-class ClusterCase(unittest.TestCase):
-    """One cluster for all tests of a class."""
-    witness = False
-    sides: Dict[str, NodeSide]
-    cluster: Cluster
-    # what was measured, in seconds
-    times: List[str] = []
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        # unittest goes on after any other exception
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # pylint: disable=consider-using-with
-        holder = tempfile.TemporaryDirectory(prefix='ha-')
-        cls.addClassCleanup(holder.cleanup)
-        folder = Path(holder.name)
-        config = with_guest(configuration(OPTIONS.build, folder, DISKS),
-                            get_guest(OPTIONS.cache, print), DISKS)
-        cls.cluster = Cluster(folder, unpacked(OPTIONS.cache),
-                              PROGRAM.parent, witness=cls.witness)
-        cls.addClassCleanup(cls.cluster.close)
-        atexit.register(cls.cluster.close)
-        config['host'] = {
-            name: {'address': cls.cluster.address(cls.cluster.nodes[name],
-                                                  LINK)}
-            for name in NAMES}
-        config['cluster'] = {'judge': 'pacemaker', 'resource': 'vm'}
-        cls.sides = {}
-        for name in NAMES:
-            path = folder / f'etc-{name}/qemu-replication/vm1.toml'
-            path.parent.mkdir()
-            path.write_text(toml(config), 'utf-8')
-            cls.sides[name] = NodeSide(path, folder, name)
-        for disk in range(DISKS.count):
-            with open(folder / f'east/disk{disk}.raw', 'wb') as image:
-                image.truncate(DISKS.size)
-        for node in cls.cluster.nodes.values():
-            node.start()
-        for side in cls.sides.values():
-            cls.addClassCleanup(side.close)
-
-    def setUp(self) -> None:
-        east, west = self.sides.values()
-        east.wait(lambda: {east.state, west.state}
-                  == {'protected', 'secondary'}, 'protection', SECONDS)
-        self.primary, self.standby = (east, west) \
-            if east.state == 'protected' else (west, east)
-        self.cluster.fenced.clear()
-        self.began = time.monotonic()
-
-    def tearDown(self) -> None:
-        """Say what was said, if that is of use."""
-        outcome = getattr(self, '_outcome').result
-        if any(test is self for test, _ in outcome.failures + outcome.errors):
-            for side in self.sides.values():
-                print(side.words())
-                print(self.node(side).run(
-                    'tail', '-n', '150', '/var/log/pacemaker/pacemaker.log'))
-
-    def node(self, side: Side) -> Node:
-        """The node of a side."""
-        return self.cluster.nodes[side.name]
-
-    def cut(self, side: Side) -> None:
-        """Pull all cables of a node."""
-        for network in NETWORKS:
-            self.node(side).unplug(network)
-
-    def goes_on(self, side: NodeSide, other: NodeSide,
-                *, fenced: bool = False) -> None:
-        """The VM runs there in the end, and is protected by the other."""
-        side.wait(lambda: side.state in ('alone', 'copying', 'migrating',
-                                         'protected'), 'the VM', SECONDS)
-        runs = time.monotonic()
-        self.assertEqual(self.cluster.fenced, [other.name] if fenced else [])
-        after = f', {runs - self.cluster.fenced_at:.1f} s after the fence' \
-            if fenced else ''
-        self.is_protected(side, other)
-        self.times.append(
-            f'{self.id().split("test_")[-1]}: goes on after '
-            f'{runs - self.began:.1f} s{after}, protected after '
-            f'{time.monotonic() - self.began:.1f} s')
-        print(self.times[-1], flush=True)
-        self.assertEqual(side.check_guest(), BLOCKS)
-
-    @staticmethod
-    def is_protected(side: NodeSide, other: NodeSide) -> None:
-        """In the end."""
-        side.wait(lambda: side.state == 'protected'
-                  and other.state == 'secondary', 'protection', SECONDS)
+AGENT = '/usr/lib/ocf/resource.d/qemu-replication/vm'
+OCF_TESTER = """
+until crm_attribute --promotion=vm2 -N north -l forever -v 200 >/dev/null 2>&1
+do sleep 0.2; done
+ocf-tester -n vm2 -o config={config} {agent}
+cd /usr/share/resource-agents
+{agent} meta-data | xmllint --noout --relaxng metadata.rng -
+"""
+# What ocf-tester says of what need not be there
+OPTIONAL = [f'* Your agent does not support the {name} action (optional)'
+            for name in ('notify', 'reload')]
 
 
 class TwoNodes(ClusterCase):
@@ -289,6 +159,35 @@ class TwoNodes(ClusterCase):
 class ThreeNodes(ClusterCase):
     """One of them without the VM: who is cut off has no quorum."""
     witness = True
+    agent_test: 'Future[str]'
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        # beside all others, in which nothing happens to that node
+        executor = ThreadPoolExecutor()
+        cls.addClassCleanup(executor.shutdown)
+        cls.agent_test = executor.submit(cls.run_agent)
+
+    @classmethod
+    def run_agent(cls) -> str:
+        """Have the agent run a VM of its own on the third node."""
+        folder, nodes = cls.cluster.folder, cls.cluster.nodes
+        config = configuration(OPTIONS.build, folder, Disks(1, MIB, 0))
+        config['vm']['arguments'] = ['-nodefaults', '-L', '/usr/share/seabios']
+        config['host'] = {
+            name: {'address': Cluster.address(nodes[name], LINK)}
+            for name in ('north', 'east')}
+        config['cluster'] = {'judge': 'pacemaker', 'resource': 'vm2'}
+        # where nobody listens
+        config['ports'] = {'keeper': 9990}
+        path = folder / 'vm2.toml'
+        path.write_text(toml(config), 'utf-8')
+        (folder / 'north').mkdir()
+        (folder / 'north/disk0.raw').write_bytes(bytes(MIB))
+        return nodes['north'].run(
+            'sh', '-c', OCF_TESTER.format(agent=AGENT, config=path),
+            seconds=2 * SECONDS)
 
     def test_0_page(self) -> None:
         """What the operator's page says, command by command."""
@@ -325,17 +224,12 @@ class ThreeNodes(ClusterCase):
         self.cut(self.primary)
         self.goes_on(self.standby, self.primary, fenced=True)
 
-
-def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite,
-               _pattern: object) -> unittest.TestSuite:
-    """Not what is only there to be derived from."""
-    del tests
-    return unittest.TestSuite(loader.loadTestsFromTestCase(case)
-                              for case in (TwoNodes, ThreeNodes))
+    def test_3_agent(self) -> None:
+        """It is what Pacemaker expects of an agent."""
+        self.assertEqual(self.agent_test.result().splitlines(), [
+            f'Beginning tests for {AGENT}...', *OPTIONAL,
+            f'{AGENT} passed all tests', '- validates'])
 
 
 if __name__ == '__main__':
-    if os.geteuid():
-        print('a cluster of namespaces needs root')
-        sys.exit(SKIPPED)
     unittest.main(argv=[sys.argv[0], *REST], verbosity=2)

@@ -189,6 +189,19 @@ class PairTest(unittest.TestCase):
         self.protected(self.standby, self.primary)
         self.assertNotEqual(self.primary.pid, hung)
 
+    def test_stop_hung(self) -> None:
+        """Who has heard that it is stopped may rely on that."""
+        hung = self.primary.signal(signal.SIGSTOP)
+        self.primary.kill_keeper()
+        self.primary.start()
+        self.assertEqual(self.primary.state, 'finding')
+        self.primary.order('stop', '--force')
+        line = Path(f'/proc/{hung}/cmdline')
+        self.assertFalse(line.exists() and line.read_bytes())
+        self.standby.order('failover')
+        self.primary.order('standby')
+        self.protected(self.standby, self.primary)
+
     def test_switch(self) -> None:
         """From either side."""
         self.primary.order('switch')
@@ -283,6 +296,23 @@ class PairTest(unittest.TestCase):
         self.primary.wait(lambda: self.primary.data == 'sole',
                           'the peer to give up')
         self.assertEqual(self.primary.console.lines('FAIL', 'WRONG'), [])
+        self.primary.order('protect')
+        self.protected(self.primary, self.standby)
+
+    def test_panic(self) -> None:
+        """Of the VM it is the end, and of what stands by it is not."""
+        before = self.primary.pid
+        dead = self.standby.pid
+        self.standby.qmp('inject-nmi')
+        self.standby.wait(lambda: self.standby.state == 'secondary'
+                          and self.standby.pid != dead, 'another QEMU')
+        self.protected(self.primary, self.standby)
+        self.assertEqual(self.primary.pid, before)
+        self.primary.qmp('inject-nmi')
+        self.unprotected(self.primary, 'off')
+        self.unprotected(self.standby, 'standby')
+        self.primary.wait(lambda: self.primary.data == 'sole',
+                          'the peer to give up')
         self.primary.order('protect')
         self.protected(self.primary, self.standby)
 
