@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Iterator, List
@@ -186,6 +187,45 @@ def _tls(config: Config) -> Iterator[str]:
     if config.tls.kind == 'psk' and not psk(config):
         yield (f'[tls]: {config.tls.dir}/keys.psk: there is no line "qemu:" '
                'and 64 hexadecimal digits')
+    if config.tls.kind == 'x509' and all(
+            os.access(Path(config.tls.dir) / name, os.R_OK)
+            for name in _TLS_FILES['x509']):
+        yield from _certificates(config)
+
+
+def tls_context(config: Config, end: str) -> ssl.SSLContext:
+    """Of certificates; who connects has to have one, too."""
+    folder = Path(config.tls.dir)
+    context = ssl.create_default_context(
+        ssl.Purpose.CLIENT_AUTH if end == 'server'
+        else ssl.Purpose.SERVER_AUTH, cafile=str(folder / 'ca-cert.pem'))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(folder / f'{end}-cert.pem',
+                            folder / f'{end}-key.pem')
+    return context
+
+
+def _certificates(config: Config) -> Iterator[str]:
+    """What a peer with the same CA would say of this host's."""
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        ends = (('server', tls_context(config, 'client').wrap_bio(
+            to_client, to_server, server_hostname=config.address)),
+            ('client', tls_context(config, 'server').wrap_bio(
+                to_server, to_client, server_side=True)))
+    except OSError as exc:
+        yield f'[tls]: the files in {config.tls.dir}: {exc}'
+        return
+    for other, end in ends * 2:
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            # it is the other one's turn
+            pass
+        except ssl.SSLError as exc:
+            why = getattr(exc, 'verify_message', '') or exc
+            yield f'[tls]: {config.tls.dir}/{other}-cert.pem: {why}'
+            return
 
 
 def psk(config: Config) -> bytes:

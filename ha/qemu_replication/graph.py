@@ -34,6 +34,12 @@ CHARDEVS = ('mirror0', 'compare1', 'compare0-in', 'compare0', 'out0-in',
 # Of the metadata of a disk: its head, what a bit of the rest is for, and what
 # all of it is a multiple of
 META_HEAD, META_REGION, META_BLOCK = 16 << 10, 1 << 20, 4 << 10
+# Puts a tap into the bridge that BRIDGE in its environment names.  QEMU's own
+# helper wants a file beside QEMU that allows it.
+TAP_UP = Path(__file__).with_name('tap-up')
+BRIDGE = 'QEMU_REPLICATION_BRIDGE'
+# What the peer does not read holds up this QEMU
+MIRROR: Json = {'type': 'chardev', 'id': 'mirror0'}
 # Where overlays are by default that cannot be beside the disk
 TEMPORARY = '/var/tmp'
 # Unlimited: the guest must not wait for a migration that is throttled
@@ -127,7 +133,8 @@ def arguments(config: Config, primary: bool) -> List[str]:
         words += ['-device', f'{disk.device},drive={top(number)}']
     net = config.network
     if net.device:
-        netdev = net.netdev or f'bridge,br={net.bridge}'
+        netdev = net.netdev or (f'tap,script={TAP_UP},downscript=no,'
+                                'vhost=off')
         words += ['-netdev', f'{netdev},id=net0',
                   '-device', f'{net.device},netdev=net0']
     return words if primary else words + _standby_arguments(config)
@@ -217,7 +224,7 @@ def migrate(config: Config) -> Commands:
 
 def yank(config: Config) -> List[Json]:
     """All connections to the peer that can hold up this QEMU."""
-    return [{'type': 'migration'}, *(
+    return [{'type': 'migration'}, MIRROR, *(
         {'type': 'block-node', 'node-name': node}
         for number in range(len(config.disks)) for node in links(number))]
 
@@ -276,3 +283,10 @@ def disconnect_network(objects: List[str], chardevs: List[str]) -> Commands:
     for name in CHARDEVS:
         if name in chardevs:
             yield 'chardev-remove', {'id': name}
+
+
+def announce(config: Config) -> Commands:
+    """Let switches know where the VM is now."""
+    if config.network.device:
+        yield 'announce-self', {'initial': 50, 'max': 550, 'rounds': 5,
+                                'step': 100}

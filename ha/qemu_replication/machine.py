@@ -67,6 +67,7 @@ class Machine:
             # pylint: disable=consider-using-with
             self._child = subprocess.Popen(
                 self._words(primary), stdin=subprocess.DEVNULL,
+                env={**os.environ, graph.BRIDGE: self._config.network.bridge},
                 stdout=log, stderr=log, start_new_session=True)
         self._follow(self._child.pid)
         await self.connect()

@@ -12,10 +12,9 @@ import hmac
 import json
 import secrets
 import ssl
-from pathlib import Path
 from typing import Awaitable, Callable, Optional, Tuple
 
-from .check import psk
+from .check import psk, tls_context
 from .config import Config, Json
 from .errors import Unreachable, Failed
 
@@ -26,14 +25,7 @@ Answer = Callable[[Json], Awaitable[Json]]
 def _tls(config: Config, end: str) -> Optional[ssl.SSLContext]:
     if config.tls.kind != 'x509':
         return None
-    folder = Path(config.tls.dir)
-    context = ssl.create_default_context(
-        ssl.Purpose.CLIENT_AUTH if end == 'server'
-        else ssl.Purpose.SERVER_AUTH, cafile=str(folder / 'ca-cert.pem'))
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(folder / f'{end}-cert.pem',
-                            folder / f'{end}-key.pem')
-    return context
+    return tls_context(config, end)
 
 
 class Peer:

@@ -283,7 +283,8 @@ class Works:
     async def _do_doubt(self) -> str:
         """The peer takes the VM if it is well and this QEMU hangs.
 
-        It may well be the peer that hangs, and has this QEMU wait for it.
+        It may well be the peer that hangs, and has this QEMU wait for it: its
+        disks have a limit for that, and its network is cut here.
         """
         while True:
             try:
@@ -293,6 +294,7 @@ class Works:
                 self.problem = f'{self.config.peer}: {told["because"]}'
             except Unreachable as exc:
                 self.problem = str(exc)
+            await self._yank([graph.MIRROR])
             try:
                 await self._monitor.cmd('query-status')
                 return 'done'
@@ -471,4 +473,5 @@ class Works:
         # an earlier keeper may have done it
         await self._monitor.attempt('nbd-server-stop')
         await self._disconnect()
+        await self._monitor.all(graph.announce(self.config))
         await self.judge.promoted()

@@ -61,7 +61,7 @@ Version: $version
 Architecture: $(dpkg --print-architecture)
 Maintainer: whoever has built it <root@localhost>
 Installed-Size: $(du -sk "$root" | cut -f 1)
-Depends: $1, python3 (>= 3.11), ${firmware//,/, }
+Depends: $1, iproute2, python3 (>= 3.11), ${firmware//,/, }
 Suggests: pacemaker, corosync
 Section: otherosfs
 Priority: optional

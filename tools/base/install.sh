@@ -97,6 +97,7 @@ assemble_ha() {
     local lib=$new/lib/qemu-replication
     mkdir -p "$lib"/{qemu_replication,qemu/qmp,top} "$new/share/systemd"
     install -m 644 "$ha"/qemu_replication/*.py "$lib/qemu_replication/"
+    install -m 755 "$ha/qemu_replication/tap-up" "$lib/qemu_replication/"
     install -m 644 "$tree"/python/qemu/qmp/*.py "$lib/qemu/qmp/"
     install -m 644 "$tools"/top/{top,figures,view,watch}.py "$lib/top/"
     install -m 755 "$ha/qemu-replication" "$new/bin/"

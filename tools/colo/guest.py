@@ -15,13 +15,15 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List
+from typing import Callable, Iterable, List
 
 HERE = Path(__file__).resolve().parent
 FETCH_DEBS = HERE.parent / 'base' / 'fetch-debs.sh'
 KERNEL_PACKAGE = 'linux-image-cloud-amd64'
 MODULES = ('virtio_pci', 'virtio_blk', 'crc32c_generic', 'ext4',
            'pvpanic-pci')
+# Of a guest that is to have a network card
+NETWORK_MODULES = ('virtio_net',)
 PROGRAMS = ('/usr/bin/sqlite3', '/sbin/mke2fs')
 USER_PACKAGES = ('busybox-static', 'sqlite3', 'e2fsprogs', 'libc6',
                  'libsqlite3-0')
@@ -106,15 +108,15 @@ def kernel_version(folder: Path) -> str:
     return found[0]
 
 
-def modules(kernel: Path) -> List[Path]:
-    """Return the files of MODULES, each after those it depends on.
+def modules(kernel: Path, names: Iterable[str]) -> List[Path]:
+    """Return the files of some modules, each after those it depends on.
 
     Those that are built into the kernel, or that it does not know, are left
     out.
     """
     shown = subprocess.run(
         ['modprobe', '-d', str(kernel), '-S', kernel_version(kernel), '-a',
-         '-q', '--ignore-install', '--show-depends', *MODULES], check=False,
+         '-q', '--ignore-install', '--show-depends', *names], check=False,
         stdout=subprocess.PIPE, text=True, timeout=TOOL_SECONDS).stdout
     paths = re.findall(r'^insmod (\S+)', shown, re.MULTILINE)
     return [Path(path) for path in dict.fromkeys(paths)]
@@ -158,11 +160,14 @@ def fill_root(root: Path, kernel: Path) -> None:
               str(HERE / 'guest/worker.c')])
 
     (root / 'modules').mkdir()
-    order = []
-    for module in modules(kernel):
-        order.append(f"{module.name.split('.')[0]}.ko")
-        (root / 'modules' / order[-1]).write_bytes(unpacked(module))
-    (root / 'modules/order').write_text('\n'.join([*order, '']))
+    for name, wanted in (('order', MODULES), ('network', NETWORK_MODULES)):
+        order = []
+        for module in modules(kernel, wanted):
+            target = root / 'modules' / f"{module.name.split('.')[0]}.ko"
+            if not target.exists():
+                target.write_bytes(unpacked(module))
+                order.append(target.name)
+        (root / 'modules' / name).write_text('\n'.join([*order, '']))
 
 
 def pack(root: Path, archive: Path) -> None:

@@ -62,7 +62,8 @@ def configuration(build: Path, folder: Path, disks: Disks) -> Json:
         'limits': {'checkpoint_ms': 500, 'answer': 5, 'stalled': 5}}
 
 
-def with_guest(config: Json, guest: Guest, disks: Disks) -> Json:
+def with_guest(config: Json, guest: Guest, disks: Disks,
+               words: str = '') -> Json:
     """The guest that checks every block it has written."""
     accel = accelerator()
     return dict(config, vm=dict(config['vm'], arguments=[
@@ -72,7 +73,7 @@ def with_guest(config: Json, guest: Guest, disks: Disks) -> Json:
         '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
         # an NMI, which QMP has, is a panic
         '-device', 'pvpanic-pci', '-append', 'console=ttyS0 quiet panic=-1 '
-        'unknown_nmi_panic ' + disks.kernel_arguments,
+        f'unknown_nmi_panic {disks.kernel_arguments} {words}',
         '-chardev', 'file,id=log,path={run}/guest.log',
         '-serial', 'chardev:log',
         '-chardev', 'file,id=work,path={run}/work.out,append=on,'
@@ -83,8 +84,11 @@ def with_guest(config: Json, guest: Guest, disks: Disks) -> Json:
 class Side:
     """A host: its keeper, and the QEMU that this one has started."""
 
-    def __init__(self, config: Path, folder: Path, name: str) -> None:
+    def __init__(self, config: Path, folder: Path, name: str,
+                 *prefix: str) -> None:
+        """A prefix is what to run its programs with."""
         self.config = config
+        self._program = [*prefix, str(PROGRAM)]
         self.folder = folder / name
         self.name = name
         self.folder.mkdir(exist_ok=True)
@@ -98,7 +102,7 @@ class Side:
         with open(self.folder / 'keeper.log', 'ab') as log:
             # pylint: disable=consider-using-with
             self._keeper = subprocess.Popen(
-                ['setpriv', '--pdeathsig', 'KILL', str(PROGRAM), 'keeper',
+                ['setpriv', '--pdeathsig', 'KILL', *self._program, 'keeper',
                  str(self.config), '--host', self.name],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self.wait(lambda: self.status() is not None, 'the keeper')
@@ -133,7 +137,7 @@ class Side:
             ) -> 'subprocess.CompletedProcess[str]':
         """Use the command line."""
         return subprocess.run(
-            [str(PROGRAM), command, str(self.config), '--host', self.name,
+            [*self._program, command, str(self.config), '--host', self.name,
              *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, timeout=GUEST_SECONDS, check=False)
 
