@@ -74,19 +74,24 @@ class ClusterJudge(Judge):
     """Pacemaker's scores say who may be promoted.
 
     The peer's is there only while the peer is in step, and is deleted before
-    this side goes on alone.
+    this side goes on alone.  Nothing is deleted without quorum: that counts
+    for nothing, but may be taken for the latest when the cluster is whole.
     """
 
     @property
     def _resource(self) -> str:
         return self._works.config.cluster.resource
 
+    async def _delete(self, host: str) -> None:
+        if (await asyncio.to_thread(cluster.membership)).quorate:
+            await asyncio.to_thread(cluster.delete_score, self._resource, host)
+
     async def of_peer(self, since: float) -> Verdict:
         try:
             peer = self._works.config.peer
-            await asyncio.to_thread(cluster.delete_score, self._resource, peer)
+            await self._delete(peer)
             now = await asyncio.to_thread(cluster.membership)
-            if peer not in now.members:
+            if peer not in now.members or not now.quorate:
                 # its word would not count where its score is still there
                 return await self._of_silent_peer(
                     f'the cluster has lost {peer}', since)
@@ -118,8 +123,7 @@ class ClusterJudge(Judge):
         if peer in before.members \
                 or await asyncio.to_thread(self._is_down, since):
             # again: it has to be so in the part of the cluster that is asked
-            await asyncio.to_thread(cluster.delete_score, self._resource,
-                                    peer)
+            await self._delete(peer)
             if before.quorate and before == await asyncio.to_thread(
                     cluster.membership):
                 return Verdict.OUT
@@ -156,8 +160,7 @@ class ClusterJudge(Judge):
         config = self._works.config
         while self._works.facts.data == 'shared':
             try:
-                await asyncio.to_thread(cluster.delete_score, self._resource,
-                                        config.here)
+                await self._delete(config.here)
                 break
             except Failed as exc:
                 self._works.problem = str(exc)
@@ -166,8 +169,7 @@ class ClusterJudge(Judge):
     async def stopped(self) -> None:
         """There is no checkpoint to promote any more, where one was."""
         if self._works.facts.data == 'replica':
-            await asyncio.to_thread(cluster.delete_score, self._resource,
-                                    self._works.config.here)
+            await self._delete(self._works.config.here)
 
     async def has_died(self) -> None:
         """The peer's turn, if it is in step; a failure is slower."""

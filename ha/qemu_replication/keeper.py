@@ -299,7 +299,12 @@ class Keeper(Works):
             return await self._answer_yield(int(body['generation']))
         if what == 'well':
             # now, not when it was last looked at
-            await self._monitor.cmd('query-status')
+            try:
+                await self._monitor.cmd('query-status')
+            except Failed:
+                # within a checkpoint it waits for a primary that hangs
+                await self._yank([{'type': 'migration'}])
+                await self._monitor.cmd('query-status')
             return {'ok': self.state in PROMOTABLE,
                     'because': f'it {STATES[self.state].says}'}
         if what == 'in-step' and self.state == 'standby':

@@ -402,12 +402,14 @@ class Works:
                 if told['facts']['generation'] > self.facts.generation:
                     if told['role'] == PRIMARY:
                         return
-                elif self.facts.data != SHARED:
-                    pass
+                elif self.facts.data == SOLE:
+                    # the scores may be those of a part that had no quorum
+                    await self.judge.promoted()
                 elif told['state'] in FORGETFUL:
                     await self._reclaim()
                 elif told['state'] in PROMOTABLE:
                     # this host may have asked about it when QEMU died
+                    await self.judge.gives_way()
                     await self.judge.in_step()
             except Failed as exc:
                 self.problem = str(exc)

@@ -326,8 +326,16 @@ class JudgeTest(FakeCluster):
 
     def test_score_cannot_be_deleted(self) -> None:
         """Then the peer may be promoted at any moment."""
+        self.program('corosync-quorumtool', quorum('east', 'west'))
         self.program('crm_attribute', 'no connection', 1)
         self.assertIs(self.judge({'yields': True}), Verdict.UNKNOWN)
+
+    def test_no_quorum(self) -> None:
+        """What is written then may be taken for the latest later."""
+        self.program('corosync-quorumtool',
+                     quorum('east', 'west', quorate=False))
+        self.assertIs(self.judge({'yields': True}), Verdict.UNKNOWN)
+        self.assertEqual(self.calls('crm_attribute'), [])
 
     def test_silent_peer(self) -> None:
         """The cluster has to know."""
@@ -360,6 +368,7 @@ class JudgeTest(FakeCluster):
 
     def test_score_is_given_back(self) -> None:
         """To a peer that was asked about when QEMU died here."""
+        self.program('corosync-quorumtool', quorum('east', 'west'))
         works = Works.__new__(Works)
         lost = Lost(self, {'facts': {'generation': 1}, 'state': 'orphan',
                            'role': 'standby'},
@@ -368,6 +377,7 @@ class JudgeTest(FakeCluster):
         works.judge = new_judge(works)
         asyncio.run(getattr(works, '_wait_for_new_primary')())
         self.assertEqual(self.calls('crm_attribute'), [
+            'crm_attribute --promotion=vm -N east -l forever -D',
             'crm_attribute --promotion=vm -N west -l forever -v 100'])
 
     def test_members(self) -> None:

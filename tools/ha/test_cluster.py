@@ -185,9 +185,13 @@ class ThreeNodes(ClusterCase):
         path.write_text(toml(config), 'utf-8')
         (folder / 'north').mkdir()
         (folder / 'north/disk0.raw').write_bytes(bytes(MIB))
-        return nodes['north'].run(
-            'sh', '-c', OCF_TESTER.format(agent=AGENT, config=path),
-            seconds=2 * SECONDS)
+        told = ''
+        while not told:
+            # it may not have begun to start
+            told = nodes['north'].run(
+                'sh', '-c', OCF_TESTER.format(agent=AGENT, config=path),
+                seconds=2 * SECONDS)
+        return told
 
     def test_0_page(self) -> None:
         """What the operator's page says, command by command."""

@@ -85,7 +85,7 @@ class Partitions(ClusterCase):
     def vm_configuration(cls, folder: Path) -> Json:
         config = super().vm_configuration(folder)
         config['vm']['arguments'] += ARGUMENTS
-        config['limits'] = {'checkpoint_ms': 300, 'answer': 3, 'stalled': 3}
+        config['limits'] = {'checkpoint_ms': 1000, 'answer': 3, 'stalled': 3}
         return config
 
     @classmethod
