@@ -711,9 +711,8 @@ static BlockStatsReplicationCause *replication_why_error(BlockDriverState *bs)
         cause = replication_cause("the local disk has failed, and only the "
                                   "secondary has all data", 0);
     } else if (s->role->is_confirmed && !s->role->is_confirmed(bs)) {
-        cause = replication_cause("there was no checkpoint since the primary "
-                                  "has confirmed that it has started",
-                                  s->stage_time_ns);
+        cause = replication_cause("the primary has not confirmed that it has "
+                                  "started", s->stage_time_ns);
     }
 
     return cause;

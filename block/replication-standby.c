@@ -52,6 +52,8 @@ struct ReplicationStandby {
     bool mixed;
     /* The guest goes on alone, which the metadata does not say */
     bool unrecorded; /* atomic */
+    /* The write_gen of the metadata where the primary had not started.  BQL. */
+    unsigned unconfirmed_gen;
     /* Where the guest wrote past the running node, or NULL.  BQL. */
     char *bypassed;
     /* Does what others ask for who cannot: requests, changes of the graph */
@@ -243,12 +245,26 @@ static void standby_forget_changes(BlockDriverState *bs)
     }
 }
 
-/* By what the metadata had at a checkpoint: nobody can wait for it here */
+static unsigned standby_metadata_gen(BlockDriverState *bs)
+{
+    BDRVReplicationState *node = bs->opaque;
+
+    GRAPH_RDLOCK_GUARD_MAINLOOP();
+
+    return qatomic_read(&replication_meta_child(node->meta)->bs->write_gen);
+}
+
+/*
+ * Whether the primary has said that it has started.  Nobody can wait for the
+ * metadata here.  But who writes there while the node runs is the primary, and
+ * has nothing else to say.
+ */
 static bool standby_is_confirmed(BlockDriverState *bs)
 {
-    ReplicationLedger *ledger = standby_state(bs)->ledger;
+    ReplicationStandby *st = standby_state(bs);
 
-    return !ledger || replication_ledger_knows_started(ledger);
+    return !st->ledger || replication_ledger_knows_started(st->ledger) ||
+           standby_metadata_gen(bs) != st->unconfirmed_gen;
 }
 
 void standby_checkpointed(BlockDriverState *bs, bool done)
@@ -264,8 +280,8 @@ void standby_checkpointed(BlockDriverState *bs, bool done)
         standby_forget_changes(bs);
     }
     if (done && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-        !standby_is_confirmed(bs)) {
-        /* The primary may have said it since; what counts is the failover */
+        st->ledger && !replication_ledger_knows_started(st->ledger)) {
+        st->unconfirmed_gen = standby_metadata_gen(bs);
         replication_ledger_has_started(st->ledger, NULL);
     }
 }
