@@ -268,9 +268,6 @@ struct ReplicationRole {
      */
     void (*get_error)(BlockDriverState *bs, Error **errp);
 
-    /* Whether the node is known to be one that may fail over.  NULL: it is. */
-    bool (*is_confirmed)(BlockDriverState *bs);
-
     /* Fill in the part of the statistics that only this role has */
     void (*get_stats)(BlockDriverState *bs,
                       BlockStatsSpecificReplication *stats);

@@ -348,13 +348,6 @@ int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp)
     return 1;
 }
 
-bool replication_ledger_knows_started(ReplicationLedger *ledger)
-{
-    GLOBAL_STATE_CODE();
-
-    return ledger_has_started(replication_meta_records(ledger->meta));
-}
-
 bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);

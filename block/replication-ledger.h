@@ -74,9 +74,6 @@ int replication_ledger_go_back(ReplicationLedger *ledger, bool to_checkpoint,
  */
 int replication_ledger_has_started(ReplicationLedger *ledger, Error **errp);
 
-/* The same when it was read last */
-bool replication_ledger_knows_started(ReplicationLedger *ledger);
-
 /*
  * The disk of a secondary has all of its primary.  That has confirmed it: who
  * calls this has just asked.

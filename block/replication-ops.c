@@ -710,9 +710,6 @@ static BlockStatsReplicationCause *replication_why_error(BlockDriverState *bs)
     } else if (qatomic_read(&s->relied_on)) {
         cause = replication_cause("the local disk has failed, and only the "
                                   "secondary has all data", 0);
-    } else if (s->role->is_confirmed && !s->role->is_confirmed(bs)) {
-        cause = replication_cause("the primary has not confirmed that it has "
-                                  "started", s->stage_time_ns);
     }
 
     return cause;

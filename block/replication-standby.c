@@ -52,8 +52,6 @@ struct ReplicationStandby {
     bool mixed;
     /* The guest goes on alone, which the metadata does not say */
     bool unrecorded; /* atomic */
-    /* The write_gen of the metadata where the primary had not started.  BQL. */
-    unsigned unconfirmed_gen;
     /* Where the guest wrote past the running node, or NULL.  BQL. */
     char *bypassed;
     /* Does what others ask for who cannot: requests, changes of the graph */
@@ -245,28 +243,6 @@ static void standby_forget_changes(BlockDriverState *bs)
     }
 }
 
-static unsigned standby_metadata_gen(BlockDriverState *bs)
-{
-    BDRVReplicationState *node = bs->opaque;
-
-    GRAPH_RDLOCK_GUARD_MAINLOOP();
-
-    return qatomic_read(&replication_meta_child(node->meta)->bs->write_gen);
-}
-
-/*
- * Whether the primary has said that it has started.  Nobody can wait for the
- * metadata here.  But who writes there while the node runs is the primary, and
- * has nothing else to say.
- */
-static bool standby_is_confirmed(BlockDriverState *bs)
-{
-    ReplicationStandby *st = standby_state(bs);
-
-    return !st->ledger || replication_ledger_knows_started(st->ledger) ||
-           standby_metadata_gen(bs) != st->unconfirmed_gen;
-}
-
 void standby_checkpointed(BlockDriverState *bs, bool done)
 {
     ReplicationStandby *st = standby_state(bs);
@@ -278,11 +254,6 @@ void standby_checkpointed(BlockDriverState *bs, bool done)
     qatomic_set(&st->saves, done && st->keep_checkpoint);
     if (st->changes) {
         standby_forget_changes(bs);
-    }
-    if (done && replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-        st->ledger && !replication_ledger_knows_started(st->ledger)) {
-        st->unconfirmed_gen = standby_metadata_gen(bs);
-        replication_ledger_has_started(st->ledger, NULL);
     }
 }
 
@@ -986,7 +957,6 @@ const ReplicationRole replication_standby_role = {
     .failover           = standby_failover,
     .detach             = standby_detach,
     .get_error          = secondary_get_error,
-    .is_confirmed       = standby_is_confirmed,
     .get_stats          = standby_get_stats,
     .release            = standby_release,
     .finish             = secondary_finish,
