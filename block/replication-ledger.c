@@ -440,9 +440,12 @@ int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
     if (!ledger_has_taken_over(r)) {
         own.disk_id = peer->disk_id;
         own.current = peer->generation;
-        replication_own_record_rotate(&own);
-        own.base = peer->generation;
     }
+    /* Nor may that be one that went back, when the guest has written since */
+    if (qemu_uuid_is_equal(&own.current, &peer->generation)) {
+        replication_own_record_rotate(&own);
+    }
+    own.base = peer->generation;
     own.log_void = ledger_begin_log(ledger) < 0 || peer->log_void;
 
     return ledger_begin_merge(ledger, &own, active, hidden, errp);
