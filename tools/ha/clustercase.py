@@ -20,7 +20,8 @@ from typing import Dict, List, Optional, Tuple
 from clusternodes import LINK, NETWORKS, Cluster, Node, unpacked
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import NAMES, PROGRAM, Json, Side, configuration, toml, with_guest
+from sides import (NAMES, PROGRAM, Json, Side, configuration, parse, toml,
+                   with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
 BLOCKS = 6144
@@ -29,18 +30,15 @@ SECONDS = 180.0
 SKIPPED = 77
 
 
-def parse() -> Tuple[argparse.Namespace, List[str]]:
+def parse_as_root() -> Tuple[argparse.Namespace, List[str]]:
     """Read the command line; the rest is for the test."""
     if os.geteuid():
         print('a cluster of namespaces needs root')
         sys.exit(SKIPPED)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
+    return parse(__doc__)
 
 
-OPTIONS, REST = parse()
+OPTIONS, REST = parse_as_root()
 
 
 class NodeSide(Side):

@@ -6,7 +6,6 @@ Hosts, the client and the switch between them are network namespaces.  What the
 client sends comes back from the guest; each connection stays for all tests.
 """
 
-import argparse
 import ctypes
 import os
 import random
@@ -17,12 +16,13 @@ import tempfile
 import threading
 import unittest
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable, Dict, Iterator, List
 
 from clusternodes import ip
 from guest import get_guest
 from guesthost import MIB, STEP_SECONDS, Disks
-from sides import NAMES, Side, SideError, configuration, toml, with_guest
+from sides import (NAMES, Side, SideError, configuration, parse, toml,
+                   with_guest)
 
 DISKS = Disks(1, 20 * MIB, 16 * MIB)
 SKIPPED = 77
@@ -44,15 +44,7 @@ ETH_P_ALL, ETH_P_RARP = 0x3, 0x8035
 CLONE_NEWNET = 0x40000000
 
 
-def parse() -> Tuple[argparse.Namespace, List[str]]:
-    """Read the command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
-
-
-OPTIONS, REST = parse()
+OPTIONS, REST = parse(__doc__)
 
 
 class Wires:

@@ -6,7 +6,6 @@ Each test begins with a protected VM, on whichever side, and ends with one
 whose guest has checked every block that it ever wrote.
 """
 
-import argparse
 import atexit
 import json
 import os
@@ -15,11 +14,11 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import (GUEST_SECONDS, NAMES, Side, configuration, toml,
+from sides import (GUEST_SECONDS, NAMES, Side, configuration, parse, toml,
                    with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
@@ -33,15 +32,7 @@ LOG_SECONDS = 300.0
 REFUSED, NO_KEEPER = 4, 3
 
 
-def parse() -> Tuple[argparse.Namespace, List[str]]:
-    """Read the command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
-
-
-OPTIONS, REST = parse()
+OPTIONS, REST = parse(__doc__)
 
 
 def last_region_logged(metadata: Path) -> bool:
