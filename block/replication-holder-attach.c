@@ -229,7 +229,7 @@ static bool holder_check_attach(BlockDriverState *bs,
         error_append_hint(errp, "Open the node with the option 'metadata'.\n");
     } else if (s->ledger && !replication_ledger_is_open(s->ledger)) {
         error_setg(errp, "Replication node '%s' is inactive, and its metadata "
-                   "was not read", name);
+                   "is not read or written", name);
     } else if (opts->sync == BLOCK_REPLICA_SYNC_MODE_AUTO && !opts->metadata) {
         error_setg(errp, "Replication node '%s': sync=auto needs the metadata "
                    "of the replica", name);

@@ -152,7 +152,8 @@ static bool holder_start(BlockDriverState *bs, Error **errp)
     ReplicationHolder *s = holder_state(bs);
 
     bdrv_graph_rdlock_main_loop();
-    if (!holder_refuse_overlays(bs, errp) || !holder_refuse_bypass(bs, errp)) {
+    if (!replication_check_active(bs, REPLICATION_OP_START, errp) ||
+        !holder_refuse_overlays(bs, errp) || !holder_refuse_bypass(bs, errp)) {
         bdrv_graph_rdunlock_main_loop();
         return false;
     }

@@ -359,6 +359,10 @@ static inline int64_t replication_time_ns(void)
 /* Whether the present stage of @bs allows @op.  replication_stages[] says. */
 bool replication_allows(BlockDriverState *bs, ReplicationOp op);
 
+/* For @op, something has to be written that is others' while @bs is inactive */
+bool GRAPH_RDLOCK replication_check_active(BlockDriverState *bs,
+                                           ReplicationOp op, Error **errp);
+
 /*
  * Enter @stage.  The caller holds the BQL and has drained @bs, so that no
  * request meets two stages.

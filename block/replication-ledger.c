@@ -467,7 +467,7 @@ bool replication_ledger_forget_overlays(ReplicationLedger *ledger, Error **errp)
 
 bool replication_ledger_is_open(ReplicationLedger *ledger)
 {
-    return ledger->log;
+    return ledger->log && !(ledger->bs->open_flags & BDRV_O_INACTIVE);
 }
 
 bool replication_ledger_knows_changes(ReplicationLedger *ledger)
@@ -621,7 +621,8 @@ bool replication_ledger_go_alone(ReplicationLedger *ledger, Error **errp)
 
     GLOBAL_STATE_CODE();
 
-    if (!ledger->log || ledger_leave_base(ledger, errp) == 0) {
+    if (!replication_ledger_is_open(ledger) ||
+        ledger_leave_base(ledger, errp) == 0) {
         return true;
     }
     /* Writes try again, and fail with it */

@@ -47,6 +47,7 @@ void replication_ledger_free(ReplicationLedger *ledger);
  */
 int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
                                                Error **errp);
+/* Not while the node is inactive: what is in the metadata is up to others */
 bool replication_ledger_is_open(ReplicationLedger *ledger);
 
 /*

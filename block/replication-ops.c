@@ -316,6 +316,20 @@ static bool replication_may(BlockDriverState *bs, ReplicationOp op,
     return allowed;
 }
 
+bool replication_check_active(BlockDriverState *bs, ReplicationOp op,
+                              Error **errp)
+{
+    if (!bdrv_is_inactive(bs)) {
+        return true;
+    }
+    error_setg(errp, "Cannot %s replication node '%s': it is inactive",
+               replication_op_names[op], bdrv_get_node_name(bs));
+    error_append_hint(errp, "Wait for the migration to end, or activate it "
+                      "with blockdev-set-active.\n");
+
+    return false;
+}
+
 /*
  * Around everything of the registry that may change the stage: @bs, which it
  * has drained, outlives the operation even if that drops the last node above

@@ -506,19 +506,15 @@ static bool standby_start(BlockDriverState *bs, Error **errp)
     ReplicationAbove *above = replication_above_new();
     g_autofree char *bypass = NULL;
     ReplicationStandby *st = s->standby;
-    bool inactive;
+    bool active;
 
     bdrv_graph_rdlock_main_loop();
-    inactive = bdrv_is_inactive(bs);
+    active = replication_check_active(bs, REPLICATION_OP_START, errp);
     above = replication_above_update(above, bs);
     bypass = replication_above_bypass(above, bs);
     bdrv_graph_rdunlock_main_loop();
 
-    if (inactive) {
-        error_setg(errp, "Cannot start replication node '%s': it is inactive",
-                   bdrv_get_node_name(bs));
-        error_append_hint(errp, "Wait for the migration to end, or activate it "
-                          "with blockdev-set-active.\n");
+    if (!active) {
         goto fail;
     }
     if (bypass) {
@@ -599,6 +595,14 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
                  secondary_in_sync(bs, NULL) &&
                  (!st->ledger ||
                   replication_ledger_has_started(st->ledger, NULL) > 0);
+    bool active;
+
+    bdrv_graph_rdlock_main_loop();
+    active = replication_check_active(bs, REPLICATION_OP_STOP, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (!active) {
+        return false;
+    }
 
     st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
