@@ -357,6 +357,8 @@ bool replication_ledger_stopped(ReplicationLedger *ledger, Error **errp)
     assert(ledger_has_started(r));
 
     own = r->own;
+    /* Not if a failover has failed to say so, and the primary has gone on */
+    own.role = REPLICATION_META_ROLE_SECONDARY;
     own.disk_id = r->peer.disk_id;
     own.current = r->peer.generation;
     own.base = r->peer.generation;
@@ -414,12 +416,13 @@ int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     ReplicationPeerRecord *peer = &ledger->taken_over;
+    bool again = peer->sequence;
     ReplicationOwnRecord own;
     int ret;
 
     GLOBAL_STATE_CODE();
 
-    if (peer->sequence) {
+    if (again) {
         /* A primary that is not dead may have said other things since */
         ret = replication_meta_load(ledger->meta,
                                     replication_changes_size(ledger->changes),
@@ -436,8 +439,12 @@ int replication_ledger_take_over(ReplicationLedger *ledger, const char *active,
     }
 
     own = r->own;
-    /* A write that has failed may have got there all the same */
-    if (!ledger_has_taken_over(r)) {
+    /*
+     * A write that has failed may have got there all the same.  But if it was
+     * not ours, of a failover to what the disk had before its primary came, it
+     * is of no more meaning.
+     */
+    if (!again || !ledger_has_taken_over(r)) {
         own.disk_id = peer->disk_id;
         own.current = peer->generation;
     }
