@@ -739,6 +739,10 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
         standby_wait_for_record(bs, *errp);
     } else if (runs || !standby_can_roll_back(bs)) {
         replication_lose_checkpoint(bs, error_copy(*errp));
+    } else {
+        /* Nothing has changed, and the stage does not tell */
+        replication_report_error(bs, REPLICATION_ERROR_REASON_FAILOVER,
+                                 error_get_pretty(*errp));
     }
 }
 
