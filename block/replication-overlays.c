@@ -94,6 +94,22 @@ static const char *GRAPH_RDLOCK overlays_image(BlockDriverState *bs)
     return bs->exact_filename;
 }
 
+/*
+ * Its path as it is found from any folder, and when the host has started again:
+ * what the kernel calls a device may be another one then
+ */
+static char *overlays_path(const char *image)
+{
+    struct stat sb;
+
+    if (!image || stat(image, &sb) < 0) {
+        return NULL;
+    }
+
+    return S_ISREG(sb.st_mode) ? realpath(image, NULL) :
+                                 g_canonicalize_filename(image, NULL);
+}
+
 static void overlay_name(Overlay *overlay, const char *prefix,
                          const char *which)
 {
@@ -102,9 +118,8 @@ static void overlay_name(Overlay *overlay, const char *prefix,
 }
 
 /* Such that no other disk of this host has the same names */
-static void overlays_name(ReplicationOverlays *o, const char *image)
+static void overlays_name(ReplicationOverlays *o, const char *path)
 {
-    g_autofree char *path = image ? realpath(image, NULL) : NULL;
     g_autofree char *prefix = NULL;
     g_autofree char *name = NULL;
     struct stat sb;
@@ -201,7 +216,7 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
                                             Error **errp)
 {
     BlockDriverState *format, *hidden, *active;
-    g_autofree char *image = NULL;
+    g_autofree char *path = NULL;
     const char *fmt;
     int64_t length;
     bool direct;
@@ -210,7 +225,7 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
 
     bdrv_graph_rdlock_main_loop();
     format = bdrv_skip_filters(disk);
-    image = g_strdup(overlays_image(disk));
+    path = overlays_path(overlays_image(disk));
     fmt = format->drv->is_format ? format->drv->format_name : "raw";
     direct = !secondary_uses_page_cache(disk);
     length = bdrv_getlength(disk);
@@ -221,9 +236,9 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
         return NULL;
     }
 
-    overlays_name(o, image);
+    overlays_name(o, path);
     if (!overlays_check_left(o, errp) ||
-        !overlays_create(o, &o->hidden, length, HIDDEN_CLUSTER, image, fmt,
+        !overlays_create(o, &o->hidden, length, HIDDEN_CLUSTER, path, fmt,
                          errp) ||
         !overlays_create(o, &o->active, length, ACTIVE_CLUSTER, o->hidden.kept,
                          "qcow2", errp)) {
