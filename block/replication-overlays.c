@@ -130,7 +130,7 @@ static void overlays_name(ReplicationOverlays *o, const char *path)
         o->dir = g_path_get_dirname(path);
         name = g_path_get_basename(path);
     } else {
-        name = g_strdelimit(g_strdup(path + 1), "/", '-');
+        name = g_uri_escape_string(path + 1, NULL, true);
     }
     if (!o->dir) {
         o->dir = g_canonicalize_filename(o->wanted_dir ?: DEFAULT_DIR, NULL);
