@@ -273,17 +273,30 @@ static bool coroutine_fn GRAPH_RDLOCK
 holder_co_activated(BlockDriverState *bs, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
-    int64_t length;
+    int64_t length = bdrv_co_getlength(bs->file->bs);
+    bool by_others = length >= 0 &&
+                     length != replication_changes_size(s->changes);
+    int ret;
 
-    if (!s->ledger) {
-        return true;
-    }
-    length = bdrv_co_getlength(bs->file->bs);
-    if (length >= 0 && length != replication_changes_size(s->changes)) {
+    if (by_others) {
         replication_changes_resize(s->changes, length);
+        s->had_replica = false;
+    }
+    if (s->ledger) {
+        ret = replication_ledger_open(s->ledger, errp);
+        if (ret < 0) {
+            return false;
+        }
+        by_others |= ret > 0;
+    }
+    if (by_others && s->replica) {
+        error_report("Replication node '%s': others have used its disk while "
+                     "it was inactive, and what they wrote does not get to the "
+                     "secondary", bdrv_get_node_name(bs));
+        holder_lose(bs, "request", -EIO);
     }
 
-    return replication_ledger_open(s->ledger, errp) == 0;
+    return true;
 }
 
 /*

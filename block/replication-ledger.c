@@ -245,12 +245,15 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
+    uint64_t sequence = ledger->log ? r->own.sequence : 0;
     ReplicationOwnRecord own;
+    bool by_others;
     int ret = replication_meta_load(ledger->meta, size, errp);
 
     if (ret < 0) {
         return ret;
     }
+    by_others = sequence && r->own.sequence != sequence;
     if (!replication_records_check_usable(r, ledger_name(ledger), errp)) {
         return -EINVAL;
     }
@@ -268,11 +271,11 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
     }
     if (ret < 0) {
         g_clear_pointer(&ledger->log, replication_log_free);
-    } else {
-        ledger_tick_in(ledger, TICK_MS);
+        return ret;
     }
+    ledger_tick_in(ledger, TICK_MS);
 
-    return ret;
+    return by_others;
 }
 
 /* Nothing but the changes is in the log then: before, it was the primary's */

@@ -43,7 +43,8 @@ void replication_ledger_free(ReplicationLedger *ledger);
 
 /*
  * Read the metadata, again if it was read before, and note in the changes what
- * is in the log.  Fails if the disk is not usable.
+ * is in the log.  Returns 0, or 1 if others have used the disk since it was
+ * read before, or a negative errno, also if the disk is not usable.
  */
 int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
                                                Error **errp);
