@@ -331,13 +331,9 @@ static BdrvChild *holder_attach_child(BlockDriverState *bs,
     return child;
 }
 
-/*
- * Read the metadata of the replica, and find out what to copy.  The guest goes
- * on meanwhile.
- */
+/* Read the metadata of the replica.  The guest goes on meanwhile. */
 static bool holder_meet_peer(BlockDriverState *bs,
-                             const ReplicaAttachOptions *opts,
-                             ReplicationRuling *ruling, Error **errp)
+                             const ReplicaAttachOptions *opts, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
     BdrvChild *child;
@@ -352,8 +348,15 @@ static bool holder_meet_peer(BlockDriverState *bs,
     }
     bdrv_drain_all_end();
 
-    return child && replication_ledger_meet(s->ledger, child, errp) &&
-           replication_ledger_judge(s->ledger,
+    return child && replication_ledger_meet(s->ledger, child, errp);
+}
+
+/* Find out what to copy.  The node is drained: the guest changes the record. */
+static bool holder_judge(BlockDriverState *bs, const ReplicaAttachOptions *opts,
+                         ReplicationRuling *ruling, Error **errp)
+{
+    return !opts->metadata ||
+           replication_ledger_judge(holder_state(bs)->ledger,
                                     opts->sync == BLOCK_REPLICA_SYNC_MODE_FULL,
                                     opts->discard_peer, ruling, errp);
 }
@@ -390,16 +393,18 @@ static bool holder_attach(BlockDriverState *bs,
     ReplicationRuling ruling = {
         .full = opts->sync == BLOCK_REPLICA_SYNC_MODE_FULL,
     };
-    BdrvChild *child;
+    BdrvChild *child = NULL;
     bool ok;
 
-    if (opts->metadata && !holder_meet_peer(bs, opts, &ruling, errp)) {
+    if (opts->metadata && !holder_meet_peer(bs, opts, errp)) {
         return false;
     }
     /* Everything: where nodes meet, some are moved to another AioContext */
     bdrv_drain_all_begin();
-    child = holder_attach_child(bs, opts->replica, "replica", BDRV_CHILD_DATA,
-                                errp);
+    if (holder_judge(bs, opts, &ruling, errp)) {
+        child = holder_attach_child(bs, opts->replica, "replica",
+                                    BDRV_CHILD_DATA, errp);
+    }
     ok = child && holder_take_replica(bs, child, errp);
     if (child && !ok) {
         bdrv_graph_wrlock();
