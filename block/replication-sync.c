@@ -70,6 +70,16 @@ static int coroutine_fn replica_sync_run(Job *job, Error **errp)
     return job_is_cancelled(job) ? -ECANCELED : 0;
 }
 
+/* It has been in step, and may have been lost before the job could end */
+static int replica_sync_prepare(Job *job)
+{
+    int error;
+
+    replication_replica_state(replica_sync_job(job)->bs, &error);
+
+    return error;
+}
+
 static bool replica_sync_cancel(Job *job, bool force)
 {
     replication_replica_job_cancelled(replica_sync_job(job)->bs);
@@ -119,6 +129,7 @@ static const BlockJobDriver replica_sync_driver = {
         .run            = replica_sync_run,
         .pause          = replica_sync_pause,
         .resume         = replica_sync_resume,
+        .prepare        = replica_sync_prepare,
         .cancel         = replica_sync_cancel,
         .abort          = replica_sync_abort,
         .clean          = replica_sync_clean,
