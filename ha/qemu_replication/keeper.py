@@ -67,6 +67,8 @@ class Keeper(Works):
         self._work: Optional['asyncio.Task[None]'] = None
         self._look: Json = {}
         self._merged_at = 0.0
+        # why nobody could be told last time
+        self._trouble = ''
 
     # The machine of states
 
@@ -143,9 +145,16 @@ class Keeper(Works):
 
     async def _tell(self) -> None:
         """Let all who watch know."""
-        status = self.status()
-        write_whole(self.config.run / 'status.json', status, False)
-        notify(f'STATUS={status["says"]}')
+        status, trouble = self.status(), ''
+        try:
+            write_whole(self.config.run / 'status.json', status, False)
+            notify(f'STATUS={status["says"]}')
+        except OSError as exc:
+            # who asks is told all the same
+            trouble = str(exc)
+        if trouble not in ('', self._trouble):
+            log.warning('%s', trouble)
+        self._trouble = trouble
         async with self.changed:
             self.changed.notify_all()
 
@@ -221,6 +230,7 @@ class Keeper(Works):
         try:
             nodes = await self._monitor.replication()
             status = (await self._monitor.cmd('query-status'))['status']
+            await self._merge_again(nodes)
         except Failed as exc:
             self._look = {'status': 'silent', 'nodes': []}
             if self.machine.runs and entered == self._entered:
@@ -228,7 +238,6 @@ class Keeper(Works):
             return
         self._look = {'status': status, 'nodes': nodes}
         await self._conclude(nodes)
-        await self._merge_again(nodes)
 
     async def _merge_again(self, nodes: List[Json]) -> None:
         """The guest's data is in three files, and none may take it over."""

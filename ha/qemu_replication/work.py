@@ -74,7 +74,8 @@ class Works:
     def _pause_seconds(self) -> float:
         """Do not try again at once what has failed."""
         self._tries += 1
-        return min(2.0 ** self._tries / 4, LONGEST_PAUSE) \
+        # no number is large enough for the power of a day's tries
+        return min(2.0 ** min(self._tries, 10) / 4, LONGEST_PAUSE) \
             if self._tries > 1 else 0.0
 
     # The VM runs here

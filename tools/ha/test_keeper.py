@@ -1,0 +1,133 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a keeper does when what is beside it fails, without any QEMU."""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from guesthost import MIB, Disks
+from qemu_replication.config import Config, load
+from qemu_replication.errors import Failed
+from qemu_replication.keeper import Keeper
+from qemu_replication.monitor import Monitor
+from sides import configuration, toml
+
+SECONDS = 60.0
+Json = Dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+HANGS = Failed('QEMU did not answer')
+
+
+class Qmp(Monitor):
+    """Says what it was told to, by the command."""
+
+    def __init__(self, config: Config, answers: Json) -> None:
+        super().__init__(config.run, 1.0, lambda event: None)
+        self.answers = answers
+
+    async def cmd(self, command: str, arguments: Optional[Json] = None,
+                  oob: bool = False) -> Any:
+        answer = self.answers.get(command, {})
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
+
+
+def node(**stats: object) -> Json:
+    """What QEMU says of the disk's node."""
+    return {'node-name': 'top0', 'driver-specific': {
+        'driver': 'replication', 'mode': 'secondary', 'stage': 'running',
+        'protects': True, **stats}}
+
+
+class KeeperCase(unittest.TestCase):
+    """A keeper on east, in a loop of its own."""
+
+    def setUp(self) -> None:
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = Path(holder.name)
+        path = self.folder / 'vm1.toml'
+        path.write_text(toml(configuration(OPTIONS.build, self.folder,
+                                           Disks(1, MIB, 0))), 'utf-8')
+        self.config = load(path, 'east')
+        self.config.state.mkdir(parents=True)
+
+    def keeper(self, state: str = 'stopped', **answers: object) -> Keeper:
+        """In a state, beside a QEMU that answers."""
+        keeper = Keeper(self.config)
+        keeper.state = state
+        keeper.machine.monitor = Qmp(self.config, answers)
+        keeper.machine.dead.clear()
+        return keeper
+
+
+class TroubleTest(KeeperCase):
+    """It goes on."""
+
+    def test_pause(self) -> None:
+        """However often something has failed."""
+        async def pause() -> float:
+            keeper = self.keeper()
+            keeper._tries = 5000
+            return keeper._pause_seconds()
+
+        self.assertEqual(asyncio.run(pause()), 60.0)
+
+    def test_looks_again(self) -> None:
+        """A merge that cannot be repeated now, and a folder that is full."""
+        async def look() -> None:
+            keeper = self.keeper('alone', **{
+                'query-blockstats': [node(stage='failover-failed')],
+                'query-status': {'status': 'running'},
+                'xen-set-replication': HANGS})
+            looking = asyncio.create_task(keeper._look_often())
+            told = self.config.run / 'status.json'
+            in_the_way = told.with_name(told.name + '.new')
+            in_the_way.mkdir()
+            for guest in ('silent', 'running'):
+                while keeper.status()['guest'] != guest:
+                    await self.change(keeper, looking)
+                keeper.machine.monitor = Qmp(self.config, {
+                    'query-blockstats': [node()],
+                    'query-status': {'status': 'running'}})
+            in_the_way.rmdir()
+            while not told.exists():
+                await self.change(keeper, looking)
+            looking.cancel()
+
+        with self.assertLogs('keeper', 'WARNING') as logs:
+            asyncio.run(look())
+        self.assertEqual(len(logs.output), 2, logs.output)
+
+    @staticmethod
+    async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
+        """Wait for the next word of it."""
+        async def changed() -> None:
+            async with keeper.changed:
+                await keeper.changed.wait()
+
+        change = asyncio.create_task(changed())
+        await asyncio.wait({change, looking}, timeout=SECONDS,
+                           return_when=asyncio.FIRST_COMPLETED)
+        if not change.done():
+            raise AssertionError('it does not look any more')
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1])
