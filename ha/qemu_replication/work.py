@@ -144,8 +144,13 @@ class Works:
 
     async def _merged(self) -> bool:
         """A host that was promoted is a primary once all is merged."""
-        nodes = [node for node in await self._monitor.replication()
-                 if node['mode'] == 'secondary']
+        try:
+            told = await self._monitor.replication()
+        except Failed as exc:
+            # it may be busy, and is asked again
+            self.problem = str(exc)
+            return False
+        nodes = [node for node in told if node['mode'] == 'secondary']
         steps = [node['failover'] for node in nodes if 'failover' in node]
         total = sum(step['total'] for step in steps) or 1
         done = 100 * sum(step['done'] for step in steps) // total

@@ -115,6 +115,15 @@ class TroubleTest(KeeperCase):
             asyncio.run(look())
         self.assertEqual(len(logs.output), 2, logs.output)
 
+    def test_merge_is_not_seen(self) -> None:
+        """It may be seen the next time: the VM is to be protected then."""
+        async def merged() -> str:
+            keeper = self.keeper('alone', **{'query-blockstats': HANGS})
+            self.assertFalse(await keeper._merged())
+            return keeper.problem
+
+        self.assertEqual(asyncio.run(merged()), str(HANGS))
+
     @staticmethod
     async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
         """Wait for the next word of it."""
