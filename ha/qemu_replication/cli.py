@@ -3,19 +3,22 @@
 
 import argparse
 import asyncio
+import fcntl
 import json
 import logging
+import os
 import runpy
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 from . import check
 from .config import Config, ConfigError, Json, config_path, load
 from .client import DONE, FAILED, NO_KEEPER, WRONG, ask
 from .control import Commands, Control
+from .errors import Failed
 from .keeper import Keeper
 
 HELP = {
@@ -160,6 +163,17 @@ def watch(config: Config) -> int:
     return FAILED
 
 
+def _busy_folder(config: Config) -> Optional[Path]:
+    """Take both folders until the end; one that another keeper has."""
+    for folder in {config.run, config.state}:
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY),
+                        fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return folder
+    return None
+
+
 async def _keep(config: Config) -> None:
     keeper = Keeper(config)
     await Control(keeper).serve()
@@ -181,7 +195,13 @@ def keep(config: Config) -> int:
     # its modules log each connection that has ended
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
     try:
+        busy = _busy_folder(config)
+        if busy:
+            raise Failed(f'{busy}: a keeper of {config.vm.name} runs already')
         asyncio.run(_keep(config))
+    except Failed as exc:
+        print(f'error: {exc}', file=sys.stderr)
+        return FAILED
     except OSError as exc:
         print(f'error: {config.address}:{config.ports.keeper}: {exc.strerror}',
               file=sys.stderr)

@@ -15,9 +15,10 @@ from qemu_replication.config import Config, load
 from qemu_replication.errors import Failed
 from qemu_replication.keeper import Keeper
 from qemu_replication.monitor import Monitor
-from sides import configuration, toml
+from sides import Side, configuration, toml
 
 SECONDS = 60.0
+UNPROTECTED = 2
 Json = Dict[str, Any]
 
 
@@ -62,7 +63,7 @@ class KeeperCase(unittest.TestCase):
         holder = tempfile.TemporaryDirectory()
         self.addCleanup(holder.cleanup)
         self.folder = Path(holder.name)
-        path = self.folder / 'vm1.toml'
+        self.path = path = self.folder / 'vm1.toml'
         path.write_text(toml(configuration(OPTIONS.build, self.folder,
                                            Disks(1, MIB, 0))), 'utf-8')
         self.config = load(path, 'east')
@@ -136,6 +137,22 @@ class TroubleTest(KeeperCase):
                            return_when=asyncio.FIRST_COMPLETED)
         if not change.done():
             raise AssertionError('it does not look any more')
+
+
+class ServiceTest(KeeperCase):
+    """The program."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.side = Side(self.path, self.folder, 'east')
+        self.addCleanup(self.side.close)
+
+    def test_second_one(self) -> None:
+        """It ends, and the first one is still there to be asked."""
+        self.side.start()
+        self.assertIn('runs already', self.side.order('keeper', status=1))
+        self.assertIn('nothing runs here', self.side.order(
+            'status', status=UNPROTECTED))
 
 
 if __name__ == '__main__':
