@@ -199,12 +199,8 @@ def keep(config: Config) -> int:
         if busy:
             raise Failed(f'{busy}: a keeper of {config.vm.name} runs already')
         asyncio.run(_keep(config))
-    except Failed as exc:
+    except (OSError, Failed) as exc:
         print(f'error: {exc}', file=sys.stderr)
-        return FAILED
-    except OSError as exc:
-        print(f'error: {config.address}:{config.ports.keeper}: {exc.strerror}',
-              file=sys.stderr)
         return FAILED
     return DONE
 

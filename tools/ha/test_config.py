@@ -221,6 +221,14 @@ class ConfigTest(unittest.TestCase):
         facts.save(path)
         self.assertEqual(Facts.read(path), facts)
 
+    def test_damaged_facts(self) -> None:
+        """It is said which file that is, and what to do."""
+        path = self.folder / 'facts.json'
+        for text in ('', '[]', '{"data": 5, "no": 1}', '{"data": "x"}'):
+            path.write_text(text, 'utf-8')
+            with self.assertRaisesRegex(Failed, f'{path}: .*standby --force'):
+                Facts.read(path)
+
     def test_peer(self) -> None:
         """Who has another key gets no answer, and none is believed."""
         async def answer(body: Json) -> Json:

@@ -154,6 +154,14 @@ class ServiceTest(KeeperCase):
         self.assertIn('nothing runs here', self.side.order(
             'status', status=UNPROTECTED))
 
+    def test_damaged_facts(self) -> None:
+        """It does not start, and says why."""
+        path = self.config.state / 'facts.json'
+        path.write_text('{', 'utf-8')
+        said = self.side.order('keeper', status=1)
+        self.assertIn(f'error: {path}: ', said)
+        self.assertEqual(len(said.splitlines()), 1)
+
 
 if __name__ == '__main__':
     unittest.main(argv=sys.argv[:1])
