@@ -56,7 +56,8 @@ class Commands:
         keeper = self._keeper
         if not await keeper.post(event, 'a person or the cluster said so'
                                  ).taken:
-            raise Refusal(f'not now: this host {STATES[keeper.state].says}')
+            raise Refusal(f'not now: this host {STATES[keeper.state].says}'
+                          + (keeper.problem and f': {keeper.problem}'))
 
     async def _check(self) -> None:
         found = await asyncio.to_thread(
@@ -126,8 +127,7 @@ class Commands:
             for path in [path for disk in disks
                          for path in graph.leftovers(disk)]:
                 path.unlink()
-            keeper.facts.overwrite = True
-            keeper.save_facts()
+            keeper.note(overwrite=True)
         elif keeper.facts.data == SOLE:
             raise Refusal('only this host has the data of the VM: to have it '
                           'overwritten, say --force')

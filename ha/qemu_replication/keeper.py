@@ -98,27 +98,39 @@ class Keeper(Works):
 
     async def _handle(self, event: Event) -> None:
         new = STATES[self.state].on.get(event.name)
+        taken = False
         if new and event.entered in (None, self._entered):
-            await self._enter(new, event.why or event.name)
-            event.taken.set_result(True)
-        else:
-            event.taken.set_result(False)
+            try:
+                await self._enter(new, event.why or event.name)
+                taken = True
+            except Failed as exc:
+                self._put_off(event, str(exc))
+        event.taken.set_result(taken)
+
+    def _put_off(self, event: Event, problem: str) -> None:
+        """What came of a work; others are told, and may try again."""
+        if problem != self.problem:
+            log.warning('%s', problem)
+            self.problem = problem
+        if event.entered is not None:
+            asyncio.get_running_loop().call_later(
+                LOOK_SECONDS, self._events.put_nowait,
+                Event(event.name, event.why, event.entered))
 
     async def _enter(self, new: str, why: str) -> None:
+        state = STATES[new]
+        if state.data and self.facts.data != state.data:
+            self.note(data=state.data)
         if self._work:
             self._work.cancel()
             await asyncio.wait([self._work])
             self._work = None
-        state = STATES[new]
         log.info('%s -> %s: %s', self.state, new, why)
         self.state, self.since, self.why = new, time.time(), why
         self.problem = self.progress = ''
         if new in ('yielded', 'arming'):
             self.gave_up.clear()
         self._entered += 1
-        if state.data and self.facts.data != state.data:
-            self.facts.data = state.data
-            self.save_facts()
         if state.work:
             self._work = asyncio.create_task(self._do(state.work, state.limit,
                                                       self._entered))
@@ -317,9 +329,7 @@ class Keeper(Works):
             return {'ok': self.state in PROMOTABLE,
                     'because': f'it {STATES[self.state].says}'}
         if what == 'in-step' and self.state == 'standby':
-            self.facts.generation = int(body['generation'])
-            self.facts.overwrite = False
-            self.save_facts()
+            self.note(generation=int(body['generation']), overwrite=False)
             return {'ok': True}
         if what in ('take', 'switch') and what in STATES[self.state].on:
             return {'ok': await self.post(

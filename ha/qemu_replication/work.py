@@ -4,8 +4,9 @@
 import asyncio
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
-from typing import Awaitable, Callable, List
+from typing import Any, Awaitable, Callable, List
 
 from . import graph
 from .config import Config, Disk, Json
@@ -57,9 +58,14 @@ class Works:
     def _monitor(self) -> Monitor:
         return self.machine.monitor
 
-    def save_facts(self) -> None:
-        """Keep them, before anything is done that needs them."""
-        self.facts.save(self.facts_path)
+    def note(self, **facts: Any) -> None:
+        """For good, before anything is done that needs it."""
+        fresh = replace(self.facts, **facts)
+        try:
+            fresh.save(self.facts_path)
+        except OSError as exc:
+            raise Failed(f'{self.facts_path}: {exc.strerror}') from exc
+        self.facts = fresh
 
     @staticmethod
     def _protects(nodes: List[Json]) -> bool:
@@ -86,21 +92,19 @@ class Works:
                 await self._merge(disk)
         graph.make_images(self.config)
         before, booted = self.facts.data, False
-        self._begin_alone()
+        self._begin_alone(self.facts.generation)
         try:
             await self._start(True)
             booted = True
         finally:
             if not booted:
-                self.facts.data = before
-                self.save_facts()
+                self.note(data=before)
         await self.judge.promoted()
 
-    def _begin_alone(self) -> None:
+    def _begin_alone(self, generation: int) -> None:
         """These disks are the VM's."""
         self._tries, self.refusal = 0, ''
-        self.facts.data, self.facts.overwrite = SOLE, False
-        self.save_facts()
+        self.note(generation=generation, data=SOLE, overwrite=False)
 
     async def _start(self, primary: bool) -> None:
         self._off = self._colo_ended = False
@@ -110,8 +114,7 @@ class Works:
         """QEMU has died in a failover, or was ended where it stood by."""
         self.progress = f'merges the overlays that {disk.file} has left'
         # of no use any more, and of none before all is merged
-        self.facts.wiped = True
-        self.save_facts()
+        self.note(wiped=True)
         await asyncio.to_thread(partial(
             subprocess.run, graph.merge_command(self.config, disk),
             check=True, timeout=MERGE_SECONDS, stdin=subprocess.DEVNULL))
@@ -178,8 +181,7 @@ class Works:
         if not told['ok']:
             raise Failed(f'{self.config.peer}: {told["because"]}')
         if self.facts.wiped:
-            self.facts.wiped = False
-            self.save_facts()
+            self.note(wiped=False)
 
     async def _begin_copy(self, number: int, overwrite: bool) -> None:
         """QEMU refuses disks that may have what nobody else has."""
@@ -395,8 +397,7 @@ class Works:
         """Have the peer give up its claim to the VM."""
         told = await self.peer.ask('yield', generation=self.facts.generation)
         if told['yields']:
-            self.facts.data = SOLE
-            self.save_facts()
+            self.note(data=SOLE)
             await self.judge.promoted()
 
     async def _wait_for_new_primary(self) -> None:
@@ -474,8 +475,11 @@ class Works:
                 if node['stage'] != 'running':
                     raise Failed(f'{node["node"]} is {node["stage"]}: there '
                                  'is no checkpoint to go back to', 'unfit')
-            self.facts.generation += 1
-            self._begin_alone()
+            try:
+                self._begin_alone(self.facts.generation + 1)
+            except Failed as exc:
+                # nothing was done yet
+                raise Failed(str(exc), 'unfit') from exc
             await self._monitor.cmd('x-colo-lost-heartbeat')
         await self._wait_until_running()
         # an earlier keeper may have done it

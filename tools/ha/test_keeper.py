@@ -8,13 +8,15 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from guesthost import MIB, Disks
 from qemu_replication.config import Config, load
 from qemu_replication.errors import Failed
-from qemu_replication.keeper import Keeper
+from qemu_replication.facts import Facts
+from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
+from qemu_replication.states import REPLICA, SHARED, SOLE
 from sides import Side, configuration, toml
 
 SECONDS = 60.0
@@ -124,6 +126,47 @@ class TroubleTest(KeeperCase):
             return keeper.problem
 
         self.assertEqual(asyncio.run(merged()), str(HANGS))
+
+    def test_folder_is_full(self) -> None:
+        """What cannot be noted is not done, but later."""
+        async def ask() -> List[str]:
+            keeper = self.keeper('asking')
+            keeper.facts.data = SHARED
+            in_the_way = self.config.state / 'facts.json.new'
+            in_the_way.mkdir()
+            states = []
+            for event in (keeper.post('drop'), Event('done', '', 0)):
+                await keeper._handle(event)
+                states.append(keeper.state)
+            self.assertIn('facts.json', keeper.problem)
+            self.assertEqual(keeper.facts.data, SHARED)
+            in_the_way.rmdir()
+            # the first one is that of a person, who was told
+            self.assertFalse(keeper._events.get_nowait().taken.result())
+            await keeper._handle(await asyncio.wait_for(keeper._events.get(),
+                                                        SECONDS))
+            states.append(keeper.state)
+            return states
+
+        self.assertEqual(asyncio.run(ask()), ['asking', 'asking',
+                                              'detaching'])
+        self.assertEqual(Facts.read(self.config.state / 'facts.json').data,
+                         SOLE)
+
+    def test_folder_is_full_in_failover(self) -> None:
+        """Then it can be tried again."""
+        async def promote() -> Keeper:
+            keeper = self.keeper('promoting', **{
+                'query-blockstats': [node()],
+                'query-migrate': {'status': 'colo'}})
+            keeper.note(data=REPLICA)
+            (self.config.state / 'facts.json.new').mkdir()
+            with self.assertRaises(Failed) as caught:
+                await keeper._do_promote()
+            self.assertEqual(caught.exception.event, 'unfit')
+            return keeper
+
+        self.assertEqual(asyncio.run(promote()).facts, Facts(0, REPLICA))
 
     @staticmethod
     async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
