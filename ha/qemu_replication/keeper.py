@@ -191,10 +191,14 @@ class Keeper(Works):
         nodes = await self._monitor.replication()
         migration = await self._monitor.cmd('query-migrate')
         in_colo = migration.get('status') == 'colo'
-        if self.facts.data == REPLICA:
+        is_primary = any(node['mode'] == 'primary' for node in nodes)
+        # with lost facts, what has been promoted runs, and not in COLO
+        if self.facts.data == REPLICA or not (
+                is_primary or self.facts.data == SOLE or not in_colo
+                and self._look['status'] != 'inmigrate'):
             running = all(node['stage'] == 'running' for node in nodes)
             return 'secondary' if in_colo and running else 'arming'
-        if not any(node['mode'] == 'primary' for node in nodes):
+        if not is_primary:
             # it was promoted, but that was not all
             return 'promoting'
         if in_colo:

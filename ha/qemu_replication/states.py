@@ -55,7 +55,7 @@ STATES = {
     'finding': State(
         'has found QEMU, and waits for its answer', PRIMARY, 'find', 'start',
         on={name: name for name in ('protected', 'asking', 'promoting',
-                                    'detaching')}
+                                    'detaching', 'secondary', 'arming')}
         | {'failed': 'down', 'died': 'down', 'off': 'off', **ENDS}),
     'booting': State(
         'starts the VM', PRIMARY, 'boot', 'start', on={
@@ -80,7 +80,7 @@ STATES = {
             'not-begun': 'detaching', 'drop': 'detaching', 'died': 'down',
             'off': 'off', **ENDS}),
     'protected': State(
-        'runs the VM, and the peer is in step', PRIMARY, on={
+        'runs the VM, and the peer is in step', PRIMARY, data=SHARED, on={
             'lost': 'asking', 'drop': 'detaching', 'switch': 'handing',
             'silent': 'doubting', 'yield': 'arming', 'died': 'down',
             'off': 'off', **ENDS}),
@@ -96,7 +96,7 @@ STATES = {
             'yield': 'arming', 'died': 'down', **ENDS}),
     'asking': State(
         'has lost the peer, and waits for word that it is down', PRIMARY,
-        'ask', on={
+        'ask', data=SHARED, on={
             'done': 'detaching', 'drop': 'detaching', 'ousted': 'arming',
             'yield': 'arming', 'died': 'down', 'off': 'off',
             **ENDS}),
@@ -126,7 +126,7 @@ STATES = {
     # Whether it hangs, or waits for a primary that has died without a word,
     # only the primary's keeper can tell
     'secondary': State(
-        'stands by, and is in step', STANDBY, on={
+        'stands by, and is in step', STANDBY, data=REPLICA, on={
             'lost': 'orphan', 'take': 'taking', 'promote': 'promoting',
             'yield': 'arming', 'died': 'arming', 'stop': 'stopped'}),
     'orphan': State(

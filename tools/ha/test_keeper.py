@@ -16,7 +16,7 @@ from qemu_replication.errors import Failed
 from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
-from qemu_replication.states import REPLICA, SHARED, SOLE
+from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
 from sides import Side, configuration, toml
 
 SECONDS = 60.0
@@ -180,6 +180,46 @@ class TroubleTest(KeeperCase):
                            return_when=asyncio.FIRST_COMPLETED)
         if not change.done():
             raise AssertionError('it does not look any more')
+
+
+class FindTest(KeeperCase):
+    """A keeper finds QEMU again."""
+
+    def found(self, data: str, mode: str, migration: str, guest: str) -> str:
+        """What it takes it for."""
+        async def find() -> str:
+            keeper = self.keeper('finding', **{
+                'query-blockstats': [node(mode=mode)],
+                'query-migrate': {'status': migration},
+                'query-status': {'status': guest}})
+            keeper.facts.data = data
+            setattr(keeper.machine, 'connect', keeper._tell)
+            return await keeper._do_find()
+
+        return asyncio.run(find())
+
+    def test_found(self) -> None:
+        """One that stands by does not take the VM, whatever is forgotten."""
+        for data, mode, migration, guest, wanted in (
+                ('shared', 'primary', 'colo', 'running', 'protected'),
+                ('sole', 'primary', 'none', 'running', 'detaching'),
+                ('sole', 'secondary', 'completed', 'running', 'promoting'),
+                ('replica', 'secondary', 'colo', 'running', 'secondary'),
+                ('replica', 'secondary', 'none', 'inmigrate', 'arming'),
+                # the facts were lost
+                ('', 'primary', 'colo', 'running', 'protected'),
+                ('', 'secondary', 'completed', 'running', 'promoting'),
+                ('', 'secondary', 'colo', 'running', 'secondary'),
+                ('', 'secondary', 'none', 'inmigrate', 'arming')):
+            with self.subTest(data=data, mode=mode, migration=migration):
+                self.assertEqual(self.found(data, mode, migration, guest),
+                                 wanted)
+                self.assertIn(wanted, STATES['joining' if data == REPLICA
+                                             else 'finding'].on)
+        # they are noted anew
+        for state, data in (('secondary', REPLICA), ('protected', SHARED),
+                            ('asking', SHARED)):
+            self.assertEqual(STATES[state].data, data)
 
 
 class ServiceTest(KeeperCase):
