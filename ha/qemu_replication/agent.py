@@ -151,7 +151,8 @@ class Agent:
             told = self.status()
         if told is None:
             return ERROR
-        if told['state'] == 'down' and told['facts']['data'] == SHARED:
+        if told['state'] == 'down' and told['facts']['data'] == SHARED \
+                and told['pid'] is None:
             # the keeper has deleted the score: it is demoted, which is faster
             # than to recover it
             return RUNNING_PROMOTED

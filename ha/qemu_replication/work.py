@@ -373,14 +373,24 @@ class Works:
                                           {'node-name': node})
         return why is None or 'Failed to find node' in why
 
+    async def _end_qemu(self, quit_seconds: float = 0) -> None:
+        """It cannot be killed while its storage hangs."""
+        while True:
+            try:
+                await self.machine.end(quit_seconds)
+                break
+            except Failed as exc:
+                self.problem = str(exc)
+        self.problem = ''
+
     async def _do_tell_death(self) -> None:
         # one that hangs is not dead yet
-        await self.machine.end()
+        await self._end_qemu()
         await self.judge.has_died()
         await self._wait_for_new_primary()
 
     async def _do_wait(self) -> None:
-        await self.machine.end(QUIT_SECONDS)
+        await self._end_qemu(QUIT_SECONDS)
         await self._wait_for_new_primary()
 
     async def _do_tell_off(self) -> None:
@@ -423,14 +433,14 @@ class Works:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _do_end(self) -> None:
-        await self.machine.end(QUIT_SECONDS)
+        await self._end_qemu(QUIT_SECONDS)
         self.gave_up.set()
         await self.judge.stopped()
 
     # This host stands by
 
     async def _do_arm(self) -> None:
-        await self.machine.end()
+        await self._end_qemu()
         self.gave_up.set()
         await asyncio.sleep(self._pause_seconds())
         await self._drop_leftovers()

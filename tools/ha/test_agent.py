@@ -90,7 +90,7 @@ class Keeper:
     def tell(self, state: str, role: str, data: str) -> None:
         """What it is."""
         self.status = {'state': state, 'role': role, 'facts': {'data': data},
-                       'in-step-since': 1000.0}
+                       'in-step-since': 1000.0, 'pid': None}
 
     def _serve(self) -> None:
         while True:
@@ -220,6 +220,10 @@ class AgentTest(FakeCluster):
             with self.subTest(state=state):
                 keeper.tell(state, role, data)
                 self.agent('monitor', wanted)
+        # it cannot be killed, so the score is still there
+        keeper.tell('down', 'none', 'shared')
+        keeper.status['pid'] = 5
+        self.agent('monitor', FAILED_PROMOTED)
         # the keeper alone sets scores
         self.assertEqual(self.calls('crm_attribute'), [])
 

@@ -168,6 +168,32 @@ class TroubleTest(KeeperCase):
 
         self.assertEqual(asyncio.run(promote()).facts, Facts(0, REPLICA))
 
+    def test_cannot_be_killed(self) -> None:
+        """Its storage hangs: it is no one's turn until it has ended."""
+        async def end(work: str) -> List[str]:
+            keeper, done = self.keeper('down'), []
+            problems = [Failed('QEMU 5 cannot be killed'), None]
+
+            async def try_to_end(_seconds: float = 0) -> None:
+                done.append('end')
+                problem = problems.pop(0)
+                if problem:
+                    raise problem
+
+            async def died() -> None:
+                done.append(f'over{keeper.problem}')
+
+            setattr(keeper.machine, 'end', try_to_end)
+            setattr(keeper.judge, 'has_died', died)
+            setattr(keeper, '_wait_for_new_primary', died)
+            setattr(keeper.judge, 'stopped', died)
+            await getattr(keeper, f'_do_{work}')()
+            return done
+
+        for work in 'tell_death', 'wait', 'end':
+            self.assertEqual(asyncio.run(end(work))[:3],
+                             ['end', 'end', 'over'])
+
     @staticmethod
     async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
         """Wait for the next word of it."""
