@@ -21,6 +21,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from .check import TOOL_SECONDS, qemu_img
 from .config import Config, Disk, Json
+from .errors import Failed, last_line
 
 # QMP commands, to be given in this order
 Commands = Iterator[Tuple[str, Json]]
@@ -77,9 +78,12 @@ def _secondary(number: int, disk: Disk) -> Json:
 # Images
 
 def _create(config: Config, disk: Disk) -> None:
-    subprocess.run([qemu_img(config), 'create', '-q', '-f', disk.format,
-                    disk.file, str(disk.bytes)], check=True,
-                   timeout=TOOL_SECONDS, capture_output=True, text=True)
+    done = subprocess.run([
+        qemu_img(config), 'create', '-q', '-f', disk.format, disk.file,
+        str(disk.bytes)], check=False, timeout=TOOL_SECONDS, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise Failed(last_line(done.stdout))
 
 
 def wipe(disk: Disk) -> None:

@@ -10,7 +10,7 @@ from typing import Callable, List, Optional
 
 from . import graph
 from .config import Config, Json
-from .errors import Failed
+from .errors import Failed, last_line
 from .monitor import Monitor
 
 KILL_SECONDS = 20.0
@@ -126,9 +126,8 @@ class Machine:
 
     def last_words(self) -> str:
         """The last line of its log."""
-        lines = self.path('qemu.log').read_bytes()[-LOG_BYTES:].decode(
-            errors='replace').strip().splitlines()
-        return lines[-1] if lines else 'it has said nothing'
+        return last_line(self.path('qemu.log').read_bytes()[-LOG_BYTES:]
+                         .decode(errors='replace'))
 
     async def end(self, quit_seconds: float = 0) -> None:
         """End it; it may quit by itself for a while, and is killed then."""

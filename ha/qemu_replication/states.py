@@ -58,8 +58,10 @@ STATES = {
                                     'detaching', 'secondary', 'arming')}
         | {'failed': 'down', 'died': 'down', 'off': 'off', **ENDS}),
     'booting': State(
-        'starts the VM', PRIMARY, 'boot', 'start', on={
-            'done': 'alone', 'failed': 'stopped', 'died': 'stopped'}),
+        # to merge what a failover has left may take long
+        'starts the VM', PRIMARY, 'boot', on={
+            'done': 'alone', 'failed': 'stopped', 'died': 'stopped',
+            **ENDS}),
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
             'done': 'copying', 'hold': 'held', 'died': 'down',
@@ -103,7 +105,7 @@ STATES = {
     'detaching': State(
         'goes on alone', PRIMARY, 'detach', 'failover', SOLE, on={
             'done': 'alone', 'hold': 'held', 'failed': 'stuck',
-            'died': 'down', 'off': 'off'}),
+            'died': 'down', 'off': 'off', **ENDS}),
     'stuck': State(
         'could not go on alone', PRIMARY, on={
             'drop': 'detaching', 'died': 'down', 'off': 'off',
@@ -141,7 +143,7 @@ STATES = {
     'promoting': State(
         'takes the VM', PRIMARY, 'promote', 'failover', on={
             'done': 'alone', 'failed': 'stuck', 'unfit': 'orphan',
-            'died': 'down'}),
+            'died': 'down', **ENDS}),
 }
 # Where the VM does not run and is not about to
 AT_REST = ('stopped', 'yielded', 'down', 'waiting', 'off')

@@ -13,7 +13,7 @@ from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .errors import Failed
+from .errors import Failed, last_line
 from .monitor import Monitor
 from .errors import Unreachable
 from .peer import Peer
@@ -26,7 +26,6 @@ ASK_SECONDS = 0.2
 # After a failed attempt to protect, the next one waits longer and longer
 LONGEST_PAUSE = 60.0
 QUIT_SECONDS = 10.0
-MERGE_SECONDS = 3600.0
 
 
 class Works:
@@ -115,12 +114,25 @@ class Works:
         self.progress = f'merges the overlays that {disk.file} has left'
         # of no use any more, and of none before all is merged
         self.note(wiped=True)
-        await asyncio.to_thread(partial(
-            subprocess.run, graph.merge_command(self.config, disk),
-            check=True, timeout=MERGE_SECONDS, stdin=subprocess.DEVNULL))
+        await self._run(graph.merge_command(self.config, disk))
         graph.wipe(disk)
         for path in graph.leftovers(disk):
             path.unlink()
+
+    @staticmethod
+    async def _run(words: List[str]) -> None:
+        """It has no bound, and ends with who waits for it."""
+        process = await asyncio.create_subprocess_exec(
+            *words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        try:
+            said, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            raise Failed(last_line(said.decode(errors='replace')))
 
     async def _do_wait_for_standby(self) -> None:
         await self._until(self._merged)

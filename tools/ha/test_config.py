@@ -270,6 +270,14 @@ class StatesTest(unittest.TestCase):
             if state.limit:
                 self.assertIn('failed', state.on, name)
 
+    def test_can_be_ended(self) -> None:
+        """At any time: a stop that fails has the host fenced."""
+        for name, state in STATES.items():
+            if state.role != 'none':
+                self.assertIn('stop', state.on, name)
+            if state.role == 'primary':
+                self.assertIn('demote', state.on, name)
+
     def test_running_qemu_may_die(self) -> None:
         """In each state in which there is one."""
         for name, state in STATES.items():

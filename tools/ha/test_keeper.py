@@ -4,9 +4,12 @@
 
 import argparse
 import asyncio
+import os
+import subprocess
 import sys
 import tempfile
 import unittest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -246,6 +249,71 @@ class FindTest(KeeperCase):
         for state, data in (('secondary', REPLICA), ('protected', SHARED),
                             ('asking', SHARED)):
             self.assertEqual(STATES[state].data, data)
+
+
+class MergeTest(KeeperCase):
+    """Of overlays that QEMU has left, before the VM is booted."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.disk = self.config.disks[0]
+        Path(self.disk.file).write_bytes(b'd' * MIB)
+        self.overlays = [Path(f'{self.disk.file}.standby-{name}.qcow2')
+                         for name in ('active', 'hidden')]
+
+    def overlay(self, number: int, below: str, *write: str) -> None:
+        """Make one, and have it written to."""
+        path = str(self.overlays[number])
+        for words in (['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', below,
+                       '-F', 'qcow2' if 'qcow2' in below else 'raw', path],
+                      ['qemu-io', '-c', ' '.join(['write', '-q', *write]),
+                       path]):
+            subprocess.run([OPTIONS.build / words[0], *words[1:]], check=True,
+                           timeout=SECONDS)
+
+    def merge(self) -> bytes:
+        """What the disk has after that."""
+        async def merge() -> None:
+            keeper = self.keeper()
+            await keeper._merge(self.disk)
+            self.assertTrue(keeper.facts.wiped)
+
+        asyncio.run(merge())
+        self.assertFalse(any(path.exists() for path in self.overlays))
+        return Path(self.disk.file).read_bytes()
+
+    def test_both(self) -> None:
+        """The active one has the guest's latest word."""
+        self.overlay(1, self.disk.file, '-P', '0x68', '0', '128k')
+        self.overlay(0, str(self.overlays[1]), '-P', '0x61', '0', '64k')
+        self.assertEqual(self.merge(), b'a' * 65536 + b'h' * 65536
+                         + b'd' * (MIB - 131072))
+
+    def test_has_no_bound(self) -> None:
+        """But it ends with who has begun it."""
+        self.assertFalse(STATES['booting'].limit)
+        fifo, tool = self.folder / 'fifo', self.folder / 'qemu-img'
+        os.mkfifo(fifo)
+        tool.write_text(f'#!/bin/sh\necho $$ >{fifo}\nexec sleep 1000\n')
+        tool.chmod(0o755)
+        self.config = replace(self.config, vm=replace(
+            self.config.vm, qemu=str(self.folder / 'qemu')))
+        self.overlays[0].touch()
+
+        async def cancel() -> str:
+            merging = asyncio.create_task(self.keeper()._merge(self.disk))
+            pid = await asyncio.to_thread(fifo.read_text)
+            merging.cancel()
+            await asyncio.wait({merging}, timeout=SECONDS)
+            return pid
+
+        self.assertFalse(Path('/proc', asyncio.run(cancel()).strip()).exists())
+
+    def test_fails(self) -> None:
+        """It is said why."""
+        self.overlays[0].write_bytes(b'no qcow2')
+        with self.assertRaisesRegex(Failed, 'Did not find .*disk0.raw'):
+            self.merge()
 
 
 class ServiceTest(KeeperCase):
