@@ -105,21 +105,25 @@ def make_images(config: Config) -> None:
             wipe(disk)
 
 
-def leftovers(disk: Disk) -> List[Path]:
-    """Overlays that QEMU could not part with: they have data of the disk."""
+def overlays(disk: Disk) -> List[Path]:
+    """What QEMU could not part with: the guest's, and what was below it."""
     path = os.path.realpath(disk.file)
     if disk.overlays or not os.path.isfile(path):
         path = os.path.join(disk.overlays or TEMPORARY,
                             path[1:].replace('/', '-'))
-    return [overlay for overlay in (
-        Path(f'{path}.standby-{name}.qcow2') for name in ('active', 'hidden'))
-        if overlay.exists()]
+    return [Path(f'{path}.standby-{name}.qcow2')
+            for name in ('active', 'hidden')]
+
+
+def leftovers(disk: Disk) -> List[Path]:
+    """Those that are there: they may have data of the disk."""
+    return [overlay for overlay in overlays(disk) if overlay.exists()]
 
 
 def merge_command(config: Config, disk: Disk) -> List[str]:
     """Put that into a disk that has overlays left."""
     return [qemu_img(config), 'commit', '-q', '-b', disk.file,
-            str(leftovers(disk)[0])]
+            str(overlays(disk)[0])]
 
 
 # The command line

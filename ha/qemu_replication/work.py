@@ -114,10 +114,13 @@ class Works:
         self.progress = f'merges the overlays that {disk.file} has left'
         # of no use any more, and of none before all is merged
         self.note(wiped=True)
-        await self._run(graph.merge_command(self.config, disk))
+        active, hidden = graph.overlays(disk)
+        # alone, the other one is what is left of both, and has what is old
+        if active.exists():
+            await self._run(graph.merge_command(self.config, disk))
         graph.wipe(disk)
-        for path in graph.leftovers(disk):
-            path.unlink()
+        for path in (active, hidden):
+            path.unlink(missing_ok=True)
 
     @staticmethod
     async def _run(words: List[str]) -> None:

@@ -289,6 +289,11 @@ class MergeTest(KeeperCase):
         self.assertEqual(self.merge(), b'a' * 65536 + b'h' * 65536
                          + b'd' * (MIB - 131072))
 
+    def test_one_is_left(self) -> None:
+        """By a crash while both were being removed: all is merged."""
+        self.overlay(1, self.disk.file, '-P', '0x68', '0', '128k')
+        self.assertEqual(self.merge(), b'd' * MIB)
+
     def test_has_no_bound(self) -> None:
         """But it ends with who has begun it."""
         self.assertFalse(STATES['booting'].limit)
