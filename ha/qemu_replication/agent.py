@@ -244,7 +244,8 @@ def main(words: List[str]) -> int:
         say(f'usage: vm {"|".join(ACTIONS)}|meta-data')
         return UNIMPLEMENTED
     try:
-        config = load(config_path(os.environ.get('OCF_RESKEY_config', '')))
+        config = load(config_path(os.environ.get('OCF_RESKEY_config', '')),
+                      os.environ.get('OCF_RESKEY_CRM_meta_on_node', ''))
         return ACTIONS[action](Agent(config))
     except ConfigError as exc:
         say(str(exc))

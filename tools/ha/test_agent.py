@@ -165,8 +165,8 @@ class FakeCluster(unittest.TestCase):
     def agent(self, action: str, wanted: int, config: Optional[str] = None,
               **more: str) -> str:
         """Call the agent as Pacemaker does."""
-        env = dict(os.environ, QEMU_REPLICATION_HOST='east',
-                   OCF_RESKEY_config=config or str(self.path), **more)
+        env = {**os.environ, 'QEMU_REPLICATION_HOST': 'east',
+               'OCF_RESKEY_config': config or str(self.path), **more}
         done = subprocess.run(
             [sys.executable, str(AGENT), action], env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
@@ -198,6 +198,9 @@ class AgentTest(FakeCluster):
             'validate-all', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3'))
         self.assertIn('No such file', self.agent(
             'validate-all', CONFIGURED, '/no/such.toml'))
+        # the host is called as Pacemaker calls it, whatever it calls itself
+        self.agent('validate-all', SUCCESS, QEMU_REPLICATION_HOST='',
+                   OCF_RESKEY_CRM_meta_on_node='west')
         self.agent('monitor', NOT_RUNNING, '/no/such.toml')
         self.agent('stop', SUCCESS, '/no/such.toml')
         self.agent('nonsense', 3)
