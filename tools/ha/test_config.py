@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -103,6 +104,18 @@ class ConfigTest(unittest.TestCase):
                 ('disk.1.format', 'vmdk', 'qcow2 or raw'),
                 ('disk.1.file', f'{self.folder}/{{host}}/disk0.raw',
                  'the same file'),
+                ('disk.1.file', f'{self.folder}//{{host}}/./disk0.raw',
+                 'the same file'),
+                ('disk.1.metadata', f'{self.folder}/{{host}}/disk0.raw',
+                 'the same file'),
+                ('disk.1.metadata', f'{self.folder}/{{host}}/disk0.raw.meta',
+                 'the same file'),
+                ('disk.0.file', '', 'file has to be a path, from /'),
+                ('disk.0.file', 'disk0.raw', 'file has to be a path, from /'),
+                ('disk.0.metadata', 'meta', 'metadata has to be a path'),
+                ('disk.0.overlays', '~/fast', 'overlays has to be a path'),
+                ('tls.kind', 'psk', 'dir has to be a path'),
+                ('vm.qemu', './qemu', 'qemu has to be a path'),
                 ('host.west', None, 'two hosts'),
                 ('host.third.address', '127.0.0.3', 'two hosts'),
                 ('host.west.address', self.table['host']['east']['address'],
@@ -143,6 +156,17 @@ class ConfigTest(unittest.TestCase):
             self.load(self.table, 'north')
         with self.assertRaisesRegex(ConfigError, 'say --host'):
             self.load(self.table, '')
+
+    def test_long_names(self) -> None:
+        """A host may be called by all of its name, or the first part."""
+        path = self.folder / 'vm1.toml'
+        path.write_text(toml(self.table).replace(
+            'host.east', 'host."east.example.org"'), 'utf-8')
+        for name, here in (('east.example.org', 'east.example.org'),
+                           ('west.example.org', 'west')):
+            with unittest.mock.patch('socket.gethostname',
+                                     return_value=name):
+                self.assertEqual(load(path).here, here)
 
     def expect(self, text: str, key: str, value: Any = None) -> None:
         """One problem."""
