@@ -162,8 +162,9 @@ class Agent:
 
     def start(self) -> int:
         """Have a keeper, and stand by unless these are the VM's disks."""
-        if self.validate_all() != SUCCESS:
-            return INSTALLED
+        status = self.validate_all()
+        if status != SUCCESS:
+            return status
         if self.status() is None and not self._start_keeper():
             return ERROR
         told = self.status()
@@ -243,15 +244,19 @@ def main(words: List[str]) -> int:
     if action not in ACTIONS:
         say(f'usage: vm {"|".join(ACTIONS)}|meta-data')
         return UNIMPLEMENTED
+    name = os.environ.get('OCF_RESKEY_config', '')
     try:
-        config = load(config_path(os.environ.get('OCF_RESKEY_config', '')),
+        if not name:
+            raise ConfigError('the parameter config is missing')
+        config = load(config_path(name),
                       os.environ.get('OCF_RESKEY_CRM_meta_on_node', ''))
         return ACTIONS[action](Agent(config))
     except ConfigError as exc:
         say(str(exc))
-        # there is nothing to stop, where there is no configuration
-        return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(action,
-                                                             CONFIGURED)
+        # There is nothing to stop, where there is no configuration.  Whether
+        # there is one, and is good, each host has to say for itself.
+        return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(
+            action, INSTALLED if name else CONFIGURED)
     except Failed as exc:
         say(str(exc))
         return ERROR

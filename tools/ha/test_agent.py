@@ -32,8 +32,8 @@ from sides import PROGRAM, configuration, toml
 
 AGENT = PROGRAM.with_name('ocf-vm')
 SECONDS = 60.0
-SUCCESS, ERROR, CONFIGURED, NOT_RUNNING, PROMOTED, FAILED_PROMOTED = (
-    0, 1, 6, 7, 8, 9)
+SUCCESS, ERROR, INSTALLED, CONFIGURED, NOT_RUNNING, PROMOTED, \
+    FAILED_PROMOTED = (0, 1, 5, 6, 7, 8, 9)
 NO_SUCH = 105
 QUORUM = '''Quorum information
 ------------------
@@ -196,8 +196,13 @@ class AgentTest(FakeCluster):
         self.agent('validate-all', SUCCESS)
         self.assertIn('clone-max', self.agent(
             'validate-all', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3'))
-        self.assertIn('No such file', self.agent(
-            'validate-all', CONFIGURED, '/no/such.toml'))
+        # that is so here, and need not be so on the other host
+        for action in 'validate-all', 'start', 'promote', 'demote':
+            self.assertIn('No such file', self.agent(
+                action, INSTALLED, '/no/such.toml'))
+        self.assertIn('config', self.agent('start', CONFIGURED,
+                                           OCF_RESKEY_config=''))
+        self.agent('start', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3')
         # the host is called as Pacemaker calls it, whatever it calls itself
         self.agent('validate-all', SUCCESS, QEMU_REPLICATION_HOST='',
                    OCF_RESKEY_CRM_meta_on_node='west')
