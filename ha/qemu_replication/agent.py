@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from . import check, cluster
@@ -111,16 +110,6 @@ class Agent:
             time.sleep(POLL_SECONDS)
         return True
 
-    def _qemu_runs(self) -> bool:
-        """One whose keeper has gone."""
-        pidfile = self.config.run / 'qemu.pid'
-        try:
-            pid = int(pidfile.read_text('utf-8'))
-            line = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
-        except (OSError, ValueError):
-            return False
-        return os.fsencode(pidfile) in line
-
     # What Pacemaker asks for
 
     def validate_all(self) -> int:
@@ -143,7 +132,7 @@ class Agent:
         """What runs here?"""
         told = self.status()
         if told is None:
-            if not self._qemu_runs():
+            if not check.running_qemu(self.config):
                 return NOT_RUNNING
             # it is found again
             if not self._start_keeper():
@@ -185,9 +174,9 @@ class Agent:
 
     def stop(self) -> int:
         """End all of it."""
-        if self.status() is None and (not self._qemu_runs()
+        if self.status() is None and (not check.running_qemu(self.config)
                                       or not self._start_keeper()):
-            return SUCCESS if not self._qemu_runs() else ERROR
+            return SUCCESS if not check.running_qemu(self.config) else ERROR
         if self.order('stop', force=True) != DONE:
             return ERROR
         self.order('quit')

@@ -123,6 +123,22 @@ def _commands(qemu: str) -> List[str]:
         return []
 
 
+def running_qemu(config: Config) -> int:
+    """The process of the VM's QEMU here, whoever started it; 0 if none.
+
+    It writes its pidfile late, and leaves it when it is killed.
+    """
+    mark = b'\0-pidfile\0' + os.fsencode(config.run / 'qemu.pid') + b'\0'
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            if mark in path.read_bytes():
+                return int(path.parent.name)
+        except OSError:
+            # it has ended
+            pass
+    return 0
+
+
 def _folders(config: Config) -> Iterator[str]:
     for folder in (config.run, config.state):
         try:

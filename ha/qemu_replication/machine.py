@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable, List, Optional
 
 from . import graph
+from .check import running_qemu
 from .config import Config, Json
 from .errors import Failed, last_line
 from .monitor import Monitor
@@ -74,15 +75,10 @@ class Machine:
 
     def find(self) -> bool:
         """Find one that an earlier keeper has started."""
-        try:
-            pid = int(self.path('qemu.pid').read_text('utf-8'))
-            line = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
-        except (OSError, ValueError):
-            return False
-        if os.fsencode(self.path('qemu.pid')) not in line:
-            return False
-        self._follow(pid)
-        return True
+        pid = running_qemu(self._config)
+        if pid:
+            self._follow(pid)
+        return bool(pid)
 
     def _follow(self, pid: int) -> None:
         self.pid = pid

@@ -20,7 +20,7 @@ from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
 from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
-from sides import Side, configuration, toml
+from sides import Side, configuration, like_qemu, toml
 
 SECONDS = 60.0
 UNPROTECTED = 2
@@ -249,6 +249,20 @@ class FindTest(KeeperCase):
         for state, data in (('secondary', REPLICA), ('protected', SHARED),
                             ('asking', SHARED)):
             self.assertEqual(STATES[state].data, data)
+
+    def test_no_pidfile_yet(self) -> None:
+        """It has been started, and its keeper has died at once."""
+        async def find() -> int:
+            machine = Keeper(self.config).machine
+            self.assertFalse(machine.find())
+            with like_qemu(self.config.run) as qemu:
+                self.assertTrue(machine.find())
+                self.assertEqual(machine.pid, qemu.pid)
+                qemu.kill()
+                await asyncio.wait_for(machine.dead.wait(), SECONDS)
+            return machine.pid
+
+        asyncio.run(find())
 
 
 class MergeTest(KeeperCase):
