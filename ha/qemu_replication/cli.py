@@ -217,8 +217,11 @@ def main(words: List[str]) -> int:
         found = list(check.problems(config, options.command == 'check'))
         for problem in found:
             print(f'error: {config.path}: {problem}', file=sys.stderr)
-        if found or options.command == 'check':
+        if options.command == 'check':
             return WRONG if found else DONE
+        # whoever stops the QEMU that is there needs a keeper for it
+        if found and not check.running_qemu(config):
+            return WRONG
         return keep(config)
     if options.command == 'status':
         return status(config, options)

@@ -34,7 +34,9 @@ class Peer:
     def __init__(self, config: Config, answer: Answer) -> None:
         self._config = config
         self._answer = answer
-        self._key = psk(config) if config.tls.kind == 'psk' else b''
+        # nobody has the one that is made up where there is none
+        self._key = psk(config) or secrets.token_bytes() \
+            if config.tls.kind == 'psk' else b''
         self._server: Optional[asyncio.AbstractServer] = None
 
     def _sign(self, *parts: str) -> str:

@@ -258,9 +258,9 @@ class ConfigTest(unittest.TestCase):
         async def answer(body: Json) -> Json:
             return {'heard': body['ask'], 'n': body['n']}
 
-        async def talk(theirs: str) -> Json:
+        async def talk(ours: str, theirs: str) -> Json:
             sides = []
-            for name, key in (('east', KEY), ('west', theirs)):
+            for name, key in (('east', ours), ('west', theirs)):
                 keys = self.folder / name / 'keys.psk'
                 keys.parent.mkdir(exist_ok=True)
                 keys.write_text(f'qemu:{key}\n', 'utf-8')
@@ -273,9 +273,12 @@ class ConfigTest(unittest.TestCase):
             finally:
                 await sides[1].close()
 
-        self.assertEqual(asyncio.run(talk(KEY)), {'heard': 'status', 'n': 7})
-        with self.assertRaises(Failed):
-            asyncio.run(talk('f' * 64))
+        self.assertEqual(asyncio.run(talk(KEY, KEY)),
+                         {'heard': 'status', 'n': 7})
+        # of two without a key as well
+        for ours, theirs in (KEY, 'f' * 64), ('', ''):
+            with self.assertRaises(Failed):
+                asyncio.run(talk(ours, theirs))
 
 
 class StatesTest(unittest.TestCase):

@@ -350,6 +350,17 @@ class ServiceTest(KeeperCase):
         self.assertIn('nothing runs here', self.side.order(
             'status', status=UNPROTECTED))
 
+    def test_mistake_beside_qemu(self) -> None:
+        """It is told, but somebody has to look after that QEMU."""
+        Path(self.config.disks[0].file).write_bytes(b'other size')
+        self.assertIn('its size is', self.side.order('keeper', status=2))
+        with like_qemu(self.config.run) as qemu:
+            self.side.start()
+            self.assertIn('its size is', self.side.words())
+            self.assertEqual(self.side.pid, qemu.pid)
+            self.side.kill_keeper()
+            qemu.kill()
+
     def test_damaged_facts(self) -> None:
         """It does not start, and says why."""
         path = self.config.state / 'facts.json'
