@@ -31,7 +31,7 @@ _TLS_FILES = {
 def problems(config: Config, ports: bool = True) -> Iterator[str]:
     """All that is wrong here, a line each.
 
-    The ports are in use while QEMU runs.
+    The ports are in use while the VM's QEMU runs.
     """
     yield from _addresses(config)
     yield from _programs(config)
@@ -43,7 +43,7 @@ def problems(config: Config, ports: bool = True) -> Iterator[str]:
         yield from _disk(config, disk)
     yield from _tls(config)
     yield from _network(config)
-    if ports:
+    if ports and not running_qemu(config):
         yield from _ports(config)
 
 
@@ -100,7 +100,8 @@ def _programs(config: Config) -> Iterator[str]:
         return
     if not os.access(qemu_img(config), os.X_OK):
         yield f'[vm]: qemu: there is no {qemu_img(config)} beside it'
-    missing = [name for name in NEEDED if name not in _commands(found)]
+    told = _commands(found)
+    missing = [name for name in NEEDED if name not in told]
     if missing:
         yield (f'[vm]: {found} is not a QEMU with this replication driver: '
                f'it has no {missing[0]}')

@@ -21,7 +21,7 @@ from qemu_replication.errors import Failed
 from qemu_replication.keeper import Keeper
 from qemu_replication.peer import Peer
 from qemu_replication.states import STATES
-from sides import configuration, toml
+from sides import configuration, like_qemu, toml
 
 Json = Dict[str, Any]
 KEY = '0123456789abcdef' * 4
@@ -179,6 +179,8 @@ class ConfigTest(unittest.TestCase):
         self.expect('no program /no/qemu', 'vm.qemu', '/no/qemu')
         self.expect('not a QEMU with this replication driver', 'vm.qemu',
                     self.fake_qemu())
+        # it takes a moment each time
+        self.assertEqual((self.folder / 'calls').read_text('utf-8'), '\n')
         self.expect('may not have -drive', 'vm.arguments', ['-drive', 'x'])
         self.expect('"east1" is not an IP address', 'host.east.address',
                     'east1')
@@ -198,7 +200,8 @@ class ConfigTest(unittest.TestCase):
         """A program that knows nothing."""
         for name in ('qemu', 'qemu-img'):
             path = self.folder / name
-            path.write_text('#!/bin/sh\nexit 0\n', 'utf-8')
+            path.write_text(f'#!/bin/sh\necho >>{self.folder}/calls\n',
+                            'utf-8')
             path.chmod(0o755)
         return str(self.folder / 'qemu')
 
@@ -207,8 +210,12 @@ class ConfigTest(unittest.TestCase):
         with socket.socket() as other:
             other.bind((self.table['host']['east']['address'], 0))
             other.listen()
-            self.expect('Address already in use', 'ports.memory',
-                        other.getsockname()[1])
+            port = other.getsockname()[1]
+            self.expect('Address already in use', 'ports.memory', port)
+            # by the VM itself
+            with like_qemu(self.folder / 'east') as qemu:
+                self.assertEqual(self.problems('ports.memory', port), [])
+                qemu.kill()
 
     def test_disk(self) -> None:
         """Of another size, format, or over another one."""
