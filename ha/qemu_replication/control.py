@@ -153,13 +153,17 @@ class Commands:
         if STATES[keeper.state].role != PRIMARY:
             raise Refusal(f'this host {STATES[keeper.state].says}')
         # one that is down shall be protected with again when it comes back
-        keeper.hold = not force
-        if keeper.state == 'alone' and keeper.hold:
-            await self._post('hold')
-        elif force or keeper.state in ('copying', 'stuck'):
-            await self._post('drop')
-        elif keeper.state not in ('asking', 'held'):
-            await self._post('lost')
+        before, keeper.hold = keeper.hold, not force
+        try:
+            if keeper.state == 'alone' and keeper.hold:
+                await self._post('hold')
+            elif force or keeper.state in ('copying', 'stuck'):
+                await self._post('drop')
+            elif keeper.state not in ('asking', 'held'):
+                await self._post('lost')
+        except Refusal:
+            keeper.hold = before
+            raise
         return Goal(('held',) if keeper.hold else
                     ('alone', 'held', 'copying', 'migrating'),
                     ('down', 'arming', 'stuck'),

@@ -140,7 +140,7 @@ class Works:
     async def _do_wait_for_standby(self) -> None:
         await self._until(self._merged)
         self.progress = ''
-        again = time.time() + self._pause_seconds()
+        again = time.monotonic() + self._pause_seconds()
         while True:
             try:
                 told = await self.peer.ask('status')
@@ -149,7 +149,8 @@ class Works:
                     self.problem = (f'{self.config.peer} says that it has '
                                     'taken the VM: one of the two is wrong')
                 elif told['state'] == 'standby' and (
-                        time.time() >= again or told['since'] != self._tried):
+                        time.monotonic() >= again
+                        or told['since'] != self._tried):
                     self._tried = told['since']
                     return
                 elif told['state'] in PROMOTABLE:

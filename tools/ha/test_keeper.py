@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from guesthost import MIB, Disks
 from qemu_replication.config import Config, load
+from qemu_replication.control import Commands, Refusal
 from qemu_replication.errors import Failed
 from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
@@ -196,6 +199,34 @@ class TroubleTest(KeeperCase):
         for work in 'tell_death', 'wait', 'end':
             self.assertEqual(asyncio.run(end(work))[:3],
                              ['end', 'end', 'over'])
+
+    def test_refused(self) -> None:
+        """What was not done has no effect later."""
+        async def alone() -> bool:
+            keeper = self.keeper('booting')
+            asked = asyncio.create_task(Commands(keeper).alone(False))
+            await keeper._handle(await keeper._events.get())
+            with self.assertRaises(Refusal):
+                await asked
+            return keeper.hold
+
+        self.assertFalse(asyncio.run(alone()))
+
+    def test_clock_is_set_back(self) -> None:
+        """The next try comes all the same."""
+        async def wait() -> None:
+            keeper = self.keeper('alone', **{'query-blockstats': []})
+            keeper._tried, keeper._tries = 5.0, 1
+
+            async def ask(_what: str) -> Json:
+                return {'facts': {'generation': 0}, 'state': 'standby',
+                        'since': 5.0}
+
+            setattr(keeper.peer, 'ask', ask)
+            with unittest.mock.patch('time.time', side_effect=count(0, -100)):
+                await asyncio.wait_for(keeper._do_wait_for_standby(), SECONDS)
+
+        asyncio.run(wait())
 
     @staticmethod
     async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
