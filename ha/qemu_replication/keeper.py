@@ -105,7 +105,8 @@ class Keeper(Works):
                 taken = True
             except Failed as exc:
                 self._put_off(event, str(exc))
-        event.taken.set_result(taken)
+        if not event.taken.cancelled():
+            event.taken.set_result(taken)
 
     def _put_off(self, event: Event, problem: str) -> None:
         """What came of a work; others are told, and may try again."""

@@ -24,6 +24,7 @@ from qemu_replication.states import STATES
 from sides import configuration, like_qemu, toml
 
 Json = Dict[str, Any]
+SECONDS = 60.0
 KEY = '0123456789abcdef' * 4
 
 
@@ -286,6 +287,30 @@ class ConfigTest(unittest.TestCase):
         for ours, theirs in (KEY, 'f' * 64), ('', ''):
             with self.assertRaises(Failed):
                 asyncio.run(talk(ours, theirs))
+
+    def test_slow_answer(self) -> None:
+        """It is given up where nobody waits for it any more."""
+        table = changed(self.table, 'limits.answer', 0.2)
+
+        async def ask() -> None:
+            ended = asyncio.Event()
+
+            async def answer(_body: Json) -> Json:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ended.set()
+                return {}
+
+            east, west = [Peer(self.load(table, name), answer)
+                          for name in ('east', 'west')]
+            await west.serve()
+            with self.assertRaises(Failed):
+                await east.ask('yield')
+            await asyncio.wait_for(ended.wait(), SECONDS)
+            await west.close()
+
+        asyncio.run(ask())
 
 
 class StatesTest(unittest.TestCase):
