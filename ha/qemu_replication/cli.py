@@ -194,6 +194,8 @@ def keep(config: Config) -> int:
         f'{config.here}: %(message)s')
     # its modules log each connection that has ended
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
+    # what the guest has, and has said, is for nobody else on this host
+    os.umask(0o077)
     try:
         busy = _busy_folder(config)
         if busy:

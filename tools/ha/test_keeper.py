@@ -72,8 +72,11 @@ class KeeperCase(unittest.TestCase):
         self.addCleanup(holder.cleanup)
         self.folder = Path(holder.name)
         self.path = path = self.folder / 'vm1.toml'
-        path.write_text(toml(configuration(OPTIONS.build, self.folder,
-                                           Disks(1, MIB, 0))), 'utf-8')
+        config = configuration(OPTIONS.build, self.folder, Disks(1, MIB, 0))
+        config['vm']['arguments'] = [
+            '-nodefaults', '-L', '/usr/share/seabios', '-L',
+            '/usr/share/qemu', '-machine', 'pc,accel=tcg', '-m', '64']
+        path.write_text(toml(config), 'utf-8')
         self.config = load(path, 'east')
         self.config.state.mkdir(parents=True)
 
@@ -380,6 +383,17 @@ class ServiceTest(KeeperCase):
         self.assertIn('runs already', self.side.order('keeper', status=1))
         self.assertIn('nothing runs here', self.side.order(
             'status', status=UNPROTECTED))
+
+    def test_files(self) -> None:
+        """What a guest writes is not for everybody on this host."""
+        before = os.umask(0)
+        self.addCleanup(os.umask, before)
+        self.side.start()
+        self.side.order('standby')
+        for name in ('disk0.raw', 'disk0.raw.meta', 'qemu.log', 'qmp.sock',
+                     'status.json', 'state/facts.json', 'keeper.sock'):
+            mode = (self.side.folder / name).stat().st_mode
+            self.assertEqual(mode & 0o077, 0, name)
 
     def test_mistake_beside_qemu(self) -> None:
         """It is told, but somebody has to look after that QEMU."""
