@@ -10,6 +10,7 @@ import sys
 import tempfile
 import unittest
 import unittest.mock
+from configparser import ConfigParser
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,7 @@ from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
 from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
-from sides import Side, configuration, like_qemu, toml
+from sides import PROGRAM, Side, configuration, like_qemu, toml
 
 SECONDS = 60.0
 UNPROTECTED = 2
@@ -383,6 +384,14 @@ class ServiceTest(KeeperCase):
         self.assertIn('runs already', self.side.order('keeper', status=1))
         self.assertIn('nothing runs here', self.side.order(
             'status', status=UNPROTECTED))
+
+    def test_unit(self) -> None:
+        """It is started until the link is there; QEMU outlives it."""
+        unit = ConfigParser(interpolation=None)
+        unit.read(PROGRAM.with_name('qemu-replication@.service'), 'utf-8')
+        self.assertEqual(unit['Unit']['StartLimitIntervalSec'], '0')
+        self.assertEqual(unit['Service']['Restart'], 'on-failure')
+        self.assertEqual(unit['Service']['KillMode'], 'process')
 
     def test_files(self) -> None:
         """What a guest writes is not for everybody on this host."""
