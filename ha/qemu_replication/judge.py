@@ -64,7 +64,7 @@ class Judge:
         """QEMU has ended where the VM ran."""
 
     async def stopped(self) -> None:
-        """QEMU was ended here."""
+        """QEMU is about to be ended here."""
 
     async def watch(self, _lost: Callable[[str], None]) -> None:
         """Say so when the peer is lost, for ever."""
@@ -167,7 +167,7 @@ class ClusterJudge(Judge):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def stopped(self) -> None:
-        """There is no checkpoint to promote any more, where one was."""
+        """There will be no checkpoint to promote any more."""
         if self._works.facts.data == 'replica':
             await self._delete(self._works.config.here)
 

@@ -449,9 +449,15 @@ class Works:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _do_end(self) -> None:
+        problem = ''
+        try:
+            # who waits for its end may end this keeper as well
+            await self.judge.stopped()
+        except Failed as exc:
+            problem = str(exc)
         await self._end_qemu(QUIT_SECONDS)
         self.gave_up.set()
-        await self.judge.stopped()
+        self.problem = problem
 
     # This host stands by
 

@@ -193,16 +193,23 @@ class TroubleTest(KeeperCase):
             async def died() -> None:
                 done.append(f'over{keeper.problem}')
 
+            async def stopped() -> None:
+                done.append('stopped')
+                raise Failed('no cluster')
+
             setattr(keeper.machine, 'end', try_to_end)
             setattr(keeper.judge, 'has_died', died)
             setattr(keeper, '_wait_for_new_primary', died)
-            setattr(keeper.judge, 'stopped', died)
+            setattr(keeper.judge, 'stopped', stopped)
             await getattr(keeper, f'_do_{work}')()
-            return done
+            return [*done, keeper.problem]
 
-        for work in 'tell_death', 'wait', 'end':
-            self.assertEqual(asyncio.run(end(work))[:3],
-                             ['end', 'end', 'over'])
+        for work, wanted in (
+                ('tell_death', ['end', 'end', 'over', 'over', '']),
+                ('wait', ['end', 'end', 'over', '']),
+                # when it has ended, all is done that is to be done
+                ('end', ['stopped', 'end', 'end', 'no cluster'])):
+            self.assertEqual(asyncio.run(end(work)), wanted)
 
     def test_refused(self) -> None:
         """What was not done has no effect later."""
