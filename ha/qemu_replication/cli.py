@@ -77,10 +77,15 @@ def parse(words: List[str]) -> argparse.Namespace:
 
 
 def no_keeper(config: Config, exc: OSError) -> int:
-    """Say so."""
+    """Say so, and who starts it; or that it may not be asked."""
+    if isinstance(exc, PermissionError):
+        print(f'error: {config.control}: {exc.strerror}: only root may ask',
+              file=sys.stderr)
+        return FAILED
+    starter = 'Pacemaker starts it' if config.cluster.resource \
+        else f'start qemu-replication@{config.path.stem}'
     print(f'error: no keeper of {config.vm.name} on {config.here} '
-          f'({exc.strerror or exc}): start qemu-replication@'
-          f'{config.path.stem}', file=sys.stderr)
+          f'({exc.strerror or exc}): {starter}', file=sys.stderr)
     return NO_KEEPER
 
 

@@ -4,6 +4,8 @@
 
 import argparse
 import asyncio
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 from guesthost import MIB, Disks
-from qemu_replication.config import Config, load
+from qemu_replication.cli import no_keeper
+from qemu_replication.client import FAILED, NO_KEEPER
+from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Refusal
 from qemu_replication.errors import Failed
 from qemu_replication.facts import Facts
@@ -399,6 +403,22 @@ class ServiceTest(KeeperCase):
         self.assertEqual(unit['Unit']['StartLimitIntervalSec'], '0')
         self.assertEqual(unit['Service']['Restart'], 'on-failure')
         self.assertEqual(unit['Service']['KillMode'], 'process')
+
+    def test_no_keeper(self) -> None:
+        """Who starts it, if that is what is wrong."""
+        config, words = self.config, {}
+        for name, error, judge in (
+                ('service', ConnectionRefusedError(), Cluster()),
+                ('cluster', FileNotFoundError(), Cluster('pacemaker', 'vm')),
+                ('root', PermissionError(13, 'no'), Cluster())):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                status = no_keeper(replace(config, cluster=judge), error)
+            words[name] = status, said.getvalue()
+        self.assertEqual([status for status, _ in words.values()],
+                         [NO_KEEPER, NO_KEEPER, FAILED])
+        self.assertIn('start qemu-replication@vm1', words['service'][1])
+        self.assertIn('Pacemaker starts it', words['cluster'][1])
+        self.assertNotIn('no keeper', words['root'][1])
 
     def test_files(self) -> None:
         """What a guest writes is not for everybody on this host."""
