@@ -368,6 +368,12 @@ class JudgeTest(FakeCluster):
         self.program('corosync-quorumtool', quorum('east'))
         self.assertIs(self.judge(), Verdict.UNKNOWN)
 
+    def test_within_a_second(self) -> None:
+        """Nobody comes back in step within the one in which it is fenced."""
+        self.program('stonith_admin', fenced(1500))
+        self.assertTrue(cluster.was_fenced('west', 1500.7))
+        self.assertFalse(cluster.was_fenced('west', 1501.0))
+
     def test_ring_changes(self) -> None:
         """While the score is deleted: where was it deleted?"""
         self.program('corosync-quorumtool', quorum('east', 'west'))
