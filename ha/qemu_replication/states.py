@@ -61,7 +61,7 @@ STATES = {
         # to merge what a failover has left may take long
         'starts the VM', PRIMARY, 'boot', on={
             'done': 'alone', 'failed': 'stopped', 'died': 'stopped',
-            **ENDS}),
+            'off': 'off', **ENDS}),
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
             'done': 'copying', 'hold': 'held', 'died': 'down',
@@ -95,7 +95,7 @@ STATES = {
         'waits for a checkpoint, and for the peer to take the VM', PRIMARY,
         'hand_over', 'failover', on={
             'done': 'protected', 'failed': 'protected', 'lost': 'asking',
-            'yield': 'arming', 'died': 'down', **ENDS}),
+            'yield': 'arming', 'died': 'down', 'off': 'off', **ENDS}),
     'asking': State(
         'has lost the peer, and waits for word that it is down', PRIMARY,
         'ask', data=SHARED, on={
@@ -143,7 +143,7 @@ STATES = {
     'promoting': State(
         'takes the VM', PRIMARY, 'promote', 'failover', on={
             'done': 'alone', 'failed': 'stuck', 'unfit': 'orphan',
-            'died': 'down', **ENDS}),
+            'died': 'down', 'off': 'off', **ENDS}),
 }
 # Where the VM does not run and is not about to
 AT_REST = ('stopped', 'yielded', 'down', 'waiting', 'off')

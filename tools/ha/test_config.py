@@ -342,6 +342,9 @@ class StatesTest(unittest.TestCase):
         for name, state in STATES.items():
             if state.role != 'none':
                 self.assertIn('died', state.on, name)
+            # its guest may have shut down
+            if state.role == 'primary':
+                self.assertIn('off', state.on, name)
 
 
 if __name__ == '__main__':
