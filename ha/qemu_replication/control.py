@@ -235,6 +235,7 @@ class Control:
 
         try:
             request = json.loads(await reader.readline())
+            await self._keeper.begun.wait()
             if request['command'] == 'status':
                 send(await self._status() if request.get('other', True)
                      else self._keeper.status())

@@ -62,6 +62,8 @@ class Keeper(Works):
         self.state = 'stopped'
         self.since = time.time()
         self.changed = asyncio.Condition()
+        # before, nobody is told anything
+        self.begun = asyncio.Event()
         self._events: 'asyncio.Queue[Event]' = asyncio.Queue()
         self._entered = 0
         self._work: Optional['asyncio.Task[None]'] = None
@@ -183,6 +185,7 @@ class Keeper(Works):
             await self._enter('waiting', 'this host has run the VM')
         else:
             await self._tell()
+        self.begun.set()
         notify('READY=1')
 
     async def _do_find(self) -> str:
@@ -318,6 +321,7 @@ class Keeper(Works):
 
     async def _answer(self, body: Json) -> Json:
         """What the peer's keeper wants to know."""
+        await self.begun.wait()
         what = body.get('ask')
         if what == 'status':
             return self.status()

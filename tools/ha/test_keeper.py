@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from guesthost import MIB, Disks
 from qemu_replication.cli import no_keeper
 from qemu_replication.client import FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
-from qemu_replication.control import Commands, Refusal
+from qemu_replication.control import Commands, Control, Refusal
 from qemu_replication.errors import Failed
 from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
@@ -214,6 +215,29 @@ class TroubleTest(KeeperCase):
                 # when it has ended, all is done that is to be done
                 ('end', ['stopped', 'end', 'end', 'no cluster'])):
             self.assertEqual(asyncio.run(end(work)), wanted)
+
+    def test_begins(self) -> None:
+        """It says nothing before it knows whether there is a QEMU."""
+        async def ask() -> List[str]:
+            keeper, writer = self.keeper(), unittest.mock.Mock()
+            writer.drain = unittest.mock.AsyncMock()
+            reader = asyncio.StreamReader()
+            reader.feed_data(b'{"command": "status", "other": false}\n')
+            asked = [asyncio.create_task(Control(keeper)._serve_one(
+                reader, writer)),
+                asyncio.create_task(keeper._answer({'ask': 'status'}))]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self.assertFalse(any(task.done() for task in asked))
+            await keeper._begin()
+            told = await asyncio.wait_for(asked[1], SECONDS)
+            assert told
+            await asyncio.wait_for(asked[0], SECONDS)
+            return [told['state'], json.loads(
+                writer.write.call_args.args[0])['state']]
+
+        Facts(1, SOLE).save(self.config.state / 'facts.json')
+        self.assertEqual(asyncio.run(ask()), ['waiting', 'waiting'])
 
     def test_refused(self) -> None:
         """What was not done has no effect later."""
