@@ -138,10 +138,13 @@ class Works:
             raise Failed(last_line(said.decode(errors='replace')))
 
     async def _do_wait_for_standby(self) -> None:
-        await self._until(self._merged)
+        while not await self._merged():
+            await self._settle_scores()
+            await asyncio.sleep(POLL_SECONDS)
         self.progress = ''
         again = time.monotonic() + self._pause_seconds()
         while True:
+            await self._settle_scores()
             try:
                 told = await self.peer.ask('status')
                 self.problem = self.refusal
@@ -160,6 +163,10 @@ class Works:
             except Unreachable as exc:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _settle_scores(self) -> None:
+        if self.judge.owes:
+            await self.judge.promoted()
 
     async def _merged(self) -> bool:
         """A host that was promoted is a primary once all is merged."""

@@ -398,6 +398,31 @@ class JudgeTest(FakeCluster):
             'crm_attribute --promotion=vm -N east -l forever -D',
             'crm_attribute --promotion=vm -N west -l forever -v 100'])
 
+    def test_scores_are_owed(self) -> None:
+        """They could not be set when the VM began to run here."""
+        self.program('crm_attribute', 'no connection', 1)
+        works = Works.__new__(Works)
+        lost = Lost(self, {'facts': {'generation': 1}, 'state': 'standby',
+                           'since': 5.0})
+        works.__dict__.update(vars(lost), _tries=0, _tried=0.0, refusal='')
+        works.judge = new_judge(works)
+        asyncio.run(works.judge.promoted())
+        self.assertEqual(works.problem, 'crm_attribute: no connection')
+        self.program('crm_attribute')
+        self.calls_file.unlink()
+
+        async def merged() -> bool:
+            return True
+
+        setattr(works, '_merged', merged)
+        for wanted in ([
+                'crm_attribute --promotion=vm -N west -l forever -D',
+                'crm_attribute --promotion=vm -N east -l forever -v 200'], []):
+            asyncio.run(getattr(works, '_do_wait_for_standby')())
+            self.assertEqual(self.calls('crm_attribute'), wanted)
+            self.calls_file.unlink(missing_ok=True)
+            works.__dict__.update(_tried=0.0)
+
     def test_members(self) -> None:
         """As corosync-quorumtool tells them."""
         self.program('corosync-quorumtool', quorum('east', 'west'))
