@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from . import check, cluster
@@ -111,16 +110,6 @@ class Agent:
             time.sleep(POLL_SECONDS)
         return True
 
-    def _qemu_runs(self) -> bool:
-        """One whose keeper has gone."""
-        pidfile = self.config.run / 'qemu.pid'
-        try:
-            pid = int(pidfile.read_text('utf-8'))
-            line = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
-        except (OSError, ValueError):
-            return False
-        return os.fsencode(pidfile) in line
-
     # What Pacemaker asks for
 
     def validate_all(self) -> int:
@@ -143,7 +132,7 @@ class Agent:
         """What runs here?"""
         told = self.status()
         if told is None:
-            if not self._qemu_runs():
+            if not check.running_qemu(self.config):
                 return NOT_RUNNING
             # it is found again
             if not self._start_keeper():
@@ -151,7 +140,8 @@ class Agent:
             told = self.status()
         if told is None:
             return ERROR
-        if told['state'] == 'down' and told['facts']['data'] == SHARED:
+        if told['state'] == 'down' and told['facts']['data'] == SHARED \
+                and told['pid'] is None:
             # the keeper has deleted the score: it is demoted, which is faster
             # than to recover it
             return RUNNING_PROMOTED
@@ -161,8 +151,9 @@ class Agent:
 
     def start(self) -> int:
         """Have a keeper, and stand by unless these are the VM's disks."""
-        if self.validate_all() != SUCCESS:
-            return INSTALLED
+        status = self.validate_all()
+        if status != SUCCESS:
+            return status
         if self.status() is None and not self._start_keeper():
             return ERROR
         told = self.status()
@@ -183,9 +174,9 @@ class Agent:
 
     def stop(self) -> int:
         """End all of it."""
-        if self.status() is None and (not self._qemu_runs()
+        if self.status() is None and (not check.running_qemu(self.config)
                                       or not self._start_keeper()):
-            return SUCCESS if not self._qemu_runs() else ERROR
+            return SUCCESS if not check.running_qemu(self.config) else ERROR
         if self.order('stop', force=True) != DONE:
             return ERROR
         self.order('quit')
@@ -242,14 +233,19 @@ def main(words: List[str]) -> int:
     if action not in ACTIONS:
         say(f'usage: vm {"|".join(ACTIONS)}|meta-data')
         return UNIMPLEMENTED
+    name = os.environ.get('OCF_RESKEY_config', '')
     try:
-        config = load(config_path(os.environ.get('OCF_RESKEY_config', '')))
+        if not name:
+            raise ConfigError('the parameter config is missing')
+        config = load(config_path(name),
+                      os.environ.get('OCF_RESKEY_CRM_meta_on_node', ''))
         return ACTIONS[action](Agent(config))
     except ConfigError as exc:
         say(str(exc))
-        # there is nothing to stop, where there is no configuration
-        return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(action,
-                                                             CONFIGURED)
+        # There is nothing to stop, where there is no configuration.  Whether
+        # there is one, and is good, each host has to say for itself.
+        return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(
+            action, INSTALLED if name else CONFIGURED)
     except Failed as exc:
         say(str(exc))
         return ERROR

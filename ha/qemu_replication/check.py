@@ -31,7 +31,7 @@ _TLS_FILES = {
 def problems(config: Config, ports: bool = True) -> Iterator[str]:
     """All that is wrong here, a line each.
 
-    The ports are in use while QEMU runs.
+    The ports are in use while the VM's QEMU runs.
     """
     yield from _addresses(config)
     yield from _programs(config)
@@ -43,7 +43,7 @@ def problems(config: Config, ports: bool = True) -> Iterator[str]:
         yield from _disk(config, disk)
     yield from _tls(config)
     yield from _network(config)
-    if ports:
+    if ports and not running_qemu(config):
         yield from _ports(config)
 
 
@@ -100,7 +100,8 @@ def _programs(config: Config) -> Iterator[str]:
         return
     if not os.access(qemu_img(config), os.X_OK):
         yield f'[vm]: qemu: there is no {qemu_img(config)} beside it'
-    missing = [name for name in NEEDED if name not in _commands(found)]
+    told = _commands(found)
+    missing = [name for name in NEEDED if name not in told]
     if missing:
         yield (f'[vm]: {found} is not a QEMU with this replication driver: '
                f'it has no {missing[0]}')
@@ -121,6 +122,22 @@ def _commands(qemu: str) -> List[str]:
                 if isinstance(answer, list) for command in answer]
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return []
+
+
+def running_qemu(config: Config) -> int:
+    """The process of the VM's QEMU here, whoever started it; 0 if none.
+
+    It writes its pidfile late, and leaves it when it is killed.
+    """
+    mark = b'\0-pidfile\0' + os.fsencode(config.run / 'qemu.pid') + b'\0'
+    for path in Path('/proc').glob('[0-9]*/cmdline'):
+        try:
+            if mark in path.read_bytes():
+                return int(path.parent.name)
+        except OSError:
+            # it has ended
+            pass
+    return 0
 
 
 def _folders(config: Config) -> Iterator[str]:

@@ -3,19 +3,22 @@
 
 import argparse
 import asyncio
+import fcntl
 import json
 import logging
+import os
 import runpy
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Iterator, List
+from typing import Iterator, List, Optional
 
 from . import check
 from .config import Config, ConfigError, Json, config_path, load
 from .client import DONE, FAILED, NO_KEEPER, WRONG, ask
 from .control import Commands, Control
+from .errors import Failed
 from .keeper import Keeper
 
 HELP = {
@@ -74,10 +77,15 @@ def parse(words: List[str]) -> argparse.Namespace:
 
 
 def no_keeper(config: Config, exc: OSError) -> int:
-    """Say so."""
+    """Say so, and who starts it; or that it may not be asked."""
+    if isinstance(exc, PermissionError):
+        print(f'error: {config.control}: {exc.strerror}: only root may ask',
+              file=sys.stderr)
+        return FAILED
+    starter = 'Pacemaker starts it' if config.cluster.resource \
+        else f'start qemu-replication@{config.path.stem}'
     print(f'error: no keeper of {config.vm.name} on {config.here} '
-          f'({exc.strerror or exc}): start qemu-replication@'
-          f'{config.path.stem}', file=sys.stderr)
+          f'({exc.strerror or exc}): {starter}', file=sys.stderr)
     return NO_KEEPER
 
 
@@ -160,6 +168,17 @@ def watch(config: Config) -> int:
     return FAILED
 
 
+def _busy_folder(config: Config) -> Optional[Path]:
+    """Take both folders until the end; one that another keeper has."""
+    for folder in {config.run, config.state}:
+        try:
+            fcntl.flock(os.open(folder, os.O_RDONLY),
+                        fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return folder
+    return None
+
+
 async def _keep(config: Config) -> None:
     keeper = Keeper(config)
     await Control(keeper).serve()
@@ -180,11 +199,15 @@ def keep(config: Config) -> int:
         f'{config.here}: %(message)s')
     # its modules log each connection that has ended
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
+    # what the guest has, and has said, is for nobody else on this host
+    os.umask(0o077)
     try:
+        busy = _busy_folder(config)
+        if busy:
+            raise Failed(f'{busy}: a keeper of {config.vm.name} runs already')
         asyncio.run(_keep(config))
-    except OSError as exc:
-        print(f'error: {config.address}:{config.ports.keeper}: {exc.strerror}',
-              file=sys.stderr)
+    except (OSError, Failed) as exc:
+        print(f'error: {exc}', file=sys.stderr)
         return FAILED
     return DONE
 
@@ -201,8 +224,11 @@ def main(words: List[str]) -> int:
         found = list(check.problems(config, options.command == 'check'))
         for problem in found:
             print(f'error: {config.path}: {problem}', file=sys.stderr)
-        if found or options.command == 'check':
+        if options.command == 'check':
             return WRONG if found else DONE
+        # whoever stops the QEMU that is there needs a keeper for it
+        if found and not check.running_qemu(config):
+            return WRONG
         return keep(config)
     if options.command == 'status':
         return status(config, options)

@@ -152,7 +152,8 @@ def was_fenced(node: str, since: float) -> bool:
         if words.get('target') == node \
                 and words.get('status') == 'success' \
                 and words.get('action') in ('reboot', 'off') \
-                and _seconds(words.get('completed', '')) >= since:
+                and _seconds(words.get('completed', '')) \
+                >= int(since):  # it may be told without fractions
             return True
     return False
 

@@ -187,7 +187,9 @@ def _read(kind: Type[T], table: Any, where: str) -> T:
 def _choose_host(path: Path, hosts: Dict[str, Host], name: str) -> str:
     name = name or os.environ.get('QEMU_REPLICATION_HOST', '')
     if not name:
-        name = socket.gethostname().split('.')[0]
+        name = socket.gethostname()
+        if name not in hosts:
+            name = name.split('.')[0]
         if name not in hosts:
             raise ConfigError(
                 f'{path}: this host is called {name}, but the hosts are '
@@ -196,6 +198,14 @@ def _choose_host(path: Path, hosts: Dict[str, Host], name: str) -> str:
         raise ConfigError(f'{path}: there is no host {name}, but '
                           f'{" and ".join(hosts)}')
     return name
+
+
+def _check_paths(where: str, **paths: str) -> None:
+    """A keeper is in another folder than whoever has written them."""
+    for name, path in paths.items():
+        if not path.startswith('/'):
+            raise ConfigError(f'{where}: {name} has to be a path, from / on, '
+                              f'not "{path}"')
 
 
 def _check_values(config: Config) -> None:
@@ -212,8 +222,16 @@ def _check_values(config: Config) -> None:
         if disk.format not in ('qcow2', 'raw'):
             raise ConfigError(f'[[disk]] {number}: format has to be qcow2 or '
                               f'raw, not "{disk.format}"')
-    if len({disk.file for disk in config.disks}) < len(config.disks):
-        raise ConfigError('two of [[disk]] have the same file')
+        _check_paths(f'[[disk]] {number}', file=disk.file,
+                     overlays=disk.overlays or '/',
+                     metadata=disk.metadata or '/')
+    files = [os.path.realpath(path) for disk in config.disks
+             for path in (disk.file, str(disk.metadata_file))]
+    if len(set(files)) < len(files):
+        raise ConfigError('two disks of [[disk]], or a disk and metadata, '
+                          'have the same file')
+    if '/' in config.vm.qemu:
+        _check_paths('[vm]', qemu=config.vm.qemu)
     ports = vars(config.ports)
     for name, port in ports.items():
         if not 0 < port < 65536:
@@ -227,6 +245,8 @@ def _check_values(config: Config) -> None:
     if config.tls.kind not in ('none', 'psk', 'x509'):
         raise ConfigError('[tls]: kind has to be none, psk or x509, not '
                           f'"{config.tls.kind}"')
+    if config.tls.kind != 'none':
+        _check_paths('[tls]', dir=config.tls.dir)
     net = config.network
     if bool(net.device) != (bool(net.bridge) != bool(net.netdev)):
         raise ConfigError('[network] wants a device, and either a bridge or '

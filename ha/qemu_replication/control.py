@@ -56,7 +56,8 @@ class Commands:
         keeper = self._keeper
         if not await keeper.post(event, 'a person or the cluster said so'
                                  ).taken:
-            raise Refusal(f'not now: this host {STATES[keeper.state].says}')
+            raise Refusal(f'not now: this host {STATES[keeper.state].says}'
+                          + (keeper.problem and f': {keeper.problem}'))
 
     async def _check(self) -> None:
         found = await asyncio.to_thread(
@@ -126,8 +127,7 @@ class Commands:
             for path in [path for disk in disks
                          for path in graph.leftovers(disk)]:
                 path.unlink()
-            keeper.facts.overwrite = True
-            keeper.save_facts()
+            keeper.note(overwrite=True)
         elif keeper.facts.data == SOLE:
             raise Refusal('only this host has the data of the VM: to have it '
                           'overwritten, say --force')
@@ -153,13 +153,17 @@ class Commands:
         if STATES[keeper.state].role != PRIMARY:
             raise Refusal(f'this host {STATES[keeper.state].says}')
         # one that is down shall be protected with again when it comes back
-        keeper.hold = not force
-        if keeper.state == 'alone' and keeper.hold:
-            await self._post('hold')
-        elif force or keeper.state in ('copying', 'stuck'):
-            await self._post('drop')
-        elif keeper.state not in ('asking', 'held'):
-            await self._post('lost')
+        before, keeper.hold = keeper.hold, not force
+        try:
+            if keeper.state == 'alone' and keeper.hold:
+                await self._post('hold')
+            elif force or keeper.state in ('copying', 'stuck'):
+                await self._post('drop')
+            elif keeper.state not in ('asking', 'held'):
+                await self._post('lost')
+        except Refusal:
+            keeper.hold = before
+            raise
         return Goal(('held',) if keeper.hold else
                     ('alone', 'held', 'copying', 'migrating'),
                     ('down', 'arming', 'stuck'),
@@ -231,6 +235,7 @@ class Control:
 
         try:
             request = json.loads(await reader.readline())
+            await self._keeper.begun.wait()
             if request['command'] == 'status':
                 send(await self._status() if request.get('other', True)
                      else self._keeper.status())

@@ -17,3 +17,8 @@ class Refused(Failed):
 
 class Unreachable(Failed):
     """The other keeper does not answer."""
+
+
+def last_line(said: str) -> str:
+    """What a program has said last, which is why it has failed."""
+    return (said.strip() or 'it has said nothing').splitlines()[-1]

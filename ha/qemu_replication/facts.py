@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .config import Json
+from .errors import Failed
+from .states import REPLICA, SHARED, SOLE
 
 
 def write_whole(path: Path, value: Json, durable: bool) -> None:
@@ -44,7 +46,15 @@ class Facts:
         """From a file, if there is one."""
         if not path.exists():
             return cls()
-        return cls(**json.loads(path.read_text('utf-8')))
+        try:
+            facts = cls(**json.loads(path.read_text('utf-8')))
+            if facts.data not in ('', SOLE, SHARED, REPLICA):
+                raise ValueError(f'data is {facts.data!r}')
+        except (TypeError, ValueError) as exc:
+            raise Failed(f'{path}: {exc}: if the other host has the VM, '
+                         'remove this file and say "standby --force"'
+                         ) from exc
+        return facts
 
     def save(self, path: Path) -> None:
         """To a file, for good."""

@@ -21,6 +21,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 from .check import TOOL_SECONDS, qemu_img
 from .config import Config, Disk, Json
+from .errors import Failed, last_line
 
 # QMP commands, to be given in this order
 Commands = Iterator[Tuple[str, Json]]
@@ -77,9 +78,12 @@ def _secondary(number: int, disk: Disk) -> Json:
 # Images
 
 def _create(config: Config, disk: Disk) -> None:
-    subprocess.run([qemu_img(config), 'create', '-q', '-f', disk.format,
-                    disk.file, str(disk.bytes)], check=True,
-                   timeout=TOOL_SECONDS, capture_output=True, text=True)
+    done = subprocess.run([
+        qemu_img(config), 'create', '-q', '-f', disk.format, disk.file,
+        str(disk.bytes)], check=False, timeout=TOOL_SECONDS, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise Failed(last_line(done.stdout))
 
 
 def wipe(disk: Disk) -> None:
@@ -101,21 +105,25 @@ def make_images(config: Config) -> None:
             wipe(disk)
 
 
-def leftovers(disk: Disk) -> List[Path]:
-    """Overlays that QEMU could not part with: they have data of the disk."""
+def overlays(disk: Disk) -> List[Path]:
+    """What QEMU could not part with: the guest's, and what was below it."""
     path = os.path.realpath(disk.file)
     if disk.overlays or not os.path.isfile(path):
         path = os.path.join(disk.overlays or TEMPORARY,
                             path[1:].replace('/', '-'))
-    return [overlay for overlay in (
-        Path(f'{path}.standby-{name}.qcow2') for name in ('active', 'hidden'))
-        if overlay.exists()]
+    return [Path(f'{path}.standby-{name}.qcow2')
+            for name in ('active', 'hidden')]
+
+
+def leftovers(disk: Disk) -> List[Path]:
+    """Those that are there: they may have data of the disk."""
+    return [overlay for overlay in overlays(disk) if overlay.exists()]
 
 
 def merge_command(config: Config, disk: Disk) -> List[str]:
     """Put that into a disk that has overlays left."""
     return [qemu_img(config), 'commit', '-q', '-b', disk.file,
-            str(leftovers(disk)[0])]
+            str(overlays(disk)[0])]
 
 
 # The command line

@@ -28,6 +28,8 @@ class Judge:
 
     def __init__(self, works: 'Works') -> None:
         self._works = works
+        # the scores, which could not be set yet
+        self.owes = False
 
     async def of_peer(self, since: float) -> Verdict:
         """Have the peer give up its claim to the VM; lost at a time."""
@@ -64,7 +66,7 @@ class Judge:
         """QEMU has ended where the VM ran."""
 
     async def stopped(self) -> None:
-        """QEMU was ended here."""
+        """QEMU is about to be ended here."""
 
     async def watch(self, _lost: Callable[[str], None]) -> None:
         """Say so when the peer is lost, for ever."""
@@ -146,11 +148,13 @@ class ClusterJudge(Judge):
 
     async def promoted(self) -> None:
         config = self._works.config
+        self.owes = True
         try:
             await asyncio.to_thread(cluster.delete_score, self._resource,
                                     config.peer)
             await asyncio.to_thread(cluster.set_score, self._resource,
                                     config.here, cluster.OWN_SCORE)
+            self.owes = False
         except Failed as exc:
             # the VM is worth more
             self._works.problem = str(exc)
@@ -167,7 +171,7 @@ class ClusterJudge(Judge):
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def stopped(self) -> None:
-        """There is no checkpoint to promote any more, where one was."""
+        """There will be no checkpoint to promote any more."""
         if self._works.facts.data == 'replica':
             await self._delete(self._works.config.here)
 

@@ -62,11 +62,15 @@ class Keeper(Works):
         self.state = 'stopped'
         self.since = time.time()
         self.changed = asyncio.Condition()
+        # before, nobody is told anything
+        self.begun = asyncio.Event()
         self._events: 'asyncio.Queue[Event]' = asyncio.Queue()
         self._entered = 0
         self._work: Optional['asyncio.Task[None]'] = None
         self._look: Json = {}
         self._merged_at = 0.0
+        # why nobody could be told last time
+        self._trouble = ''
 
     # The machine of states
 
@@ -96,27 +100,40 @@ class Keeper(Works):
 
     async def _handle(self, event: Event) -> None:
         new = STATES[self.state].on.get(event.name)
+        taken = False
         if new and event.entered in (None, self._entered):
-            await self._enter(new, event.why or event.name)
-            event.taken.set_result(True)
-        else:
-            event.taken.set_result(False)
+            try:
+                await self._enter(new, event.why or event.name)
+                taken = True
+            except Failed as exc:
+                self._put_off(event, str(exc))
+        if not event.taken.cancelled():
+            event.taken.set_result(taken)
+
+    def _put_off(self, event: Event, problem: str) -> None:
+        """What came of a work; others are told, and may try again."""
+        if problem != self.problem:
+            log.warning('%s', problem)
+            self.problem = problem
+        if event.entered is not None:
+            asyncio.get_running_loop().call_later(
+                LOOK_SECONDS, self._events.put_nowait,
+                Event(event.name, event.why, event.entered))
 
     async def _enter(self, new: str, why: str) -> None:
+        state = STATES[new]
+        if state.data and self.facts.data != state.data:
+            self.note(data=state.data)
         if self._work:
             self._work.cancel()
             await asyncio.wait([self._work])
             self._work = None
-        state = STATES[new]
         log.info('%s -> %s: %s', self.state, new, why)
         self.state, self.since, self.why = new, time.time(), why
         self.problem = self.progress = ''
         if new in ('yielded', 'arming'):
             self.gave_up.clear()
         self._entered += 1
-        if state.data and self.facts.data != state.data:
-            self.facts.data = state.data
-            self.save_facts()
         if state.work:
             self._work = asyncio.create_task(self._do(state.work, state.limit,
                                                       self._entered))
@@ -143,9 +160,16 @@ class Keeper(Works):
 
     async def _tell(self) -> None:
         """Let all who watch know."""
-        status = self.status()
-        write_whole(self.config.run / 'status.json', status, False)
-        notify(f'STATUS={status["says"]}')
+        status, trouble = self.status(), ''
+        try:
+            write_whole(self.config.run / 'status.json', status, False)
+            notify(f'STATUS={status["says"]}')
+        except OSError as exc:
+            # who asks is told all the same
+            trouble = str(exc)
+        if trouble not in ('', self._trouble):
+            log.warning('%s', trouble)
+        self._trouble = trouble
         async with self.changed:
             self.changed.notify_all()
 
@@ -161,6 +185,7 @@ class Keeper(Works):
             await self._enter('waiting', 'this host has run the VM')
         else:
             await self._tell()
+        self.begun.set()
         notify('READY=1')
 
     async def _do_find(self) -> str:
@@ -170,10 +195,14 @@ class Keeper(Works):
         nodes = await self._monitor.replication()
         migration = await self._monitor.cmd('query-migrate')
         in_colo = migration.get('status') == 'colo'
-        if self.facts.data == REPLICA:
+        is_primary = any(node['mode'] == 'primary' for node in nodes)
+        # with lost facts, what has been promoted runs, and not in COLO
+        if self.facts.data == REPLICA or not (
+                is_primary or self.facts.data == SOLE or not in_colo
+                and self._look['status'] != 'inmigrate'):
             running = all(node['stage'] == 'running' for node in nodes)
             return 'secondary' if in_colo and running else 'arming'
-        if not any(node['mode'] == 'primary' for node in nodes):
+        if not is_primary:
             # it was promoted, but that was not all
             return 'promoting'
         if in_colo:
@@ -221,6 +250,7 @@ class Keeper(Works):
         try:
             nodes = await self._monitor.replication()
             status = (await self._monitor.cmd('query-status'))['status']
+            await self._merge_again(nodes)
         except Failed as exc:
             self._look = {'status': 'silent', 'nodes': []}
             if self.machine.runs and entered == self._entered:
@@ -228,7 +258,6 @@ class Keeper(Works):
             return
         self._look = {'status': status, 'nodes': nodes}
         await self._conclude(nodes)
-        await self._merge_again(nodes)
 
     async def _merge_again(self, nodes: List[Json]) -> None:
         """The guest's data is in three files, and none may take it over."""
@@ -292,6 +321,7 @@ class Keeper(Works):
 
     async def _answer(self, body: Json) -> Json:
         """What the peer's keeper wants to know."""
+        await self.begun.wait()
         what = body.get('ask')
         if what == 'status':
             return self.status()
@@ -308,9 +338,7 @@ class Keeper(Works):
             return {'ok': self.state in PROMOTABLE,
                     'because': f'it {STATES[self.state].says}'}
         if what == 'in-step' and self.state == 'standby':
-            self.facts.generation = int(body['generation'])
-            self.facts.overwrite = False
-            self.save_facts()
+            self.note(generation=int(body['generation']), overwrite=False)
             return {'ok': True}
         if what in ('take', 'switch') and what in STATES[self.state].on:
             return {'ok': await self.post(

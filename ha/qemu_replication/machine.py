@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Callable, List, Optional
 
 from . import graph
+from .check import running_qemu
 from .config import Config, Json
-from .errors import Failed
+from .errors import Failed, last_line
 from .monitor import Monitor
 
 KILL_SECONDS = 20.0
@@ -74,15 +75,10 @@ class Machine:
 
     def find(self) -> bool:
         """Find one that an earlier keeper has started."""
-        try:
-            pid = int(self.path('qemu.pid').read_text('utf-8'))
-            line = Path(f'/proc/{pid}/cmdline').read_bytes().split(b'\0')
-        except (OSError, ValueError):
-            return False
-        if os.fsencode(self.path('qemu.pid')) not in line:
-            return False
-        self._follow(pid)
-        return True
+        pid = running_qemu(self._config)
+        if pid:
+            self._follow(pid)
+        return bool(pid)
 
     def _follow(self, pid: int) -> None:
         self.pid = pid
@@ -126,9 +122,8 @@ class Machine:
 
     def last_words(self) -> str:
         """The last line of its log."""
-        lines = self.path('qemu.log').read_bytes()[-LOG_BYTES:].decode(
-            errors='replace').strip().splitlines()
-        return lines[-1] if lines else 'it has said nothing'
+        return last_line(self.path('qemu.log').read_bytes()[-LOG_BYTES:]
+                         .decode(errors='replace'))
 
     async def end(self, quit_seconds: float = 0) -> None:
         """End it; it may quit by itself for a while, and is killed then."""

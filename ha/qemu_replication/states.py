@@ -55,11 +55,13 @@ STATES = {
     'finding': State(
         'has found QEMU, and waits for its answer', PRIMARY, 'find', 'start',
         on={name: name for name in ('protected', 'asking', 'promoting',
-                                    'detaching')}
+                                    'detaching', 'secondary', 'arming')}
         | {'failed': 'down', 'died': 'down', 'off': 'off', **ENDS}),
     'booting': State(
-        'starts the VM', PRIMARY, 'boot', 'start', on={
-            'done': 'alone', 'failed': 'stopped', 'died': 'stopped'}),
+        # to merge what a failover has left may take long
+        'starts the VM', PRIMARY, 'boot', on={
+            'done': 'alone', 'failed': 'stopped', 'died': 'stopped',
+            'off': 'off', **ENDS}),
     'alone': State(
         'runs the VM, without protection', PRIMARY, 'wait_for_standby', on={
             'done': 'copying', 'hold': 'held', 'died': 'down',
@@ -80,7 +82,7 @@ STATES = {
             'not-begun': 'detaching', 'drop': 'detaching', 'died': 'down',
             'off': 'off', **ENDS}),
     'protected': State(
-        'runs the VM, and the peer is in step', PRIMARY, on={
+        'runs the VM, and the peer is in step', PRIMARY, data=SHARED, on={
             'lost': 'asking', 'drop': 'detaching', 'switch': 'handing',
             'silent': 'doubting', 'yield': 'arming', 'died': 'down',
             'off': 'off', **ENDS}),
@@ -93,17 +95,17 @@ STATES = {
         'waits for a checkpoint, and for the peer to take the VM', PRIMARY,
         'hand_over', 'failover', on={
             'done': 'protected', 'failed': 'protected', 'lost': 'asking',
-            'yield': 'arming', 'died': 'down', **ENDS}),
+            'yield': 'arming', 'died': 'down', 'off': 'off', **ENDS}),
     'asking': State(
         'has lost the peer, and waits for word that it is down', PRIMARY,
-        'ask', on={
+        'ask', data=SHARED, on={
             'done': 'detaching', 'drop': 'detaching', 'ousted': 'arming',
             'yield': 'arming', 'died': 'down', 'off': 'off',
             **ENDS}),
     'detaching': State(
         'goes on alone', PRIMARY, 'detach', 'failover', SOLE, on={
             'done': 'alone', 'hold': 'held', 'failed': 'stuck',
-            'died': 'down', 'off': 'off'}),
+            'died': 'down', 'off': 'off', **ENDS}),
     'stuck': State(
         'could not go on alone', PRIMARY, on={
             'drop': 'detaching', 'died': 'down', 'off': 'off',
@@ -126,7 +128,7 @@ STATES = {
     # Whether it hangs, or waits for a primary that has died without a word,
     # only the primary's keeper can tell
     'secondary': State(
-        'stands by, and is in step', STANDBY, on={
+        'stands by, and is in step', STANDBY, data=REPLICA, on={
             'lost': 'orphan', 'take': 'taking', 'promote': 'promoting',
             'yield': 'arming', 'died': 'arming', 'stop': 'stopped'}),
     'orphan': State(
@@ -141,7 +143,7 @@ STATES = {
     'promoting': State(
         'takes the VM', PRIMARY, 'promote', 'failover', on={
             'done': 'alone', 'failed': 'stuck', 'unfit': 'orphan',
-            'died': 'down'}),
+            'died': 'down', 'off': 'off', **ENDS}),
 }
 # Where the VM does not run and is not about to
 AT_REST = ('stopped', 'yielded', 'down', 'waiting', 'off')

@@ -4,15 +4,16 @@
 import asyncio
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
-from typing import Awaitable, Callable, List
+from typing import Any, Awaitable, Callable, List
 
 from . import graph
 from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .errors import Failed
+from .errors import Failed, last_line
 from .monitor import Monitor
 from .errors import Unreachable
 from .peer import Peer
@@ -25,7 +26,6 @@ ASK_SECONDS = 0.2
 # After a failed attempt to protect, the next one waits longer and longer
 LONGEST_PAUSE = 60.0
 QUIT_SECONDS = 10.0
-MERGE_SECONDS = 3600.0
 
 
 class Works:
@@ -57,9 +57,14 @@ class Works:
     def _monitor(self) -> Monitor:
         return self.machine.monitor
 
-    def save_facts(self) -> None:
-        """Keep them, before anything is done that needs them."""
-        self.facts.save(self.facts_path)
+    def note(self, **facts: Any) -> None:
+        """For good, before anything is done that needs it."""
+        fresh = replace(self.facts, **facts)
+        try:
+            fresh.save(self.facts_path)
+        except OSError as exc:
+            raise Failed(f'{self.facts_path}: {exc.strerror}') from exc
+        self.facts = fresh
 
     @staticmethod
     def _protects(nodes: List[Json]) -> bool:
@@ -74,7 +79,8 @@ class Works:
     def _pause_seconds(self) -> float:
         """Do not try again at once what has failed."""
         self._tries += 1
-        return min(2.0 ** self._tries / 4, LONGEST_PAUSE) \
+        # no number is large enough for the power of a day's tries
+        return min(2.0 ** min(self._tries, 10) / 4, LONGEST_PAUSE) \
             if self._tries > 1 else 0.0
 
     # The VM runs here
@@ -85,21 +91,19 @@ class Works:
                 await self._merge(disk)
         graph.make_images(self.config)
         before, booted = self.facts.data, False
-        self._begin_alone()
+        self._begin_alone(self.facts.generation)
         try:
             await self._start(True)
             booted = True
         finally:
             if not booted:
-                self.facts.data = before
-                self.save_facts()
+                self.note(data=before)
         await self.judge.promoted()
 
-    def _begin_alone(self) -> None:
+    def _begin_alone(self, generation: int) -> None:
         """These disks are the VM's."""
         self._tries, self.refusal = 0, ''
-        self.facts.data, self.facts.overwrite = SOLE, False
-        self.save_facts()
+        self.note(generation=generation, data=SOLE, overwrite=False)
 
     async def _start(self, primary: bool) -> None:
         self._off = self._colo_ended = False
@@ -109,20 +113,38 @@ class Works:
         """QEMU has died in a failover, or was ended where it stood by."""
         self.progress = f'merges the overlays that {disk.file} has left'
         # of no use any more, and of none before all is merged
-        self.facts.wiped = True
-        self.save_facts()
-        await asyncio.to_thread(partial(
-            subprocess.run, graph.merge_command(self.config, disk),
-            check=True, timeout=MERGE_SECONDS, stdin=subprocess.DEVNULL))
+        self.note(wiped=True)
+        active, hidden = graph.overlays(disk)
+        # alone, the other one is what is left of both, and has what is old
+        if active.exists():
+            await self._run(graph.merge_command(self.config, disk))
         graph.wipe(disk)
-        for path in graph.leftovers(disk):
-            path.unlink()
+        for path in (active, hidden):
+            path.unlink(missing_ok=True)
+
+    @staticmethod
+    async def _run(words: List[str]) -> None:
+        """It has no bound, and ends with who waits for it."""
+        process = await asyncio.create_subprocess_exec(
+            *words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT)
+        try:
+            said, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            raise Failed(last_line(said.decode(errors='replace')))
 
     async def _do_wait_for_standby(self) -> None:
-        await self._until(self._merged)
+        while not await self._merged():
+            await self._settle_scores()
+            await asyncio.sleep(POLL_SECONDS)
         self.progress = ''
-        again = time.time() + self._pause_seconds()
+        again = time.monotonic() + self._pause_seconds()
         while True:
+            await self._settle_scores()
             try:
                 told = await self.peer.ask('status')
                 self.problem = self.refusal
@@ -130,7 +152,8 @@ class Works:
                     self.problem = (f'{self.config.peer} says that it has '
                                     'taken the VM: one of the two is wrong')
                 elif told['state'] == 'standby' and (
-                        time.time() >= again or told['since'] != self._tried):
+                        time.monotonic() >= again
+                        or told['since'] != self._tried):
                     self._tried = told['since']
                     return
                 elif told['state'] in PROMOTABLE:
@@ -141,10 +164,19 @@ class Works:
                 self.problem = str(exc)
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def _settle_scores(self) -> None:
+        if self.judge.owes:
+            await self.judge.promoted()
+
     async def _merged(self) -> bool:
         """A host that was promoted is a primary once all is merged."""
-        nodes = [node for node in await self._monitor.replication()
-                 if node['mode'] == 'secondary']
+        try:
+            told = await self._monitor.replication()
+        except Failed as exc:
+            # it may be busy, and is asked again
+            self.problem = str(exc)
+            return False
+        nodes = [node for node in told if node['mode'] == 'secondary']
         steps = [node['failover'] for node in nodes if 'failover' in node]
         total = sum(step['total'] for step in steps) or 1
         done = 100 * sum(step['done'] for step in steps) // total
@@ -172,8 +204,7 @@ class Works:
         if not told['ok']:
             raise Failed(f'{self.config.peer}: {told["because"]}')
         if self.facts.wiped:
-            self.facts.wiped = False
-            self.save_facts()
+            self.note(wiped=False)
 
     async def _begin_copy(self, number: int, overwrite: bool) -> None:
         """QEMU refuses disks that may have what nobody else has."""
@@ -365,14 +396,24 @@ class Works:
                                           {'node-name': node})
         return why is None or 'Failed to find node' in why
 
+    async def _end_qemu(self, quit_seconds: float = 0) -> None:
+        """It cannot be killed while its storage hangs."""
+        while True:
+            try:
+                await self.machine.end(quit_seconds)
+                break
+            except Failed as exc:
+                self.problem = str(exc)
+        self.problem = ''
+
     async def _do_tell_death(self) -> None:
         # one that hangs is not dead yet
-        await self.machine.end()
+        await self._end_qemu()
         await self.judge.has_died()
         await self._wait_for_new_primary()
 
     async def _do_wait(self) -> None:
-        await self.machine.end(QUIT_SECONDS)
+        await self._end_qemu(QUIT_SECONDS)
         await self._wait_for_new_primary()
 
     async def _do_tell_off(self) -> None:
@@ -389,8 +430,7 @@ class Works:
         """Have the peer give up its claim to the VM."""
         told = await self.peer.ask('yield', generation=self.facts.generation)
         if told['yields']:
-            self.facts.data = SOLE
-            self.save_facts()
+            self.note(data=SOLE)
             await self.judge.promoted()
 
     async def _wait_for_new_primary(self) -> None:
@@ -416,14 +456,20 @@ class Works:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _do_end(self) -> None:
-        await self.machine.end(QUIT_SECONDS)
+        problem = ''
+        try:
+            # who waits for its end may end this keeper as well
+            await self.judge.stopped()
+        except Failed as exc:
+            problem = str(exc)
+        await self._end_qemu(QUIT_SECONDS)
         self.gave_up.set()
-        await self.judge.stopped()
+        self.problem = problem
 
     # This host stands by
 
     async def _do_arm(self) -> None:
-        await self.machine.end()
+        await self._end_qemu()
         self.gave_up.set()
         await asyncio.sleep(self._pause_seconds())
         await self._drop_leftovers()
@@ -468,8 +514,11 @@ class Works:
                 if node['stage'] != 'running':
                     raise Failed(f'{node["node"]} is {node["stage"]}: there '
                                  'is no checkpoint to go back to', 'unfit')
-            self.facts.generation += 1
-            self._begin_alone()
+            try:
+                self._begin_alone(self.facts.generation + 1)
+            except Failed as exc:
+                # nothing was done yet
+                raise Failed(str(exc), 'unfit') from exc
             await self._monitor.cmd('x-colo-lost-heartbeat')
         await self._wait_until_running()
         # an earlier keeper may have done it

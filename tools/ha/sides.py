@@ -91,6 +91,18 @@ def with_guest(config: Json, guest: Guest, disks: Disks,
         '-serial', 'chardev:work']))
 
 
+def like_qemu(folder: Path) -> 'subprocess.Popen[bytes]':
+    """A process that a keeper takes for its QEMU, until it is killed."""
+    # pylint: disable=consider-using-with
+    process = subprocess.Popen(
+        ['sh', '-c', 'echo; read line', '-pidfile', folder / 'qemu.pid'],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # /proc tells nothing of it before it has begun
+    assert process.stdout
+    process.stdout.readline()
+    return process
+
+
 class Side:
     """A host: its keeper, and the QEMU that this one has started."""
 

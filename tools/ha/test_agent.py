@@ -32,8 +32,8 @@ from sides import PROGRAM, configuration, toml
 
 AGENT = PROGRAM.with_name('ocf-vm')
 SECONDS = 60.0
-SUCCESS, ERROR, CONFIGURED, NOT_RUNNING, PROMOTED, FAILED_PROMOTED = (
-    0, 1, 6, 7, 8, 9)
+SUCCESS, ERROR, INSTALLED, CONFIGURED, NOT_RUNNING, PROMOTED, \
+    FAILED_PROMOTED = (0, 1, 5, 6, 7, 8, 9)
 NO_SUCH = 105
 QUORUM = '''Quorum information
 ------------------
@@ -90,7 +90,7 @@ class Keeper:
     def tell(self, state: str, role: str, data: str) -> None:
         """What it is."""
         self.status = {'state': state, 'role': role, 'facts': {'data': data},
-                       'in-step-since': 1000.0}
+                       'in-step-since': 1000.0, 'pid': None}
 
     def _serve(self) -> None:
         while True:
@@ -165,8 +165,8 @@ class FakeCluster(unittest.TestCase):
     def agent(self, action: str, wanted: int, config: Optional[str] = None,
               **more: str) -> str:
         """Call the agent as Pacemaker does."""
-        env = dict(os.environ, QEMU_REPLICATION_HOST='east',
-                   OCF_RESKEY_config=config or str(self.path), **more)
+        env = {**os.environ, 'QEMU_REPLICATION_HOST': 'east',
+               'OCF_RESKEY_config': config or str(self.path), **more}
         done = subprocess.run(
             [sys.executable, str(AGENT), action], env=env, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False,
@@ -196,8 +196,16 @@ class AgentTest(FakeCluster):
         self.agent('validate-all', SUCCESS)
         self.assertIn('clone-max', self.agent(
             'validate-all', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3'))
-        self.assertIn('No such file', self.agent(
-            'validate-all', CONFIGURED, '/no/such.toml'))
+        # that is so here, and need not be so on the other host
+        for action in 'validate-all', 'start', 'promote', 'demote':
+            self.assertIn('No such file', self.agent(
+                action, INSTALLED, '/no/such.toml'))
+        self.assertIn('config', self.agent('start', CONFIGURED,
+                                           OCF_RESKEY_config=''))
+        self.agent('start', CONFIGURED, OCF_RESKEY_CRM_meta_clone_max='3')
+        # the host is called as Pacemaker calls it, whatever it calls itself
+        self.agent('validate-all', SUCCESS, QEMU_REPLICATION_HOST='',
+                   OCF_RESKEY_CRM_meta_on_node='west')
         self.agent('monitor', NOT_RUNNING, '/no/such.toml')
         self.agent('stop', SUCCESS, '/no/such.toml')
         self.agent('nonsense', 3)
@@ -220,6 +228,10 @@ class AgentTest(FakeCluster):
             with self.subTest(state=state):
                 keeper.tell(state, role, data)
                 self.agent('monitor', wanted)
+        # it cannot be killed, so the score is still there
+        keeper.tell('down', 'none', 'shared')
+        keeper.status['pid'] = 5
+        self.agent('monitor', FAILED_PROMOTED)
         # the keeper alone sets scores
         self.assertEqual(self.calls('crm_attribute'), [])
 
@@ -356,6 +368,12 @@ class JudgeTest(FakeCluster):
         self.program('corosync-quorumtool', quorum('east'))
         self.assertIs(self.judge(), Verdict.UNKNOWN)
 
+    def test_within_a_second(self) -> None:
+        """Nobody comes back in step within the one in which it is fenced."""
+        self.program('stonith_admin', fenced(1500))
+        self.assertTrue(cluster.was_fenced('west', 1500.7))
+        self.assertFalse(cluster.was_fenced('west', 1501.0))
+
     def test_ring_changes(self) -> None:
         """While the score is deleted: where was it deleted?"""
         self.program('corosync-quorumtool', quorum('east', 'west'))
@@ -379,6 +397,31 @@ class JudgeTest(FakeCluster):
         self.assertEqual(self.calls('crm_attribute'), [
             'crm_attribute --promotion=vm -N east -l forever -D',
             'crm_attribute --promotion=vm -N west -l forever -v 100'])
+
+    def test_scores_are_owed(self) -> None:
+        """They could not be set when the VM began to run here."""
+        self.program('crm_attribute', 'no connection', 1)
+        works = Works.__new__(Works)
+        lost = Lost(self, {'facts': {'generation': 1}, 'state': 'standby',
+                           'since': 5.0})
+        works.__dict__.update(vars(lost), _tries=0, _tried=0.0, refusal='')
+        works.judge = new_judge(works)
+        asyncio.run(works.judge.promoted())
+        self.assertEqual(works.problem, 'crm_attribute: no connection')
+        self.program('crm_attribute')
+        self.calls_file.unlink()
+
+        async def merged() -> bool:
+            return True
+
+        setattr(works, '_merged', merged)
+        for wanted in ([
+                'crm_attribute --promotion=vm -N west -l forever -D',
+                'crm_attribute --promotion=vm -N east -l forever -v 200'], []):
+            asyncio.run(getattr(works, '_do_wait_for_standby')())
+            self.assertEqual(self.calls('crm_attribute'), wanted)
+            self.calls_file.unlink(missing_ok=True)
+            works.__dict__.update(_tried=0.0)
 
     def test_members(self) -> None:
         """As corosync-quorumtool tells them."""

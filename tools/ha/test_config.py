@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -20,9 +21,10 @@ from qemu_replication.errors import Failed
 from qemu_replication.keeper import Keeper
 from qemu_replication.peer import Peer
 from qemu_replication.states import STATES
-from sides import configuration, toml
+from sides import configuration, like_qemu, toml
 
 Json = Dict[str, Any]
+SECONDS = 60.0
 KEY = '0123456789abcdef' * 4
 
 
@@ -103,6 +105,18 @@ class ConfigTest(unittest.TestCase):
                 ('disk.1.format', 'vmdk', 'qcow2 or raw'),
                 ('disk.1.file', f'{self.folder}/{{host}}/disk0.raw',
                  'the same file'),
+                ('disk.1.file', f'{self.folder}//{{host}}/./disk0.raw',
+                 'the same file'),
+                ('disk.1.metadata', f'{self.folder}/{{host}}/disk0.raw',
+                 'the same file'),
+                ('disk.1.metadata', f'{self.folder}/{{host}}/disk0.raw.meta',
+                 'the same file'),
+                ('disk.0.file', '', 'file has to be a path, from /'),
+                ('disk.0.file', 'disk0.raw', 'file has to be a path, from /'),
+                ('disk.0.metadata', 'meta', 'metadata has to be a path'),
+                ('disk.0.overlays', '~/fast', 'overlays has to be a path'),
+                ('tls.kind', 'psk', 'dir has to be a path'),
+                ('vm.qemu', './qemu', 'qemu has to be a path'),
                 ('host.west', None, 'two hosts'),
                 ('host.third.address', '127.0.0.3', 'two hosts'),
                 ('host.west.address', self.table['host']['east']['address'],
@@ -144,6 +158,17 @@ class ConfigTest(unittest.TestCase):
         with self.assertRaisesRegex(ConfigError, 'say --host'):
             self.load(self.table, '')
 
+    def test_long_names(self) -> None:
+        """A host may be called by all of its name, or the first part."""
+        path = self.folder / 'vm1.toml'
+        path.write_text(toml(self.table).replace(
+            'host.east', 'host."east.example.org"'), 'utf-8')
+        for name, here in (('east.example.org', 'east.example.org'),
+                           ('west.example.org', 'west')):
+            with unittest.mock.patch('socket.gethostname',
+                                     return_value=name):
+                self.assertEqual(load(path).here, here)
+
     def expect(self, text: str, key: str, value: Any = None) -> None:
         """One problem."""
         found = self.problems(key, value)
@@ -155,6 +180,8 @@ class ConfigTest(unittest.TestCase):
         self.expect('no program /no/qemu', 'vm.qemu', '/no/qemu')
         self.expect('not a QEMU with this replication driver', 'vm.qemu',
                     self.fake_qemu())
+        # it takes a moment each time
+        self.assertEqual((self.folder / 'calls').read_text('utf-8'), '\n')
         self.expect('may not have -drive', 'vm.arguments', ['-drive', 'x'])
         self.expect('"east1" is not an IP address', 'host.east.address',
                     'east1')
@@ -174,7 +201,8 @@ class ConfigTest(unittest.TestCase):
         """A program that knows nothing."""
         for name in ('qemu', 'qemu-img'):
             path = self.folder / name
-            path.write_text('#!/bin/sh\nexit 0\n', 'utf-8')
+            path.write_text(f'#!/bin/sh\necho >>{self.folder}/calls\n',
+                            'utf-8')
             path.chmod(0o755)
         return str(self.folder / 'qemu')
 
@@ -183,8 +211,12 @@ class ConfigTest(unittest.TestCase):
         with socket.socket() as other:
             other.bind((self.table['host']['east']['address'], 0))
             other.listen()
-            self.expect('Address already in use', 'ports.memory',
-                        other.getsockname()[1])
+            port = other.getsockname()[1]
+            self.expect('Address already in use', 'ports.memory', port)
+            # by the VM itself
+            with like_qemu(self.folder / 'east') as qemu:
+                self.assertEqual(self.problems('ports.memory', port), [])
+                qemu.kill()
 
     def test_disk(self) -> None:
         """Of another size, format, or over another one."""
@@ -221,14 +253,22 @@ class ConfigTest(unittest.TestCase):
         facts.save(path)
         self.assertEqual(Facts.read(path), facts)
 
+    def test_damaged_facts(self) -> None:
+        """It is said which file that is, and what to do."""
+        path = self.folder / 'facts.json'
+        for text in ('', '[]', '{"data": 5, "no": 1}', '{"data": "x"}'):
+            path.write_text(text, 'utf-8')
+            with self.assertRaisesRegex(Failed, f'{path}: .*standby --force'):
+                Facts.read(path)
+
     def test_peer(self) -> None:
         """Who has another key gets no answer, and none is believed."""
         async def answer(body: Json) -> Json:
             return {'heard': body['ask'], 'n': body['n']}
 
-        async def talk(theirs: str) -> Json:
+        async def talk(ours: str, theirs: str) -> Json:
             sides = []
-            for name, key in (('east', KEY), ('west', theirs)):
+            for name, key in (('east', ours), ('west', theirs)):
                 keys = self.folder / name / 'keys.psk'
                 keys.parent.mkdir(exist_ok=True)
                 keys.write_text(f'qemu:{key}\n', 'utf-8')
@@ -241,9 +281,36 @@ class ConfigTest(unittest.TestCase):
             finally:
                 await sides[1].close()
 
-        self.assertEqual(asyncio.run(talk(KEY)), {'heard': 'status', 'n': 7})
-        with self.assertRaises(Failed):
-            asyncio.run(talk('f' * 64))
+        self.assertEqual(asyncio.run(talk(KEY, KEY)),
+                         {'heard': 'status', 'n': 7})
+        # of two without a key as well
+        for ours, theirs in (KEY, 'f' * 64), ('', ''):
+            with self.assertRaises(Failed):
+                asyncio.run(talk(ours, theirs))
+
+    def test_slow_answer(self) -> None:
+        """It is given up where nobody waits for it any more."""
+        table = changed(self.table, 'limits.answer', 0.2)
+
+        async def ask() -> None:
+            ended = asyncio.Event()
+
+            async def answer(_body: Json) -> Json:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    ended.set()
+                return {}
+
+            east, west = [Peer(self.load(table, name), answer)
+                          for name in ('east', 'west')]
+            await west.serve()
+            with self.assertRaises(Failed):
+                await east.ask('yield')
+            await asyncio.wait_for(ended.wait(), SECONDS)
+            await west.close()
+
+        asyncio.run(ask())
 
 
 class StatesTest(unittest.TestCase):
@@ -262,11 +329,22 @@ class StatesTest(unittest.TestCase):
             if state.limit:
                 self.assertIn('failed', state.on, name)
 
+    def test_can_be_ended(self) -> None:
+        """At any time: a stop that fails has the host fenced."""
+        for name, state in STATES.items():
+            if state.role != 'none':
+                self.assertIn('stop', state.on, name)
+            if state.role == 'primary':
+                self.assertIn('demote', state.on, name)
+
     def test_running_qemu_may_die(self) -> None:
         """In each state in which there is one."""
         for name, state in STATES.items():
             if state.role != 'none':
                 self.assertIn('died', state.on, name)
+            # its guest may have shut down
+            if state.role == 'primary':
+                self.assertIn('off', state.on, name)
 
 
 if __name__ == '__main__':

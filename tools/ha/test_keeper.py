@@ -1,0 +1,479 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a keeper does when what is beside it fails, without any QEMU."""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+import unittest.mock
+from configparser import ConfigParser
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from guesthost import MIB, Disks
+from qemu_replication.cli import no_keeper
+from qemu_replication.client import FAILED, NO_KEEPER
+from qemu_replication.config import Cluster, Config, load
+from qemu_replication.control import Commands, Control, Refusal
+from qemu_replication.errors import Failed
+from qemu_replication.facts import Facts
+from qemu_replication.keeper import Event, Keeper
+from qemu_replication.monitor import Monitor
+from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
+from sides import PROGRAM, Side, configuration, like_qemu, toml
+
+SECONDS = 60.0
+UNPROTECTED = 2
+Json = Dict[str, Any]
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--build', type=Path, required=True)
+    return parser.parse_args()
+
+
+OPTIONS = parse()
+HANGS = Failed('QEMU did not answer')
+
+
+class Qmp(Monitor):
+    """Says what it was told to, by the command."""
+
+    def __init__(self, config: Config, answers: Json) -> None:
+        super().__init__(config.run, 1.0, lambda event: None)
+        self.answers = answers
+
+    async def cmd(self, command: str, arguments: Optional[Json] = None,
+                  oob: bool = False) -> Any:
+        answer = self.answers.get(command, {})
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
+
+
+def node(**stats: object) -> Json:
+    """What QEMU says of the disk's node."""
+    return {'node-name': 'top0', 'driver-specific': {
+        'driver': 'replication', 'mode': 'secondary', 'stage': 'running',
+        'protects': True, **stats}}
+
+
+class KeeperCase(unittest.TestCase):
+    """A keeper on east, in a loop of its own."""
+
+    def setUp(self) -> None:
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        self.folder = Path(holder.name)
+        self.path = path = self.folder / 'vm1.toml'
+        config = configuration(OPTIONS.build, self.folder, Disks(1, MIB, 0))
+        config['vm']['arguments'] = [
+            '-nodefaults', '-L', '/usr/share/seabios', '-L',
+            '/usr/share/qemu', '-machine', 'pc,accel=tcg', '-m', '64']
+        path.write_text(toml(config), 'utf-8')
+        self.config = load(path, 'east')
+        self.config.state.mkdir(parents=True)
+
+    def keeper(self, state: str = 'stopped', **answers: object) -> Keeper:
+        """In a state, beside a QEMU that answers."""
+        keeper = Keeper(self.config)
+        keeper.state = state
+        keeper.machine.monitor = Qmp(self.config, answers)
+        keeper.machine.dead.clear()
+        return keeper
+
+
+class TroubleTest(KeeperCase):
+    """It goes on."""
+
+    def test_pause(self) -> None:
+        """However often something has failed."""
+        async def pause() -> float:
+            keeper = self.keeper()
+            keeper._tries = 5000
+            return keeper._pause_seconds()
+
+        self.assertEqual(asyncio.run(pause()), 60.0)
+
+    def test_looks_again(self) -> None:
+        """A merge that cannot be repeated now, and a folder that is full."""
+        async def look() -> None:
+            keeper = self.keeper('alone', **{
+                'query-blockstats': [node(stage='failover-failed')],
+                'query-status': {'status': 'running'},
+                'xen-set-replication': HANGS})
+            looking = asyncio.create_task(keeper._look_often())
+            told = self.config.run / 'status.json'
+            in_the_way = told.with_name(told.name + '.new')
+            in_the_way.mkdir()
+            for guest in ('silent', 'running'):
+                while keeper.status()['guest'] != guest:
+                    await self.change(keeper, looking)
+                keeper.machine.monitor = Qmp(self.config, {
+                    'query-blockstats': [node()],
+                    'query-status': {'status': 'running'}})
+            in_the_way.rmdir()
+            while not told.exists():
+                await self.change(keeper, looking)
+            looking.cancel()
+
+        with self.assertLogs('keeper', 'WARNING') as logs:
+            asyncio.run(look())
+        self.assertEqual(len(logs.output), 2, logs.output)
+
+    def test_merge_is_not_seen(self) -> None:
+        """It may be seen the next time: the VM is to be protected then."""
+        async def merged() -> str:
+            keeper = self.keeper('alone', **{'query-blockstats': HANGS})
+            self.assertFalse(await keeper._merged())
+            return keeper.problem
+
+        self.assertEqual(asyncio.run(merged()), str(HANGS))
+
+    def test_folder_is_full(self) -> None:
+        """What cannot be noted is not done, but later."""
+        async def ask() -> List[str]:
+            keeper = self.keeper('asking')
+            keeper.facts.data = SHARED
+            in_the_way = self.config.state / 'facts.json.new'
+            in_the_way.mkdir()
+            states = []
+            for event in (keeper.post('drop'), Event('done', '', 0)):
+                await keeper._handle(event)
+                states.append(keeper.state)
+            self.assertIn('facts.json', keeper.problem)
+            self.assertEqual(keeper.facts.data, SHARED)
+            in_the_way.rmdir()
+            # the first one is that of a person, who was told
+            self.assertFalse(keeper._events.get_nowait().taken.result())
+            await keeper._handle(await asyncio.wait_for(keeper._events.get(),
+                                                        SECONDS))
+            states.append(keeper.state)
+            return states
+
+        self.assertEqual(asyncio.run(ask()), ['asking', 'asking',
+                                              'detaching'])
+        self.assertEqual(Facts.read(self.config.state / 'facts.json').data,
+                         SOLE)
+
+    def test_folder_is_full_in_failover(self) -> None:
+        """Then it can be tried again."""
+        async def promote() -> Keeper:
+            keeper = self.keeper('promoting', **{
+                'query-blockstats': [node()],
+                'query-migrate': {'status': 'colo'}})
+            keeper.note(data=REPLICA)
+            (self.config.state / 'facts.json.new').mkdir()
+            with self.assertRaises(Failed) as caught:
+                await keeper._do_promote()
+            self.assertEqual(caught.exception.event, 'unfit')
+            return keeper
+
+        self.assertEqual(asyncio.run(promote()).facts, Facts(0, REPLICA))
+
+    def test_cannot_be_killed(self) -> None:
+        """Its storage hangs: it is no one's turn until it has ended."""
+        async def end(work: str) -> List[str]:
+            keeper, done = self.keeper('down'), []
+            problems = [Failed('QEMU 5 cannot be killed'), None]
+
+            async def try_to_end(_seconds: float = 0) -> None:
+                done.append('end')
+                problem = problems.pop(0)
+                if problem:
+                    raise problem
+
+            async def died() -> None:
+                done.append(f'over{keeper.problem}')
+
+            async def stopped() -> None:
+                done.append('stopped')
+                raise Failed('no cluster')
+
+            setattr(keeper.machine, 'end', try_to_end)
+            setattr(keeper.judge, 'has_died', died)
+            setattr(keeper, '_wait_for_new_primary', died)
+            setattr(keeper.judge, 'stopped', stopped)
+            await getattr(keeper, f'_do_{work}')()
+            return [*done, keeper.problem]
+
+        for work, wanted in (
+                ('tell_death', ['end', 'end', 'over', 'over', '']),
+                ('wait', ['end', 'end', 'over', '']),
+                # when it has ended, all is done that is to be done
+                ('end', ['stopped', 'end', 'end', 'no cluster'])):
+            self.assertEqual(asyncio.run(end(work)), wanted)
+
+    def test_begins(self) -> None:
+        """It says nothing before it knows whether there is a QEMU."""
+        async def ask() -> List[str]:
+            keeper, writer = self.keeper(), unittest.mock.Mock()
+            writer.drain = unittest.mock.AsyncMock()
+            reader = asyncio.StreamReader()
+            reader.feed_data(b'{"command": "status", "other": false}\n')
+            asked = [asyncio.create_task(Control(keeper)._serve_one(
+                reader, writer)),
+                asyncio.create_task(keeper._answer({'ask': 'status'}))]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            self.assertFalse(any(task.done() for task in asked))
+            await keeper._begin()
+            told = await asyncio.wait_for(asked[1], SECONDS)
+            assert told
+            await asyncio.wait_for(asked[0], SECONDS)
+            return [told['state'], json.loads(
+                writer.write.call_args.args[0])['state']]
+
+        Facts(1, SOLE).save(self.config.state / 'facts.json')
+        self.assertEqual(asyncio.run(ask()), ['waiting', 'waiting'])
+
+    def test_refused(self) -> None:
+        """What was not done has no effect later."""
+        async def alone() -> bool:
+            keeper = self.keeper('booting')
+            asked = asyncio.create_task(Commands(keeper).alone(False))
+            await keeper._handle(await keeper._events.get())
+            with self.assertRaises(Refusal):
+                await asked
+            return keeper.hold
+
+        self.assertFalse(asyncio.run(alone()))
+
+    def test_clock_is_set_back(self) -> None:
+        """The next try comes all the same."""
+        async def wait() -> None:
+            keeper = self.keeper('alone', **{'query-blockstats': []})
+            keeper._tried, keeper._tries = 5.0, 1
+
+            async def ask(_what: str) -> Json:
+                return {'facts': {'generation': 0}, 'state': 'standby',
+                        'since': 5.0}
+
+            setattr(keeper.peer, 'ask', ask)
+            with unittest.mock.patch('time.time', side_effect=count(0, -100)):
+                await asyncio.wait_for(keeper._do_wait_for_standby(), SECONDS)
+
+        asyncio.run(wait())
+
+    @staticmethod
+    async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
+        """Wait for the next word of it."""
+        async def changed() -> None:
+            async with keeper.changed:
+                await keeper.changed.wait()
+
+        change = asyncio.create_task(changed())
+        await asyncio.wait({change, looking}, timeout=SECONDS,
+                           return_when=asyncio.FIRST_COMPLETED)
+        if not change.done():
+            raise AssertionError('it does not look any more')
+
+
+class FindTest(KeeperCase):
+    """A keeper finds QEMU again."""
+
+    def found(self, data: str, mode: str, migration: str, guest: str) -> str:
+        """What it takes it for."""
+        async def find() -> str:
+            keeper = self.keeper('finding', **{
+                'query-blockstats': [node(mode=mode)],
+                'query-migrate': {'status': migration},
+                'query-status': {'status': guest}})
+            keeper.facts.data = data
+            setattr(keeper.machine, 'connect', keeper._tell)
+            return await keeper._do_find()
+
+        return asyncio.run(find())
+
+    def test_found(self) -> None:
+        """One that stands by does not take the VM, whatever is forgotten."""
+        for data, mode, migration, guest, wanted in (
+                ('shared', 'primary', 'colo', 'running', 'protected'),
+                ('sole', 'primary', 'none', 'running', 'detaching'),
+                ('sole', 'secondary', 'completed', 'running', 'promoting'),
+                ('replica', 'secondary', 'colo', 'running', 'secondary'),
+                ('replica', 'secondary', 'none', 'inmigrate', 'arming'),
+                # the facts were lost
+                ('', 'primary', 'colo', 'running', 'protected'),
+                ('', 'secondary', 'completed', 'running', 'promoting'),
+                ('', 'secondary', 'colo', 'running', 'secondary'),
+                ('', 'secondary', 'none', 'inmigrate', 'arming')):
+            with self.subTest(data=data, mode=mode, migration=migration):
+                self.assertEqual(self.found(data, mode, migration, guest),
+                                 wanted)
+                self.assertIn(wanted, STATES['joining' if data == REPLICA
+                                             else 'finding'].on)
+        # they are noted anew
+        for state, data in (('secondary', REPLICA), ('protected', SHARED),
+                            ('asking', SHARED)):
+            self.assertEqual(STATES[state].data, data)
+
+    def test_no_pidfile_yet(self) -> None:
+        """It has been started, and its keeper has died at once."""
+        async def find() -> int:
+            machine = Keeper(self.config).machine
+            self.assertFalse(machine.find())
+            with like_qemu(self.config.run) as qemu:
+                self.assertTrue(machine.find())
+                self.assertEqual(machine.pid, qemu.pid)
+                qemu.kill()
+                await asyncio.wait_for(machine.dead.wait(), SECONDS)
+            return machine.pid
+
+        asyncio.run(find())
+
+
+class MergeTest(KeeperCase):
+    """Of overlays that QEMU has left, before the VM is booted."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.disk = self.config.disks[0]
+        Path(self.disk.file).write_bytes(b'd' * MIB)
+        self.overlays = [Path(f'{self.disk.file}.standby-{name}.qcow2')
+                         for name in ('active', 'hidden')]
+
+    def overlay(self, number: int, below: str, *write: str) -> None:
+        """Make one, and have it written to."""
+        path = str(self.overlays[number])
+        for words in (['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', below,
+                       '-F', 'qcow2' if 'qcow2' in below else 'raw', path],
+                      ['qemu-io', '-c', ' '.join(['write', '-q', *write]),
+                       path]):
+            subprocess.run([OPTIONS.build / words[0], *words[1:]], check=True,
+                           timeout=SECONDS)
+
+    def merge(self) -> bytes:
+        """What the disk has after that."""
+        async def merge() -> None:
+            keeper = self.keeper()
+            await keeper._merge(self.disk)
+            self.assertTrue(keeper.facts.wiped)
+
+        asyncio.run(merge())
+        self.assertFalse(any(path.exists() for path in self.overlays))
+        return Path(self.disk.file).read_bytes()
+
+    def test_both(self) -> None:
+        """The active one has the guest's latest word."""
+        self.overlay(1, self.disk.file, '-P', '0x68', '0', '128k')
+        self.overlay(0, str(self.overlays[1]), '-P', '0x61', '0', '64k')
+        self.assertEqual(self.merge(), b'a' * 65536 + b'h' * 65536
+                         + b'd' * (MIB - 131072))
+
+    def test_one_is_left(self) -> None:
+        """By a crash while both were being removed: all is merged."""
+        self.overlay(1, self.disk.file, '-P', '0x68', '0', '128k')
+        self.assertEqual(self.merge(), b'd' * MIB)
+
+    def test_has_no_bound(self) -> None:
+        """But it ends with who has begun it."""
+        self.assertFalse(STATES['booting'].limit)
+        fifo, tool = self.folder / 'fifo', self.folder / 'qemu-img'
+        os.mkfifo(fifo)
+        tool.write_text(f'#!/bin/sh\necho $$ >{fifo}\nexec sleep 1000\n')
+        tool.chmod(0o755)
+        self.config = replace(self.config, vm=replace(
+            self.config.vm, qemu=str(self.folder / 'qemu')))
+        self.overlays[0].touch()
+
+        async def cancel() -> str:
+            merging = asyncio.create_task(self.keeper()._merge(self.disk))
+            pid = await asyncio.to_thread(fifo.read_text)
+            merging.cancel()
+            await asyncio.wait({merging}, timeout=SECONDS)
+            return pid
+
+        self.assertFalse(Path('/proc', asyncio.run(cancel()).strip()).exists())
+
+    def test_fails(self) -> None:
+        """It is said why."""
+        self.overlays[0].write_bytes(b'no qcow2')
+        with self.assertRaisesRegex(Failed, 'Did not find .*disk0.raw'):
+            self.merge()
+
+
+class ServiceTest(KeeperCase):
+    """The program."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.side = Side(self.path, self.folder, 'east')
+        self.addCleanup(self.side.close)
+
+    def test_second_one(self) -> None:
+        """It ends, and the first one is still there to be asked."""
+        self.side.start()
+        self.assertIn('runs already', self.side.order('keeper', status=1))
+        self.assertIn('nothing runs here', self.side.order(
+            'status', status=UNPROTECTED))
+
+    def test_unit(self) -> None:
+        """It is started until the link is there; QEMU outlives it."""
+        unit = ConfigParser(interpolation=None)
+        unit.read(PROGRAM.with_name('qemu-replication@.service'), 'utf-8')
+        self.assertEqual(unit['Unit']['StartLimitIntervalSec'], '0')
+        self.assertEqual(unit['Service']['Restart'], 'on-failure')
+        self.assertEqual(unit['Service']['KillMode'], 'process')
+
+    def test_no_keeper(self) -> None:
+        """Who starts it, if that is what is wrong."""
+        config, words = self.config, {}
+        for name, error, judge in (
+                ('service', ConnectionRefusedError(), Cluster()),
+                ('cluster', FileNotFoundError(), Cluster('pacemaker', 'vm')),
+                ('root', PermissionError(13, 'no'), Cluster())):
+            with contextlib.redirect_stderr(io.StringIO()) as said:
+                status = no_keeper(replace(config, cluster=judge), error)
+            words[name] = status, said.getvalue()
+        self.assertEqual([status for status, _ in words.values()],
+                         [NO_KEEPER, NO_KEEPER, FAILED])
+        self.assertIn('start qemu-replication@vm1', words['service'][1])
+        self.assertIn('Pacemaker starts it', words['cluster'][1])
+        self.assertNotIn('no keeper', words['root'][1])
+
+    def test_files(self) -> None:
+        """What a guest writes is not for everybody on this host."""
+        before = os.umask(0)
+        self.addCleanup(os.umask, before)
+        self.side.start()
+        self.side.order('standby')
+        for name in ('disk0.raw', 'disk0.raw.meta', 'qemu.log', 'qmp.sock',
+                     'status.json', 'state/facts.json', 'keeper.sock'):
+            mode = (self.side.folder / name).stat().st_mode
+            self.assertEqual(mode & 0o077, 0, name)
+
+    def test_mistake_beside_qemu(self) -> None:
+        """It is told, but somebody has to look after that QEMU."""
+        Path(self.config.disks[0].file).write_bytes(b'other size')
+        self.assertIn('its size is', self.side.order('keeper', status=2))
+        with like_qemu(self.config.run) as qemu:
+            self.side.start()
+            self.assertIn('its size is', self.side.words())
+            self.assertEqual(self.side.pid, qemu.pid)
+            self.side.kill_keeper()
+            qemu.kill()
+
+    def test_damaged_facts(self) -> None:
+        """It does not start, and says why."""
+        path = self.config.state / 'facts.json'
+        path.write_text('{', 'utf-8')
+        said = self.side.order('keeper', status=1)
+        self.assertIn(f'error: {path}: ', said)
+        self.assertEqual(len(said.splitlines()), 1)
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1])
