@@ -40,8 +40,6 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser(__doc__)
     command.add_seed(parser)
-    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
-                        help='folder that keeps the guest between runs')
     parser.add_argument('--kills', type=int, metavar='K',
                         help='end after so many rounds (default: '
                         f'{KILLS}, or no limit with --minutes)')
@@ -123,7 +121,7 @@ class Campaign:
         if form.has_metadata:
             options['log-size'] = plan.log_size
         self._pair = ChaosPair(
-            Setup(self.options.build_dir, self._guest, folder, plan.disks,
+            Setup(self.options.build, self._guest, folder, plan.disks,
                   accelerator(), plan.checkpoint_ms),
             form(plan.disks.count, plan.disks.size, **options))
         self._pair.start_primary()
@@ -224,7 +222,7 @@ def main() -> int:
     command.begin()
     print(f'seed {options.seed}', flush=True)
     try:
-        with command.work_folder('chaos-', options.work_dir) as folder:
+        with command.work_folder('chaos-') as folder:
             campaign = Campaign(options, folder)
             try:
                 campaign.run()

@@ -34,9 +34,7 @@ BUSY, LOG = 12 * MIB, 32 * MIB
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = command.parser(__doc__, './run demo')
-    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
-                        help='folder that keeps the guest between runs')
+    parser = command.parser(__doc__)
     parser.add_argument('--seconds', type=float, default=15, metavar='N',
                         help='time under protection before the kill '
                         '(default: %(default)s)')
@@ -119,12 +117,12 @@ class Story:
         accel = options.accel if options.accel != 'auto' else accelerator()
         disks = Disks(count=options.disks, busy=BUSY)
         self._footer = (
-            f'{version(options.build_dir)} ({accel.upper()}), Linux '
+            f'{version(options.build)} ({accel.upper()}), Linux '
             f'{guest.version} in the guest. All hosts are processes of this '
             'machine, joined by unix sockets: a network is slower.')
         self.say('setup', f'two QEMUs ({accel.upper()}), {disks.count} x '
                  f'{disks.size // MIB} MiB disk, Linux {guest.version}')
-        return Setup(options.build_dir, guest, self.folder, disks, accel,
+        return Setup(options.build, guest, self.folder, disks, accel,
                      options.checkpoint_ms)
 
     def _show_sync(self, parts: Sequence[float]) -> None:
@@ -313,7 +311,7 @@ def main() -> int:
         print(f'error: no room for the picture: {exc}', file=sys.stderr)
         return 2
     # ./run top looks for a folder of this name
-    with command.work_folder('colo-demo-', options.work_dir) as folder:
+    with command.work_folder('colo-demo-') as folder:
         if options.keep:
             (folder / 'KEEP').touch()
         return 0 if run(options, folder) else 1

@@ -17,10 +17,11 @@ import unittest
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+import command
 from clusternodes import LINK, NETWORKS, Cluster, Node, unpacked
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import (NAMES, PROGRAM, Json, Side, configuration, parse, toml,
+from sides import (NAMES, PROGRAM, Json, Side, configuration, toml,
                    with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
@@ -35,7 +36,7 @@ def parse_as_root() -> Tuple[argparse.Namespace, List[str]]:
     if os.geteuid():
         print('a cluster of namespaces needs root')
         sys.exit(SKIPPED)
-    return parse(__doc__)
+    return command.parser(__doc__).parse_known_args()
 
 
 OPTIONS, REST = parse_as_root()

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two keepers on this machine, each with an address of its own."""
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 from guest import Guest
 from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
@@ -46,15 +45,6 @@ def addresses() -> List[str]:
     """Two that no other test has."""
     net = f'127.{os.getpid() // 250 % 250 + 1}.{os.getpid() % 250 + 1}'
     return [f'{net}.1', f'{net}.2']
-
-
-def parse(description: Optional[str]
-          ) -> Tuple[argparse.Namespace, List[str]]:
-    """Read a test's command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
 
 
 def configuration(build: Path, folder: Path, disks: Disks) -> Json:

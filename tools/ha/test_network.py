@@ -18,10 +18,11 @@ import unittest
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List
 
+import command
 from clusternodes import ip
 from guest import get_guest
 from guesthost import MIB, STEP_SECONDS, Disks
-from sides import (NAMES, Side, SideError, configuration, parse, toml,
+from sides import (NAMES, Side, SideError, configuration, toml,
                    with_guest)
 
 DISKS = Disks(1, 20 * MIB, 16 * MIB)
@@ -44,7 +45,7 @@ ETH_P_ALL, ETH_P_RARP = 0x3, 0x8035
 CLONE_NEWNET = 0x40000000
 
 
-OPTIONS, REST = parse(__doc__)
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 class Wires:

@@ -16,9 +16,10 @@ import unittest
 from pathlib import Path
 from typing import Dict, List
 
+import command
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import (GUEST_SECONDS, NAMES, Side, configuration, parse, toml,
+from sides import (GUEST_SECONDS, NAMES, Side, configuration, toml,
                    with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
@@ -32,7 +33,7 @@ LOG_SECONDS = 300.0
 REFUSED, NO_KEEPER = 4, 3
 
 
-OPTIONS, REST = parse(__doc__)
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def last_region_logged(metadata: Path) -> bool:

@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from random import SystemRandom
-from typing import Iterator, List, TextIO
+from typing import Iterator, List, Optional, TextIO
 
 WIDTH = 78
 # A terminal is redrawn so often; elsewhere there is a line now and then
@@ -55,14 +55,15 @@ def begin() -> None:
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
 
 
-def parser(text: str, program: str = '') -> argparse.ArgumentParser:
-    """A command line with what all tools that run a build want."""
-    made = argparse.ArgumentParser(prog=program or None, description=text)
-    made.add_argument('--build-dir', type=Path, required=True, metavar='DIR',
+def parser(text: Optional[str]) -> argparse.ArgumentParser:
+    """A command line with what those want that run a build."""
+    made = argparse.ArgumentParser(description=text)
+    made.add_argument('--build', type=Path, required=True, metavar='DIR',
                       help='folder of the built QEMU')
-    made.add_argument('--work-dir', type=Path, metavar='DIR',
-                      help='where images go (default: the system\'s folder '
-                      'for temporary files)')
+    made.add_argument('--tree', type=Path, metavar='DIR',
+                      help='folder of its source')
+    made.add_argument('--cache', type=Path, metavar='DIR',
+                      help='folder that keeps the guest between runs')
     return made
 
 
@@ -76,12 +77,12 @@ def add_seed(made: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def work_folder(prefix: str, parent: Path) -> Iterator[Path]:
+def work_folder(prefix: str) -> Iterator[Path]:
     """A folder for images, sockets and logs.
 
     It is kept if its file KEEP exists at the end.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         if len(str(folder)) > MAX_FOLDER:
             sys.exit(f'error: {folder} is too long for the path of a socket')

@@ -7,7 +7,6 @@ lines "Caught-by: TEST [CASE]..." which iotests, and cases of these, have to
 fail then.  They have to pass without it.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import List, NamedTuple
+
+import command
 
 FOLDER = Path(__file__).resolve().parent
 # What the tests run that has the driver in it
@@ -82,9 +83,7 @@ def catches(patch: Path) -> List[Catch]:
 
 def main() -> int:
     """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ('--build', '--tree'):
-        parser.add_argument(name, type=Path, required=True)
+    parser = command.parser(__doc__)
     parser.add_argument('patches', nargs='*', type=Path)
     args = parser.parse_args()
     builder = Builder(args.tree, args.build)

@@ -237,8 +237,8 @@ def main() -> int:
     print(f'seed {options.seed}', flush=True)
     progress = command.Progress()
     failure = None
-    with command.work_folder('random-', options.work_dir) as folder:
-        player = Player(options.build_dir, folder, options.seed)
+    with command.work_folder('random-') as folder:
+        player = Player(options.build, folder, options.seed)
         try:
             for number in numbers(options):
                 failure = player.play(number)

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Check that the watcher shows what two QEMUs have done."""
 
-import argparse
 import os
 import pty
 import re
@@ -17,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, List, Tuple
 
+import command
 import nodes
 from figures import (DOUBTFUL, PROTECTED, UNPROTECTED, NodeFigures, Rate,
                      Watched, verdict)
@@ -31,14 +31,7 @@ DISK_MIB = 64
 FULL_SECTOR = (DISK_MIB - 1) * MIB // 512
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build-dir', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 class FiguresTest(unittest.TestCase):
@@ -145,7 +138,7 @@ class TopTest(unittest.TestCase):
     def host(self, name: str, *args: str) -> Host:
         """Start a QEMU with a socket to watch; it ends with the test."""
         host = guestless(
-            OPTIONS.build_dir, self.folder, name, '-name', name, '-chardev',
+            OPTIONS.build, self.folder, name, '-name', name, '-chardev',
             f'socket,id=top,path={self.folder}/{name}.top,server=on,wait=off',
             '-mon', 'chardev=top,mode=control', *args)
         self.addCleanup(host.kill)
@@ -174,7 +167,7 @@ class TopTest(unittest.TestCase):
         with disk.open('wb') as file:
             file.truncate(DISK_MIB * MIB)
         for name in ('hidden', 'active'):
-            nodes.create(OPTIONS.build_dir, self.folder / f'{name}.qcow2',
+            nodes.create(OPTIONS.build, self.folder / f'{name}.qcow2',
                          DISK_MIB * MIB)
         return self.host(
             'west', '-drive', 'if=none,id=disk0,node-name=disk,driver=raw,'
@@ -379,4 +372,4 @@ class ViewTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=[sys.argv[0], *REST], verbosity=2)
