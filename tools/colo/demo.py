@@ -33,31 +33,16 @@ BUSY, LOG = 12 * MIB, 32 * MIB
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line; tools/base/commands tells of it."""
     parser = command.parser(__doc__)
-    parser.add_argument('--seconds', type=float, default=15, metavar='N',
-                        help='time under protection before the kill '
-                        '(default: %(default)s)')
-    parser.add_argument('--after', type=float, default=5, metavar='N',
-                        help='time under protection again, before the other '
-                        'host is killed (default: %(default)s)')
-    parser.add_argument('--disks', type=int, default=2, metavar='N',
-                        choices=range(1, 9),
-                        help='number of disks, 1 to 8 (default: %(default)s)')
-    parser.add_argument('--kill', choices=('primary', 'secondary'),
-                        default='primary',
-                        help='the side that dies first (default: '
-                        '%(default)s)')
-    parser.add_argument('--checkpoint-ms', type=int, default=1500,
-                        metavar='N', help='time between two checkpoints '
-                        '(default: %(default)s)')
-    parser.add_argument('--accel', choices=('auto', 'kvm', 'tcg'),
-                        default='auto', help='default: KVM where it works')
-    parser.add_argument('--picture', type=Path, metavar='FILE',
-                        help='where a picture of it goes, as SVG (default: '
-                        'demo/SIDE-killed.svg in the cache)')
-    parser.add_argument('--keep', action='store_true',
-                        help='leave images and logs, and say where')
+    parser.add_argument('--seconds', type=float, default=15)
+    parser.add_argument('--after', type=float, default=5)
+    parser.add_argument('--disks', type=int, default=2)
+    parser.add_argument('--kill', default='primary')
+    parser.add_argument('--checkpoint-ms', type=int, default=1500)
+    parser.add_argument('--accel', default='auto')
+    parser.add_argument('--picture', type=Path)
+    parser.add_argument('--keep', action='store_true')
     return parser.parse_args()
 
 

@@ -139,10 +139,9 @@ def apply_series(branches: Branches, folder: Path) -> str:
 
 def main() -> int:
     """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(prog='./run apply', description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument('dir', type=Path, metavar='DIR',
-                        help='a QEMU source tree, with or without git')
+    parser.add_argument('dir', type=Path)
     args = parser.parse_args()
     try:
         target = Path(os.path.realpath(args.dir))
