@@ -35,7 +35,6 @@ MISTAKES = (
     ('demo --picture /tmp', '/tmp is a folder'),
     ('demo --cache /tmp', 'demo has no option --cache'),
     ('top --once --interval 0', "from 0.05 to 60, not '0'"),
-    ('top --once --demo socket', 'finds the sockets by itself'),
     ('top', 'no terminal'),
     ('check unti', 'no suite is called unti; there are: unit'),
     ('check --seed 1e3', "not '1e3'"),

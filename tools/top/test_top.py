@@ -184,16 +184,18 @@ class TopTest(unittest.TestCase):
         """Return the command for a watcher."""
         return [sys.executable, str(TOP), *map(str, arguments)]
 
-    def snapshot(self, *arguments: Any) -> 'subprocess.CompletedProcess[str]':
+    def snapshot(self, *arguments: Any, width: int = 80
+                 ) -> 'subprocess.CompletedProcess[str]':
         """Run the watcher once."""
-        return subprocess.run(self.command('--once', *arguments), text=True,
-                              capture_output=True, timeout=WAIT_SECONDS,
-                              check=False)
+        return subprocess.run(
+            self.command('--once', *arguments), text=True, check=False,
+            capture_output=True, timeout=WAIT_SECONDS,
+            env={**os.environ, 'COLUMNS': str(width)})
 
     def once(self, *sockets: Path, width: int = 80,
              status: int = UNPROTECTED) -> List[str]:
         """Return the lines of a snapshot."""
-        done = self.snapshot('--interval', '0.1', '--width', width, *sockets)
+        done = self.snapshot('--interval', '0.1', *sockets, width=width)
         self.assertEqual(done.returncode, status, done.stderr)
         self.assertNotIn('\033', done.stdout)
         return done.stdout.splitlines()
@@ -309,7 +311,7 @@ class TopTest(unittest.TestCase):
         self.addCleanup(os.close, terminal)
         # pylint: disable=consider-using-with
         top = subprocess.Popen(
-            self.command('--interval', '0.1', '--width', 80, self.top(host)),
+            self.command('--interval', '0.1', self.top(host)),
             stdin=other, stdout=other, stderr=other,
             env={**os.environ, 'COLUMNS': '80', 'LINES': '24',
                  'PYTHONIOENCODING': 'utf-8'})
