@@ -196,7 +196,6 @@ class GuestHost(Host):
         self._killed_at: Optional[float] = None
         self.add_args(
             '-no-user-config', '-nodefaults', '-name', name,
-            '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
             '-machine', f'pc,accel={setup.accel}', '-m', '160',
             '-cpu', 'host' if setup.accel == 'kvm' else 'qemu64',
             '-kernel', str(setup.guest.kernel),

@@ -67,8 +67,7 @@ def with_guest(config: Json, guest: Guest, disks: Disks,
     """The guest that checks every block it has written."""
     accel = accelerator()
     return dict(config, vm=dict(config['vm'], arguments=[
-        '-nodefaults', '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
-        '-machine', f'pc,accel={accel}', '-m', '160',
+        '-nodefaults', '-machine', f'pc,accel={accel}', '-m', '160',
         '-cpu', 'host' if accel == 'kvm' else 'qemu64',
         '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
         # an NMI, which QMP has, is a panic

@@ -82,8 +82,7 @@ class TlsTest(unittest.TestCase):
         self.folder = Path(holder.name)
         config = configuration(OPTIONS.build, self.folder, DISKS)
         config['vm']['arguments'] = [
-            '-nodefaults', '-L', '/usr/share/seabios', '-L',
-            '/usr/share/qemu', '-machine', 'pc,accel=tcg', '-m', '64']
+            '-nodefaults', '-machine', 'pc,accel=tcg', '-m', '64']
         config['tls'] = {'kind': 'x509', 'dir': f'{self.folder}/{{host}}/tls'}
         config['network'] = {'device': 'e1000,romfile=',
                              'netdev': 'user,restrict=on'}
