@@ -325,12 +325,6 @@ class ColoPair:
         self._lost, self._secondary = self.secondary, None
         self.form.let_go(self.primary)
 
-    def unprotect(self) -> None:
-        """End the protection while both are well."""
-        other = self.secondary
-        self.fail_over_to_primary(time.time())
-        other.kill()
-
     def _wait_for_failover(self, host: GuestHost, since: float,
                            merge: bool) -> Failover:
         def running() -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from guest import Guest
-from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
+from guesthost import (STEP_SECONDS, Console, Disks, accelerator, fields,
+                       guest_arguments)
 
 PROGRAM = Path(__file__).resolve().parents[2] / 'ha/qemu-replication'
 QMP = PROGRAM.parents[1] / 'tools/guide/qmp.py'
@@ -65,19 +66,11 @@ def configuration(build: Path, folder: Path, disks: Disks) -> Json:
 def with_guest(config: Json, guest: Guest, disks: Disks,
                words: str = '') -> Json:
     """The guest that checks every block it has written."""
-    accel = accelerator()
     return dict(config, vm=dict(config['vm'], arguments=[
-        '-nodefaults', '-machine', f'pc,accel={accel}', '-m', '160',
-        '-cpu', 'host' if accel == 'kvm' else 'qemu64',
-        '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
-        # an NMI, which QMP has, is a panic
-        '-device', 'pvpanic-pci', '-append', 'console=ttyS0 quiet panic=-1 '
-        f'unknown_nmi_panic {disks.kernel_arguments} {words}',
-        '-chardev', 'file,id=log,path={run}/guest.log',
-        '-serial', 'chardev:log',
-        '-chardev', 'file,id=work,path={run}/work.out,append=on,'
-        'input-path={run}/work.in',
-        '-serial', 'chardev:work']))
+        *guest_arguments(guest, disks, accelerator(), '{run}',
+                         # an NMI, which QMP has, is a panic
+                         f'unknown_nmi_panic {words}'),
+        '-device', 'pvpanic-pci']))
 
 
 class Side:
