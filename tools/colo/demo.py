@@ -19,8 +19,7 @@ from guest import GuestError, get_guest, run_tool
 from guesthost import Disks, MIB, Setup, accelerator
 from host import HostError
 from pair import Checkpoint, ColoPair
-from picture import (Death, Look, Protection, Timeline, Work, copied_words,
-                     draw)
+from picture import Death, Protection, Timeline, copied_words, draw
 from verify import Findings, judge
 
 PROBLEMS = 8
@@ -198,11 +197,9 @@ class Story:
             began=self._began, ended=ended, protections=self._protections,
             deaths=self._deaths,
             checkpoints=[(c.stopped, c.resumed) for c in self._checkpoints],
-            work={host.name: [Work(beat.when, beat.tx)
-                              for beat in host.console.beats()
+            work={host.name: [beat for beat in host.console.beats()
                               if beat.when <= ended] for host in pair.hosts},
-            looks=[Look(look.when, look.pending, look.lacking)
-                   for look in pair.looks if look.when <= ended],
+            looks=[look for look in pair.looks if look.when <= ended],
             at_end=found.rows, checked=found.blocks,
             host_checked=found.host_blocks, wrong=found.all_wrong,
             footer=self._footer, problems=found.problems)

@@ -8,6 +8,8 @@ the moment at which the story begins.
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
 
+from guesthost import Beat
+from pair import Look
 from svg import Picture, Point, Scale
 
 WIDTH, HEIGHT = 1200, 1216
@@ -23,22 +25,6 @@ GAP = '#ffdede'
 LEAD = 2.0
 # How much of the time before and after is in the close-up, in seconds.
 BEFORE, AFTER = 0.5, 1.2
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the guest of a side had done at a time."""
-    when: float
-    transactions: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the secondary did not have at a time, in bytes."""
-    when: float
-    # already on the way
-    pending: int
-    lacking: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ class Timeline:
     # when the guest stopped and went on
     checkpoints: List[Tuple[float, float]]
     # what the guest did on each host, by the host's name, oldest first
-    work: Dict[str, List[Work]]
+    work: Dict[str, List[Beat]]
     looks: List[Look]
     # transactions in the end
     at_end: int
@@ -264,8 +250,7 @@ class Drawing:
 
     def _progress(self, top: float, bottom: float) -> None:
         line, picture = self.line, self.picture
-        most = max(work.transactions for host in line.work.values()
-                   for work in host)
+        most = max(beat.tx for host in line.work.values() for beat in host)
         scale = Scale(0, most * 1.06, bottom, top + 26)
         self._frame(top + 26, bottom, scale,
                     'Transactions that the guest has committed', 5)
@@ -299,9 +284,9 @@ class Drawing:
         for death in [*line.deaths, None]:
             end = death.when if death else line.ended
             for host in sorted(self.hosts, key=lambda host: host == runner):
-                points = [(time.at(work.when), scale.at(work.transactions))
-                          for work in line.work[host]
-                          if max(begin, time.low) <= work.when
+                points = [(time.at(beat.when), scale.at(beat.tx))
+                          for beat in line.work[host]
+                          if max(begin, time.low) <= beat.when
                           <= min(end, time.high)]
                 if points:
                     self.picture.curve(
@@ -421,8 +406,8 @@ class CloseUp:
         """Draw it; what is guaranteed stands at the right."""
         death, picture, time = self.death, self.picture, self.time
         low_edge = bottom - 34
-        seen = [work.transactions for host in self.drawing.line.work.values()
-                for work in host if time.low <= work.when <= time.high]
+        seen = [beat.tx for host in self.drawing.line.work.values()
+                for beat in host if time.low <= beat.when <= time.high]
         scale = Scale(min([*seen, death.safe]) - 1,
                       max([*seen, death.at_kill]) + 1, low_edge, top)
         picture.text((time.begin, top - 14), f'{death.victim}, the '

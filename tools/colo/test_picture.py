@@ -7,13 +7,20 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from typing import Any, List
 
-from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Death, Look,
-                     Protection, Timeline, Work, copied_words, draw)
+from guesthost import MIB, Beat
+from pair import Look
+from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Death, Protection,
+                     Timeline, copied_words, draw)
 from svg import Scale
 
 SVG = '{http://www.w3.org/2000/svg}'
 
-MIB = 1024 * 1024
+
+def beat(when: float, tx: int) -> Beat:
+    """What the guest had done at a time."""
+    return Beat(when, 0, True, tx, 0, 0, 0)
+
+
 FIRST = Death(
     side='primary', victim='host1', survivor='host2', when=1020,
     running=1020.07, first_output=1020.2, merged=1020.18,
@@ -31,9 +38,9 @@ GOOD = Timeline(
     deaths=[FIRST, SECOND],
     checkpoints=[(1014.5, 1014.53), (1016, 1016.06), (1017.5, 1017.54),
                  (1026, 1026.03)],
-    work={'host1': [Work(1008 + n / 10, n) for n in range(120)],
-          'host2': [Work(1013 + n / 10, 50 + n) for n in range(150)],
-          'host1-2': [Work(1024 + n / 10, 160 + n) for n in range(60)]},
+    work={'host1': [beat(1008 + n / 10, n) for n in range(120)],
+          'host2': [beat(1013 + n / 10, 50 + n) for n in range(150)],
+          'host1-2': [beat(1024 + n / 10, 160 + n) for n in range(60)]},
     looks=[Look(1013 + n / 5, 1024 * (n % 7), MIB) for n in range(80)],
     at_end=219, checked=36864, host_checked=36866, wrong=0,
     footer='with what')
