@@ -125,6 +125,12 @@ class Holder:
         self.clients[VIEW] = self.b.connect(VIEW)
         self.serves = True
 
+    def close_primary(self) -> None:
+        """All of it."""
+        self.a.unexport(TOP)
+        self.a.delete(TOP)
+        self.a.query('blockdev-del', {'node-name': LINK})
+
     def close_secondary(self) -> None:
         """It keeps its disk."""
         for node in VIEW, DISK:
@@ -450,9 +456,7 @@ class Holder:
         self.fail_over()
         for client in self.clients.values():
             client.close()
-        self.a.unexport(TOP)
-        self.a.delete(TOP)
-        self.a.query('blockdev-del', {'node-name': LINK})
+        self.close_primary()
         demand('the local disk', self.local, 0,
                self.path('local').read_bytes())
         self.close_secondary()
