@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two keepers on this machine, each with an address of its own."""
 
+import atexit
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
+import unittest
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
@@ -233,3 +236,41 @@ class Side:
         except (FileNotFoundError, ProcessLookupError):
             # it has ended
             pass
+
+
+class SidesTest(unittest.TestCase):
+    """Two sides, in a folder, for all tests of a class."""
+    folder: Path
+    sides: Dict[str, Side]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # unittest goes on after any other exception
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory(prefix='ha-')
+        cls.addClassCleanup(holder.cleanup)
+        cls.folder = Path(holder.name)
+        cls.sides = {}
+
+    @classmethod
+    def add_side(cls, config: Path, name: str, *prefix: str) -> None:
+        """Another one, which is closed however this ends."""
+        cls.sides[name] = Side(config, cls.folder, name, *prefix)
+        cls.addClassCleanup(cls.sides[name].close)
+        atexit.register(cls.sides[name].close)
+
+    def setUp(self) -> None:
+        found = [side for side in self.sides.values()
+                 if side.state == 'protected']
+        self.assertEqual(len(found), 1)
+        self.primary = found[0]
+        self.standby = next(side for side in self.sides.values()
+                            if side is not self.primary)
+
+    def tearDown(self) -> None:
+        """Say what was said, if that is of use."""
+        outcome = getattr(self, '_outcome').result
+        if any(test is self for test, _ in outcome.failures + outcome.errors):
+            for side in self.sides.values():
+                print(side.words())

@@ -12,17 +12,16 @@ import random
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import unittest
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List
+from typing import Callable, Iterator, List
 
 import command
 from clusternodes import ip
 from guest import get_guest
 from guesthost import MIB, STEP_SECONDS, Disks
-from sides import (NAMES, Side, SideError, configuration, toml,
+from sides import (NAMES, Side, SideError, SidesTest, configuration, toml,
                    with_guest)
 
 DISKS = Disks(1, 20 * MIB, 16 * MIB)
@@ -153,28 +152,21 @@ class Talk:
         self._socket.close()
 
 
-class NetworkTest(unittest.TestCase):
+class NetworkTest(SidesTest):
     """One guest for all tests."""
-    sides: Dict[str, Side]
     wires: Wires
     talks: List[Talk] = []
 
     @classmethod
     def setUpClass(cls) -> None:
-        # unittest goes on after any other exception
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # pylint: disable=consider-using-with
-        holder = tempfile.TemporaryDirectory(prefix='ha-')
-        cls.addClassCleanup(holder.cleanup)
+        super().setUpClass()
         cls.wires = Wires()
         cls.addClassCleanup(cls.wires.remove)
         cls.wires.build()
-        path = cls._configure(Path(holder.name))
-        cls.sides = {}
+        path = cls._configure(cls.folder)
         for name in NAMES:
-            cls.sides[name] = Side(path, path.parent, name, 'ip', 'netns',
-                                   'exec', cls.wires.name(name))
-            cls.addClassCleanup(cls.sides[name].close)
+            cls.add_side(path, name, 'ip', 'netns', 'exec',
+                         cls.wires.name(name))
         for side in cls.sides.values():
             side.start()
         east, west = cls.sides.values()
@@ -208,22 +200,10 @@ class NetworkTest(unittest.TestCase):
         cls.addClassCleanup(cls.talks[-1].close)
 
     def setUp(self) -> None:
-        found = [side for side in self.sides.values()
-                 if side.state == 'protected']
-        self.assertEqual(len(found), 1)
-        self.primary = found[0]
-        self.standby = next(side for side in self.sides.values()
-                            if side is not self.primary)
+        super().setUp()
         self.all_go_on()
         # Of what it is since the last checkpoint nothing was copied
         self.talk()
-
-    def tearDown(self) -> None:
-        """Say what the keepers have said, if that is of use."""
-        outcome = getattr(self, '_outcome').result
-        if any(test is self for test, _ in outcome.failures + outcome.errors):
-            for side in self.sides.values():
-                print(side.words())
 
     def all_go_on(self) -> None:
         """Each connection."""
