@@ -20,7 +20,7 @@ import command
 import nodes
 from figures import (DOUBTFUL, PROTECTED, UNPROTECTED, NodeFigures, Rate,
                      Watched, verdict)
-from host import Host, guestless
+from host import NO_GUEST, Host
 from view import COLUMNS, View, duration, size, sparkline
 
 TOP = Path(__file__).resolve().parent / 'top.py'
@@ -137,9 +137,10 @@ class TopTest(unittest.TestCase):
 
     def host(self, name: str, *args: str) -> Host:
         """Start a QEMU with a socket to watch; it ends with the test."""
-        host = guestless(
-            OPTIONS.build, self.folder, name, '-name', name, '-chardev',
-            f'socket,id=top,path={self.folder}/{name}.top,server=on,wait=off',
+        host = Host(
+            OPTIONS.build, self.folder, name, *NO_GUEST, '-name', name,
+            '-chardev', f'socket,id=top,path={self.folder}/{name}.top,'
+            'server=on,wait=off',
             '-mon', 'chardev=top,mode=control', *args)
         self.addCleanup(host.kill)
         host.launch()
