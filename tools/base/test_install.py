@@ -167,9 +167,8 @@ class InstallTest(unittest.TestCase):
 
     def test_replication(self) -> None:
         """QEMU has this driver, not the one that it came with."""
-        with tempfile.TemporaryDirectory(dir=self.top) as folder, Host(
-                self.prefix / 'bin', Path(folder), 'installed', '-machine',
-                'q35', '-accel', 'tcg', '-nodefaults', '-S') as host:
+        with tempfile.TemporaryDirectory(dir=self.top) as folder, self.host(
+                folder, 'installed', '-S') as host:
             host.add(nodes.primary(
                 'node', {'driver': 'null-co', 'size': SIZE,
                          'read-zeroes': True}, **{'write-behind': 65536}))
