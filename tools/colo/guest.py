@@ -157,7 +157,7 @@ def fill_root(root: Path, kernel: Path) -> None:
     shutil.copy(HERE / 'guest/init', root / 'init')
     (root / 'init').chmod(0o755)
     run_tool(['gcc', '-O2', '-Wall', '-static', '-o', str(root / 'bin/worker'),
-              str(HERE / 'guest/worker.c')])
+              str(HERE / 'guest/worker.c'), '-lz'])
 
     (root / 'modules').mkdir()
     for name, wanted in (('order', MODULES), ('network', NETWORK_MODULES)):
