@@ -52,27 +52,22 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser(__doc__)
     command.add_seed(parser)
-    parser.add_argument('--sequences', type=int, metavar='K',
-                        help='how many sequences to run, however long it '
-                        'takes')
+    parser.set_defaults(minutes=MINUTES)
     parser.add_argument('--sequence', type=int, metavar='I',
-                        help='begin with this one, and run only one if '
-                        'nothing else is asked for')
+                        help='only this one of the seed')
+    parser.add_argument('--sequences', type=int, metavar='K', default=1,
+                        help='and those behind it, so many in all')
     return parser.parse_args()
 
 
 def numbers(options: argparse.Namespace) -> Iterator[int]:
-    """The sequences to play, for as long as there is time."""
-    number = options.sequence or 0
-    end, deadline = float('inf'), float('inf')
-    if options.sequences is not None:
-        end = number + options.sequences
-    elif options.sequence is not None and options.minutes is None:
-        end = number + 1
-    else:
-        minutes = MINUTES if options.minutes is None else options.minutes
-        deadline = time.monotonic() + 60 * minutes
-    while number < end and time.monotonic() < deadline:
+    """The sequences to play: some, or as many as there is time for."""
+    if options.sequence is not None:
+        yield from range(options.sequence,
+                         options.sequence + options.sequences)
+        return
+    number, end = 0, time.monotonic() + 60 * options.minutes
+    while time.monotonic() < end:
         yield number
         number += 1
 
