@@ -252,9 +252,6 @@ class InstallTest(unittest.TestCase):
         other.mkdir()
         (other / 'file').touch()
         for target, why in ((str(other), 'has other files'),
-                            ('/usr', "belongs to Debian's packages"),
-                            ('/bin', "/usr/bin belongs to"),
-                            ('/', 'has other files'),
                             (f'{other}/file', 'is not a folder')):
             result = subprocess.run(
                 [INSTALL, '--check', os.path.realpath(target)], check=False,
