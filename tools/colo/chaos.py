@@ -25,7 +25,7 @@ from autopsy import stacks
 from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
 from chaos_round import ChaosPair, RoundResult, Round
 from forms import FORMS
-from guest import GuestError, get_guest
+from guest import get_guest
 from guesthost import MIB, Setup, accelerator
 from host import HostError
 from verify import judge
@@ -221,22 +221,19 @@ def main() -> int:
     options = parse()
     command.begin()
     print(f'seed {options.seed}', flush=True)
-    try:
-        with command.work_folder('chaos-') as folder:
-            campaign = Campaign(options, folder)
-            try:
-                campaign.run()
-            except Exception:
-                campaign.good = False
-                raise
-            finally:
-                with command.held():
-                    campaign.close()
-                if not campaign.good:
-                    (folder / 'KEEP').touch()
-            return 0 if campaign.good else 1
-    except GuestError as exc:
-        sys.exit(f'error: {exc}')
+    with command.work_folder('chaos-') as folder:
+        campaign = Campaign(options, folder)
+        try:
+            campaign.run()
+        except Exception:
+            campaign.good = False
+            raise
+        finally:
+            with command.held():
+                campaign.close()
+            if not campaign.good:
+                (folder / 'KEEP').touch()
+        return 0 if campaign.good else 1
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from typing import List, Sequence
 
 import command
 from forms import Standby, Synced
-from guest import GuestError, get_guest, run_tool
+from guest import get_guest, run_tool
 from guesthost import Disks, MIB, Setup, accelerator
 from host import HostError
 from pair import Checkpoint, ColoPair
@@ -259,10 +259,7 @@ class Story:
 
 def run(options: argparse.Namespace, folder: Path) -> bool:
     """Run the demo in a folder; return whether nothing was lost."""
-    try:
-        story = Story(options, folder)
-    except GuestError as exc:
-        sys.exit(f'error: {exc}')
+    story = Story(options, folder)
     try:
         good = story.run()
     except Exception as exc:  # pylint: disable=broad-except

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, Set
 
 import command
 from forms import FORMS
-from guest import GuestError, get_guest
+from guest import get_guest
 from guesthost import BLOCK, MIB, Disks, Setup, accelerator
 from host import HostError
 from pair import NOTED, ColoPair, metadata
@@ -189,10 +189,7 @@ def main() -> int:
     options = parse()
     command.begin()
     with command.work_folder('colo-rounds-') as folder:
-        try:
-            rounds = Rounds(options, folder)
-        except GuestError as exc:
-            sys.exit(f'error: {exc}')
+        rounds = Rounds(options, folder)
         try:
             rounds.run()
         except BaseException:
