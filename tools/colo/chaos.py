@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 from subprocess import SubprocessError
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
@@ -30,25 +30,9 @@ from guesthost import MIB, Setup, accelerator
 from host import HostError
 from verify import judge
 
-KILLS = 50
 # What a step raises when QEMU does not do what it should.
 FAILURES = (HostError, QMPError, QEMUMachineError, asyncio.TimeoutError,
             OSError, SubprocessError)
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = command.parser(__doc__)
-    command.add_seed(parser)
-    parser.add_argument('--kills', type=int, metavar='K',
-                        help='end after so many rounds (default: '
-                        f'{KILLS}, or no limit with --minutes)')
-    parser.add_argument('--round', type=int, metavar='I',
-                        help='only this round of the seed, on a new guest')
-    options = parser.parse_args()
-    if options.kills is None and options.minutes is None:
-        options.kills = KILLS
-    return options
 
 
 def say(text: str) -> None:
@@ -72,7 +56,7 @@ class Campaign:
     def run(self) -> None:
         """Run them all; good tells whether nothing was lost."""
         group = -1
-        for index in self._indices():
+        for index in command.numbers(self.options):
             try:
                 if index // GENERATIONS != group:
                     self._finish_guest()
@@ -94,22 +78,6 @@ class Campaign:
         if self._pair:
             self._pair.close()
             self._pair = None
-
-    def _indices(self) -> Iterator[int]:
-        """Return the rounds to run, for as long as there is time."""
-        options = self.options
-        if options.round is not None:
-            yield options.round
-            return
-        end, last = float('inf'), float('inf')
-        if options.minutes is not None:
-            end = time.monotonic() + 60 * options.minutes
-        if options.kills is not None:
-            last = options.kills
-        index = 0
-        while time.monotonic() < end and index < last:
-            yield index
-            index += 1
 
     def _start_guest(self, group: int) -> None:
         plan = plan_guest(self.options.seed, group)
@@ -218,7 +186,9 @@ def counts(results: Iterable[RoundResult]) -> str:
 
 def main() -> int:
     """Make room for a run, do it, and clean up."""
-    options = parse()
+    parser = command.parser(__doc__)
+    command.add_seed(parser)
+    options = parser.parse_args()
     command.begin()
     print(f'seed {options.seed}', flush=True)
     with command.work_folder('chaos-') as folder:

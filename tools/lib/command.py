@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from random import SystemRandom
 from typing import Iterator, List, Optional, TextIO
@@ -68,12 +69,24 @@ def parser(text: Optional[str]) -> argparse.ArgumentParser:
 
 
 def add_seed(made: argparse.ArgumentParser) -> None:
-    """Options of what is random."""
+    """Options of what is random, and goes on until it is told to end."""
     made.add_argument('--seed', type=int, metavar='N',
                       default=SystemRandom().randrange(1 << 31),
                       help='repeat the run that printed this seed')
-    made.add_argument('--minutes', type=float, metavar='M',
+    made.add_argument('--first', type=int, metavar='I', default=0,
+                      help='begin with this one of the seed')
+    made.add_argument('--count', type=float, metavar='K', default=inf,
+                      help='end after so many')
+    made.add_argument('--minutes', type=float, metavar='M', default=inf,
                       help='begin nothing new after this time')
+
+
+def numbers(options: argparse.Namespace) -> Iterator[int]:
+    """What to play of a seed."""
+    number, end = options.first, time.monotonic() + 60 * options.minutes
+    while number < options.first + options.count and time.monotonic() < end:
+        yield number
+        number += 1
 
 
 @contextmanager

@@ -6,16 +6,14 @@ QEMU does each step, a small model foretells what every read returns, which
 calls succeed and what the status says.
 """
 
-import argparse
 import gc
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
-from typing import Dict, Iterator, Optional, TextIO, Union
+from typing import Dict, Optional, TextIO, Union
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
@@ -33,7 +31,6 @@ from modelhost import Difference, ModelHost
 from sequence import Sequence, Stats
 from steps import choose, hosts, start
 
-MINUTES = 3.0
 # In turn: pairs under quorum, of a primary that holds both disks, and of two
 # disks with metadata
 KINDS = [Holder, Sequence, Failback, Sequence]
@@ -46,30 +43,6 @@ SEQUENCE_SECONDS = 300
 FINDINGS = (Difference, HostError, QEMUMachineError, QMPError, nbd.Error,
             EOFError, ConnectionError, TimeoutError,
             subprocess.TimeoutExpired)
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = command.parser(__doc__)
-    command.add_seed(parser)
-    parser.set_defaults(minutes=MINUTES)
-    parser.add_argument('--sequence', type=int, metavar='I',
-                        help='only this one of the seed')
-    parser.add_argument('--sequences', type=int, metavar='K', default=1,
-                        help='and those behind it, so many in all')
-    return parser.parse_args()
-
-
-def numbers(options: argparse.Namespace) -> Iterator[int]:
-    """The sequences to play: some, or as many as there is time for."""
-    if options.sequence is not None:
-        yield from range(options.sequence,
-                         options.sequence + options.sequences)
-        return
-    number, end = 0, time.monotonic() + 60 * options.minutes
-    while time.monotonic() < end:
-        yield number
-        number += 1
 
 
 class Player:
@@ -124,13 +97,13 @@ class Player:
 
     def _report(self, number: int, exc: Exception) -> str:
         lines = [f'sequence {number} differs; to repeat it:',
-                 f'  --seed {self._seed} --sequence {number}']
+                 f'  --seed {self._seed} --first {number} --count 1']
         before = max(host.served for host in self._hosts.values()) - 1
         if before:
             lines += [
                 'if that shows nothing, with those before in the same QEMU:',
-                f'  --seed {self._seed} --sequence {number - before} '
-                f'--sequences {before + 1}']
+                f'  --seed {self._seed} --first {number - before} '
+                f'--count {before + 1}']
         lines += ['', self._trace.read_text(encoding='utf-8')]
         if not isinstance(exc, FINDINGS):
             lines.append('The test itself has failed:')
@@ -226,7 +199,9 @@ def too_long(_number: int, _frame: object) -> None:
 
 def main() -> int:
     """Make room for a run, do it, and clean up."""
-    options = parse()
+    parser = command.parser(__doc__)
+    command.add_seed(parser)
+    options = parser.parse_args()
     command.begin()
     signal.signal(signal.SIGALRM, too_long)
     print(f'seed {options.seed}', flush=True)
@@ -235,7 +210,7 @@ def main() -> int:
     with command.work_folder('random-') as folder:
         player = Player(options.build, folder, options.seed)
         try:
-            for number in numbers(options):
+            for number in command.numbers(options):
                 failure = player.play(number)
                 if failure:
                     break
