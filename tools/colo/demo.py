@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import List, Sequence
 
 import command
-from forms import Standby, Synced
+from forms import Standby
 from guest import get_guest, run_tool
 from guesthost import Disks, MIB, Setup, accelerator
 from host import HostError
 from pair import Checkpoint, ColoPair
-from picture import Death, Protection, Timeline, copied_words, draw
+from picture import Death, Protection, Timeline, draw
 from verify import Findings, judge
 
 PROBLEMS = 8
@@ -85,7 +85,7 @@ class Story:
         again = self._protections[1]
         after = again.protected - self._deaths[0].when
         self.say('AGAIN', f'protected again after {after:.1f} s, '
-                 f'{copied_words(again.copied, again.size)}')
+                 f'{again.synced}')
         self._kill(pair, 'primary')
         self._work_alone(pair)
         ended = time.time()
@@ -126,10 +126,8 @@ class Story:
         self.say('secondary', f'{name} is up, exports its disks by NBD{old}')
         self.say('sync', 'copying what they lack while the guest writes')
         pair.begin_sync()
-        synced: Synced = pair.finish_sync(self._show_sync)
-        self.say('sync', 'disks equal, '
-                 f'{copied_words(synced.copied, synced.size)}; every write '
-                 'is forwarded')
+        synced = pair.finish_sync(self._show_sync)
+        self.say('sync', f'disks equal, {synced}; every write is forwarded')
         self.say('guest', str(pair.primary.beat))
         switch = pair.protect()
         self.say('memory', 'migrated with x-colo, pause '
@@ -138,9 +136,7 @@ class Story:
             'checkpoint', f'{len(pair.checkpoints()):3}  pause '
             f'{checkpoint.pause_ms:4.0f} ms   {pair.primary.beat}'))
         self._checkpoints += pair.checkpoints()
-        self._protections.append(Protection(
-            name, (synced.began, synced.ended), pair.protected_at,
-            synced.copied, synced.size))
+        self._protections.append(Protection(name, synced, pair.protected_at))
 
     def _kill(self, pair: ColoPair, side: str) -> None:
         victim, other = pair.primary, pair.secondary
@@ -231,8 +227,7 @@ class Story:
             if death is self._deaths[0]:
                 lines.append(('protected again', 'after '
                               f'{again.protected - death.when:.1f} s, '
-                              f'{copied_words(again.copied, again.size)}',
-                              True))
+                              f'{again.synced}', True))
         self.screen.say('\nVerdict')
         for name, text, good in (
                 *lines,

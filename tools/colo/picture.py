@@ -8,6 +8,7 @@ the moment at which the story begins.
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
 
+from forms import Synced
 from guesthost import Beat
 from pair import Look
 from svg import Picture, Point, Scale
@@ -31,12 +32,8 @@ BEFORE, AFTER = 0.5, 1.2
 class Protection:
     """How a guest came to be protected."""
     secondary: str
-    # when its disks were copied
-    sync: Tuple[float, float]
+    synced: Synced
     protected: float
-    # bytes, of how many
-    copied: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -124,16 +121,7 @@ class Timeline:
         """How the first survivor came to be protected."""
         again = self.protections[1]
         after = again.protected - self.deaths[0].when
-        return (f'protected again after {after:.1f} s, '
-                f'{copied_words(again.copied, again.size)}')
-
-
-def copied_words(copied: int, size: int) -> str:
-    """How much of disks was copied, which may be some of them twice."""
-    if copied >= size:
-        return f'all {size / 2**20:.0f} MiB copied'
-    return (f'{copied / 2**20:.{1 if copied < 2**25 else 0}f} of '
-            f'{size / 2**20:.0f} MiB copied')
+        return f'protected again after {after:.1f} s, {again.synced}'
 
 
 class Drawing:
@@ -147,7 +135,7 @@ class Drawing:
         first, second = timeline.deaths
         self.title = f'{first.victim} is killed, then {second.victim}. {what}'
         self.picture = Picture(WIDTH, HEIGHT, self.title)
-        begin = timeline.protections[0].sync[0]
+        begin = timeline.protections[0].synced.began
         self.time = Scale(max(timeline.began, begin - LEAD), timeline.ended,
                           LEFT, RIGHT)
         self.hosts = list(timeline.work)
@@ -209,9 +197,10 @@ class Drawing:
         phases, name, begin = [], 'alone', self.time.low
         for made, death, protected in zip(line.protections, line.deaths,
                                           ('protected', 'protected again')):
-            phases += [(name, begin, made.sync[0], alone),
-                       ('disks copied', *made.sync, copy),
-                       ('memory', made.sync[1], made.protected, copy),
+            synced = made.synced
+            phases += [(name, begin, synced.began, alone),
+                       ('disks copied', synced.began, synced.ended, copy),
+                       ('memory', synced.ended, made.protected, copy),
                        (protected, made.protected, death.when, safe)]
             name, begin = f'alone on {death.survivor}', death.when
         phases.append((name, begin, line.ended, alone))
