@@ -378,7 +378,7 @@ class Sequence:
     def observe(self) -> None:
         """What is under way may fail, if anything can now."""
         for disk in self.disks:
-            for _, node in disk.primaries():
+            for _, node, _ in disk.primaries():
                 node.observe()
 
     def host_of(self, disk: Disk, image: Image) -> ModelHost:
