@@ -183,6 +183,12 @@ class Side:
         """Wait until it is in one of some states."""
         self.wait(lambda: self.state in states, ' or '.join(states))
 
+    def stands_by_again(self, dead: int) -> bool:
+        """Whether another QEMU than the one that is dead stands by."""
+        told = self.status()
+        return bool(told and told['state'] == 'secondary'
+                    and told['pid'] not in (None, dead))
+
     def check_guest(self, gone: Callable[[], bool] = lambda: False) -> int:
         """Have the guest check all that it ever wrote.
 

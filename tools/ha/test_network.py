@@ -273,8 +273,8 @@ class NetworkTest(SidesTest):
     def test_kill_secondary(self) -> None:
         """What was to be compared goes out."""
         dead = self.standby.signal(signal.SIGKILL)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
 
     def test_hang_secondary(self) -> None:
@@ -287,8 +287,7 @@ class NetworkTest(SidesTest):
             def given_up() -> bool:
                 for _ in range(FLOOD):
                     flood.sendto(bytes(FLOOD), (GUEST, ECHO_PORT))
-                return self.standby.state == 'secondary' \
-                    and self.standby.pid != hung
+                return self.standby.stands_by_again(hung)
 
             self.standby.wait(given_up, 'another QEMU')
         self.protected(self.primary, self.standby)

@@ -101,8 +101,8 @@ class PairTest(SidesTest):
         """The VM goes on where it is, and gets another standby."""
         before = self.primary.pid
         dead = self.standby.signal(signal.SIGKILL)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
 
@@ -142,8 +142,8 @@ class PairTest(SidesTest):
         """Its keeper gives it up, and the VM goes on."""
         before = self.primary.pid
         hung = self.standby.signal(signal.SIGSTOP)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != hung, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(hung),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
 
@@ -269,8 +269,8 @@ class PairTest(SidesTest):
         before = self.primary.pid
         dead = self.standby.pid
         self.standby.qmp('inject-nmi')
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
         self.primary.qmp('inject-nmi')

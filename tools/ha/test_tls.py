@@ -117,8 +117,7 @@ class TlsTest(unittest.TestCase):
         east, west = self.begin()
         east.order('protect')
         dead = west.signal(signal.SIGKILL)
-        west.wait(lambda: west.state == 'secondary' and west.pid != dead,
-                  'another QEMU')
+        west.wait(lambda: west.stands_by_again(dead), 'another QEMU')
         east.wait_for('protected')
         east.signal(signal.SIGKILL)
         east.wait_for('down')
