@@ -123,7 +123,7 @@ class Progress:
         """Since the start."""
         return time.monotonic() - self._begin
 
-    def say(self, text: str = '') -> None:
+    def say(self, text: str) -> None:
         """Write a line that stays."""
         self.wipe()
         print(text, file=self._stream, flush=True)
