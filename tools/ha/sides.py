@@ -279,4 +279,8 @@ class SidesTest(unittest.TestCase):
         outcome = getattr(self, '_outcome').result
         if any(test is self for test, _ in outcome.failures + outcome.errors):
             for side in self.sides.values():
-                print(side.words())
+                print(self.words(side))
+
+    def words(self, side: Side) -> str:
+        """What was said on a host."""
+        return side.words()
