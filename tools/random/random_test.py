@@ -13,7 +13,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import Dict, Optional, TextIO, Union
+from typing import Dict, List, Optional, TextIO, Type, Union
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
@@ -33,7 +33,8 @@ from steps import choose, hosts, start
 
 # In turn: pairs under quorum, of a primary that holds both disks, and of two
 # disks with metadata
-KINDS = [Holder, Sequence, Failback, Sequence]
+KINDS: List[Type[Union[Holder, Sequence]]] = [Holder, Sequence, Failback,
+                                              Sequence]
 MIN_STEPS, MAX_STEPS = 10, 50
 LOG_LINES = 40
 # Each wait has its own limit; this is for what nobody thought of
@@ -83,7 +84,7 @@ class Player:
             self._hosts[name].served += 1
         args = (self._hosts, self._images, folder, f'{self._seed}/{number}',
                 trace)
-        seq: Union[Holder, Sequence] = KINDS[number % len(KINDS)](*args)
+        seq = KINDS[number % len(KINDS)](*args)
         try:
             if isinstance(seq, Holder):
                 seq.play()
