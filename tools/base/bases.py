@@ -11,7 +11,6 @@ patches/    take the place of the files of patches/ that have the same name but
 without     files of patches/ that the base does not get, without their number,
             and why
 own/        patches to our own files
-tests       SUITE/TEST that the base cannot pass, and why
 source      where it comes from (see source.sh)
 """
 
@@ -163,7 +162,3 @@ class Base(NamedTuple):
     def own_patches(self) -> List[Path]:
         """The patches to our own files, in their order."""
         return sorted((self.folder / 'own').glob('*.patch'))
-
-    def broken_tests(self) -> Dict[str, str]:
-        """The tests that it cannot pass as SUITE/TEST, and why."""
-        return read_reasons(self.folder / 'tests')

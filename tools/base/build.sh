@@ -187,5 +187,7 @@ build() {
         build_exclusively
     fi
     lock -s 9
+    # the packages may have come after it was built
+    link_firmware "$WORK/build/qemu-bundle/usr/local/share/qemu"
     exec 8>&-
 }

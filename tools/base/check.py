@@ -17,7 +17,6 @@ import sys
 import time
 from typing import Any, Dict, Iterator, List, NamedTuple, TextIO
 
-from bases import Base, Failure, REFERENCE
 import sanitize
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,12 +38,6 @@ class Result(NamedTuple):
     outcome: str
     name: str
     reason: str = ''
-
-
-class Choice(NamedTuple):
-    """What to do of the suites that were asked for."""
-    tests: List[str]
-    left_out: List[Result]
 
 
 def lock(path: Path) -> TextIO:
@@ -99,33 +92,10 @@ def sanitizing(folder: Path, build: Path) -> List[str]:
             '--timeout-multiplier', str(SANITIZE_TIMES)]
 
 
-def list_tests(folder: Path) -> Dict[str, str]:
-    """All tests as SUITE/TEST, and what meson calls them."""
-    path = folder / 'meson-info/intro-tests.json'
-    return {f"{suite.split(':')[-1]}/{test['name']}": test['name']
-            for test in json.loads(path.read_text('utf-8'))
-            for suite in test['suite']}
-
-
-def choose_tests(folder: Path, args: argparse.Namespace) -> Choice:
-    """Which tests of the suites to run, and which the base cannot pass."""
-    tests = list_tests(folder)
-    broken = Base(args.base, args.pristine).broken_tests()
-    unknown = sorted(broken.keys() - tests.keys())
-    if unknown:
-        raise Failure(f'the tests of base {args.base} name what there is '
-                      f'not: {unknown}')
-    wanted = [test for test in tests if test.split('/')[0] in args.suites]
-    return Choice([tests[test] for test in wanted if test not in broken],
-                  [Result('skipped', tests[test], broken[test])
-                   for test in wanted if test in broken])
-
-
-def run_tests(folder: Path, args: argparse.Namespace,
-              tests: List[str]) -> None:
+def run_tests(folder: Path, args: argparse.Namespace) -> None:
     """Run meson test; its verdict is read from its log afterwards."""
     command = [*MESON, 'test', '-C', str(folder), '--print-errorlogs',
-               '--no-rebuild', *tests]
+               '--no-rebuild', *(f'--suite={name}' for name in args.suites)]
     if args.sanitize:
         command += sanitizing(folder, args.build)
     if sys.stdout.isatty():
@@ -174,13 +144,13 @@ def last_words(entry: Dict[str, Any]) -> str:
     return '\n'.join([f"--- {entry['name']}:", *lines])
 
 
-def summarise(folder: Path, left_out: List[Result]) -> int:
+def summarise(folder: Path) -> int:
     """Print what was skipped and how many passed and failed."""
     # the log is called after the wrapper too, if there is one
     entries = [json.loads(line)
                for log in folder.glob('meson-logs/testlog*.json')
                for line in log.read_text('utf-8').splitlines()]
-    cases = left_out.copy()
+    cases: List[Result] = []
     for entry in entries:
         outcome = results(entry)
         cases += outcome
@@ -205,7 +175,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ('--build', '--tree', '--pristine', '--cache'):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument('--base', default=REFERENCE)
     parser.add_argument('--seed', default='1')
     parser.add_argument('--sanitize', action='store_true',
                         help='the build is one with sanitizers')
@@ -217,13 +186,8 @@ def main() -> int:
     folder = args.cache / f'check-{digest}'
     with lock(args.cache / f'check-{digest}.lock'):
         setup(folder, args)
-        try:
-            choice = choose_tests(folder, args)
-        except Failure as failure:
-            sys.exit(f'error: {failure}')
-        if choice.tests:
-            run_tests(folder, args, choice.tests)
-        return summarise(folder, choice.left_out)
+        run_tests(folder, args)
+        return summarise(folder)
 
 
 if __name__ == '__main__':

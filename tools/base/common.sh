@@ -105,6 +105,19 @@ logged() {
     say "$title: done in $((SECONDS - start)) s"
 }
 
+# link_firmware DIR: have a QEMU find what Debian's packages have for x86:
+# seabios, ipxe-qemu, whose files Debian 13 has moved, and qemu-system-data.
+link_firmware() {
+    local name
+    for name in /usr/share/seabios/*.bin \
+        /usr/{lib/ipxe,share}/qemu/{efi,pxe}-*.rom \
+        /usr/share/qemu/{kvmvapic,linuxboot,linuxboot_dma,multiboot}.bin \
+        /usr/share/qemu/{multiboot_dma,pvh}.bin /usr/share/qemu/qboot.rom; do
+        # an older package has less
+        [ ! -e "$name" ] || [ -e "$1/${name##*/}" ] || ln -sfn "$name" "$1/"
+    done
+}
+
 # Debian 12 has another meson than Debian 13 and what comes after it.
 is_debian_12() {
     [ "$(. /etc/os-release && echo "${VERSION_ID:-}")" = 12 ]

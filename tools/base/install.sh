@@ -19,15 +19,6 @@ tools=$(dirname "$(readlink -f "$0")")/..
 qmp=$tools/guide/qmp.py
 ha=$tools/../ha
 helpers=(qemu-bridge-helper qemu-pr-helper)
-# seabios, ipxe-qemu, whose files Debian 13 has moved, and what
-# qemu-system-data has for x86
-firmware=(
-    /usr/share/seabios/*.bin
-    /usr/{lib/ipxe,share}/qemu/{efi,pxe}-*.rom
-    /usr/share/qemu/{kvmvapic,linuxboot,linuxboot_dma,multiboot}.bin
-    /usr/share/qemu/{multiboot_dma,pvh}.bin
-    /usr/share/qemu/qboot.rom
-)
 # By its first line we know what we have installed, and then comes what that is.
 note=README
 title='QEMU with block replication, a folder of its own: remove it to uninstall'
@@ -83,10 +74,7 @@ assemble() {
         [[ $name == */meson.build ]] ||
             install -m 644 "$name" "$share/keymaps/"
     done
-    for name in "${firmware[@]}"; do
-        # an older package has less
-        [ ! -e "$name" ] || ln -sfn "$name" "$share/"
-    done
+    link_firmware "$share"
     printf '%s\n\nQEMU %s, %s\n\n' "$title" "$(cat "$tree/VERSION")" \
         'see docs/block-replication.txt where it came from' >"$new/$note"
     contents "$new" | sed 's/^/  /' >>"$new/$note"

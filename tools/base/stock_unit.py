@@ -16,6 +16,8 @@ import subprocess
 import sys
 from typing import Dict, List
 
+from bases import read_reasons
+
 TEST = 'tests/unit/test-replication'
 OBJECT = TEST + '.p/test-replication.c.o'
 DEVIATIONS = Path(__file__).with_name('stock-unit-deviations')
@@ -57,14 +59,6 @@ def list_cases(test: Path) -> List[str]:
     return cases
 
 
-def read_deviations() -> Dict[str, str]:
-    """The cases that are expected to fail, and why."""
-    lines = [line for line in DEVIATIONS.read_text('utf-8').splitlines()
-             if line.strip() and not line.startswith('#')]
-    return {path: reason for path, reason
-            in (line.split(maxsplit=1) for line in lines)}
-
-
 def passes(test: Path, case: str, work: Path) -> bool:
     """Run one case; say on stderr, which is no TAP, what it said."""
     try:
@@ -99,7 +93,7 @@ def main() -> int:
 
     test = compile_test(args.build, args.pristine / f'{TEST}.c', args.work)
     cases = list_cases(test)
-    deviations = read_deviations()
+    deviations = read_reasons(DEVIATIONS)
     unknown = sorted(deviations.keys() - set(cases))
     print(f'1..{len(cases) + len(unknown)}')
     for number, case in enumerate(cases, 1):

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Install into a folder of its own, move that, and use what is there."""
 
-import argparse
 import os
 from pathlib import Path
 import shutil
@@ -12,6 +11,7 @@ import tempfile
 import unittest
 from typing import Dict, List, Set
 
+import command
 import nodes
 from host import Host, HostError
 
@@ -23,15 +23,7 @@ SECONDS = 120
 SIZE = 1024 * 1024
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--tree', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def names(folder: Path) -> Set[str]:
@@ -175,9 +167,8 @@ class InstallTest(unittest.TestCase):
 
     def test_replication(self) -> None:
         """QEMU has this driver, not the one that it came with."""
-        with tempfile.TemporaryDirectory(dir=self.top) as folder, Host(
-                self.prefix / 'bin', Path(folder), 'installed', '-machine',
-                'q35', '-accel', 'tcg', '-nodefaults', '-S') as host:
+        with tempfile.TemporaryDirectory(dir=self.top) as folder, self.host(
+                folder, 'installed', '-S') as host:
             host.add(nodes.primary(
                 'node', {'driver': 'null-co', 'size': SIZE,
                          'read-zeroes': True}, **{'write-behind': 65536}))
@@ -261,9 +252,6 @@ class InstallTest(unittest.TestCase):
         other.mkdir()
         (other / 'file').touch()
         for target, why in ((str(other), 'has other files'),
-                            ('/usr', "belongs to Debian's packages"),
-                            ('/bin', "/usr/bin belongs to"),
-                            ('/', 'has other files'),
                             (f'{other}/file', 'is not a folder')):
             result = subprocess.run(
                 [INSTALL, '--check', os.path.realpath(target)], check=False,
@@ -275,4 +263,4 @@ class InstallTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=[sys.argv[0], *REST], verbosity=2)

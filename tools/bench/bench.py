@@ -55,35 +55,19 @@ GROUPS: Dict[str, Callable[[Setting], List[Cell]]] = {
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, prog='./run bench')
+    """Read the command line; tools/base/commands tells of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
     for name in ('--ours', '--stock', '--cache'):
-        parser.add_argument(name, type=Path, required=True,
-                            help=argparse.SUPPRESS)
-    parser.add_argument('--runs', type=int, metavar='N',
-                        help=f'how often to measure (default: {RUNS})')
-    parser.add_argument('--minutes', type=float, metavar='M',
-                        default=MINUTES, help='begin no run that would not '
-                        'end in this time (default: %(default)s)')
-    parser.add_argument('--only', nargs='+', metavar='GROUP',
-                        choices=list(GROUPS), default=list(GROUPS),
-                        help='only these groups')
-    parser.add_argument('--match', nargs='+', metavar='TEXT', default=[],
-                        help='only what has all these texts in its name, as '
-                        'the progress shows it, and what it is compared with')
-    parser.add_argument('--quick', action='store_true',
-                        help='few and short measurements, to see that they '
-                        'work')
-    parser.add_argument('--output', type=Path, metavar='DIR',
-                        help='where the table and the chart go (default: a '
-                        'new folder in the cache)')
-    parser.add_argument('--free', action='store_true',
-                        help='let the kernel choose the CPUs')
-    parser.add_argument('--memory-dir', type=Path, metavar='DIR',
-                        default=Path('/dev/shm'),
-                        help='a tmpfs (default: %(default)s)')
-    parser.add_argument('--disk-dir', type=Path, metavar='DIR',
-                        help='a folder on a disk (default: the cache)')
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument('--only', nargs='+', default=list(GROUPS))
+    parser.add_argument('--match', nargs='+', default=[])
+    parser.add_argument('--runs', type=int)
+    parser.add_argument('--minutes', type=float, default=MINUTES)
+    parser.add_argument('--quick', action='store_true')
+    parser.add_argument('--output', type=Path)
+    parser.add_argument('--free', action='store_true')
+    parser.add_argument('--memory-dir', type=Path, default=Path('/dev/shm'))
+    parser.add_argument('--disk-dir', type=Path)
     options = parser.parse_args()
     options.runs = options.runs or (1 if options.quick else RUNS)
     return options

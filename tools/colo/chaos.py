@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 from subprocess import SubprocessError
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, List, Optional, Tuple
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
@@ -25,32 +25,14 @@ from autopsy import stacks
 from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
 from chaos_round import ChaosPair, RoundResult, Round
 from forms import FORMS
-from guest import GuestError, get_guest
+from guest import get_guest
 from guesthost import MIB, Setup, accelerator
 from host import HostError
 from verify import judge
 
-KILLS = 50
 # What a step raises when QEMU does not do what it should.
 FAILURES = (HostError, QMPError, QEMUMachineError, asyncio.TimeoutError,
             OSError, SubprocessError)
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = command.parser(__doc__)
-    command.add_seed(parser)
-    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
-                        help='folder that keeps the guest between runs')
-    parser.add_argument('--kills', type=int, metavar='K',
-                        help='end after so many rounds (default: '
-                        f'{KILLS}, or no limit with --minutes)')
-    parser.add_argument('--round', type=int, metavar='I',
-                        help='only this round of the seed, on a new guest')
-    options = parser.parse_args()
-    if options.kills is None and options.minutes is None:
-        options.kills = KILLS
-    return options
 
 
 def say(text: str) -> None:
@@ -74,7 +56,7 @@ class Campaign:
     def run(self) -> None:
         """Run them all; good tells whether nothing was lost."""
         group = -1
-        for index in self._indices():
+        for index in command.numbers(self.options):
             try:
                 if index // GENERATIONS != group:
                     self._finish_guest()
@@ -97,22 +79,6 @@ class Campaign:
             self._pair.close()
             self._pair = None
 
-    def _indices(self) -> Iterator[int]:
-        """Return the rounds to run, for as long as there is time."""
-        options = self.options
-        if options.round is not None:
-            yield options.round
-            return
-        end, last = float('inf'), float('inf')
-        if options.minutes is not None:
-            end = time.monotonic() + 60 * options.minutes
-        if options.kills is not None:
-            last = options.kills
-        index = 0
-        while time.monotonic() < end and index < last:
-            yield index
-            index += 1
-
     def _start_guest(self, group: int) -> None:
         plan = plan_guest(self.options.seed, group)
         self.guests += 1
@@ -123,7 +89,7 @@ class Campaign:
         if form.has_metadata:
             options['log-size'] = plan.log_size
         self._pair = ChaosPair(
-            Setup(self.options.build_dir, self._guest, folder, plan.disks,
+            Setup(self.options.build, self._guest, folder, plan.disks,
                   accelerator(), plan.checkpoint_ms),
             form(plan.disks.count, plan.disks.size, **options))
         self._pair.start_primary()
@@ -220,25 +186,24 @@ def counts(results: Iterable[RoundResult]) -> str:
 
 def main() -> int:
     """Make room for a run, do it, and clean up."""
-    options = parse()
+    parser = command.parser(__doc__)
+    command.add_seed(parser)
+    options = parser.parse_args()
     command.begin()
     print(f'seed {options.seed}', flush=True)
-    try:
-        with command.work_folder('chaos-', options.work_dir) as folder:
-            campaign = Campaign(options, folder)
-            try:
-                campaign.run()
-            except Exception:
-                campaign.good = False
-                raise
-            finally:
-                with command.held():
-                    campaign.close()
-                if not campaign.good:
-                    (folder / 'KEEP').touch()
-            return 0 if campaign.good else 1
-    except GuestError as exc:
-        sys.exit(f'error: {exc}')
+    with command.work_folder('chaos-') as folder:
+        campaign = Campaign(options, folder)
+        try:
+            campaign.run()
+        except Exception:
+            campaign.good = False
+            raise
+        finally:
+            with command.held():
+                campaign.close()
+            if not campaign.good:
+                (folder / 'KEEP').touch()
+        return 0 if campaign.good else 1
 
 
 if __name__ == '__main__':

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import List, Sequence
 
 import command
-from forms import Standby, Synced
-from guest import GuestError, get_guest, run_tool
+from forms import Standby
+from guest import get_guest, run_tool
 from guesthost import Disks, MIB, Setup, accelerator
 from host import HostError
 from pair import Checkpoint, ColoPair
-from picture import (Death, Look, Protection, Timeline, Work, copied_words,
-                     draw)
+from picture import Death, Protection, Timeline, draw
 from verify import Findings, judge
 
 PROBLEMS = 8
@@ -33,33 +32,16 @@ BUSY, LOG = 12 * MIB, 32 * MIB
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = command.parser(__doc__, './run demo')
-    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
-                        help='folder that keeps the guest between runs')
-    parser.add_argument('--seconds', type=float, default=15, metavar='N',
-                        help='time under protection before the kill '
-                        '(default: %(default)s)')
-    parser.add_argument('--after', type=float, default=5, metavar='N',
-                        help='time under protection again, before the other '
-                        'host is killed (default: %(default)s)')
-    parser.add_argument('--disks', type=int, default=2, metavar='N',
-                        choices=range(1, 9),
-                        help='number of disks, 1 to 8 (default: %(default)s)')
-    parser.add_argument('--kill', choices=('primary', 'secondary'),
-                        default='primary',
-                        help='the side that dies first (default: '
-                        '%(default)s)')
-    parser.add_argument('--checkpoint-ms', type=int, default=1500,
-                        metavar='N', help='time between two checkpoints '
-                        '(default: %(default)s)')
-    parser.add_argument('--accel', choices=('auto', 'kvm', 'tcg'),
-                        default='auto', help='default: KVM where it works')
-    parser.add_argument('--picture', type=Path, metavar='FILE',
-                        help='where a picture of it goes, as SVG (default: '
-                        'demo/SIDE-killed.svg in the cache)')
-    parser.add_argument('--keep', action='store_true',
-                        help='leave images and logs, and say where')
+    """Read the command line; tools/base/commands tells of it."""
+    parser = command.parser(__doc__)
+    parser.add_argument('--seconds', type=float, default=15)
+    parser.add_argument('--after', type=float, default=5)
+    parser.add_argument('--disks', type=int, default=2)
+    parser.add_argument('--kill', default='primary')
+    parser.add_argument('--checkpoint-ms', type=int, default=1500)
+    parser.add_argument('--accel', default='auto')
+    parser.add_argument('--picture', type=Path)
+    parser.add_argument('--keep', action='store_true')
     return parser.parse_args()
 
 
@@ -103,7 +85,7 @@ class Story:
         again = self._protections[1]
         after = again.protected - self._deaths[0].when
         self.say('AGAIN', f'protected again after {after:.1f} s, '
-                 f'{copied_words(again.copied, again.size)}')
+                 f'{again.synced}')
         self._kill(pair, 'primary')
         self._work_alone(pair)
         ended = time.time()
@@ -119,12 +101,12 @@ class Story:
         accel = options.accel if options.accel != 'auto' else accelerator()
         disks = Disks(count=options.disks, busy=BUSY)
         self._footer = (
-            f'{version(options.build_dir)} ({accel.upper()}), Linux '
+            f'{version(options.build)} ({accel.upper()}), Linux '
             f'{guest.version} in the guest. All hosts are processes of this '
             'machine, joined by unix sockets: a network is slower.')
         self.say('setup', f'two QEMUs ({accel.upper()}), {disks.count} x '
                  f'{disks.size // MIB} MiB disk, Linux {guest.version}')
-        return Setup(options.build_dir, guest, self.folder, disks, accel,
+        return Setup(options.build, guest, self.folder, disks, accel,
                      options.checkpoint_ms)
 
     def _show_sync(self, parts: Sequence[float]) -> None:
@@ -144,10 +126,8 @@ class Story:
         self.say('secondary', f'{name} is up, exports its disks by NBD{old}')
         self.say('sync', 'copying what they lack while the guest writes')
         pair.begin_sync()
-        synced: Synced = pair.finish_sync(self._show_sync)
-        self.say('sync', 'disks equal, '
-                 f'{copied_words(synced.copied, synced.size)}; every write '
-                 'is forwarded')
+        synced = pair.finish_sync(self._show_sync)
+        self.say('sync', f'disks equal, {synced}; every write is forwarded')
         self.say('guest', str(pair.primary.beat))
         switch = pair.protect()
         self.say('memory', 'migrated with x-colo, pause '
@@ -156,9 +136,7 @@ class Story:
             'checkpoint', f'{len(pair.checkpoints()):3}  pause '
             f'{checkpoint.pause_ms:4.0f} ms   {pair.primary.beat}'))
         self._checkpoints += pair.checkpoints()
-        self._protections.append(Protection(
-            name, (synced.began, synced.ended), pair.protected_at,
-            synced.copied, synced.size))
+        self._protections.append(Protection(name, synced, pair.protected_at))
 
     def _kill(self, pair: ColoPair, side: str) -> None:
         victim, other = pair.primary, pair.secondary
@@ -215,11 +193,9 @@ class Story:
             began=self._began, ended=ended, protections=self._protections,
             deaths=self._deaths,
             checkpoints=[(c.stopped, c.resumed) for c in self._checkpoints],
-            work={host.name: [Work(beat.when, beat.tx)
-                              for beat in host.console.beats()
+            work={host.name: [beat for beat in host.console.beats()
                               if beat.when <= ended] for host in pair.hosts},
-            looks=[Look(look.when, look.pending, look.lacking)
-                   for look in pair.looks if look.when <= ended],
+            looks=[look for look in pair.looks if look.when <= ended],
             at_end=found.rows, checked=found.blocks,
             host_checked=found.host_blocks, wrong=found.all_wrong,
             footer=self._footer, problems=found.problems)
@@ -251,8 +227,7 @@ class Story:
             if death is self._deaths[0]:
                 lines.append(('protected again', 'after '
                               f'{again.protected - death.when:.1f} s, '
-                              f'{copied_words(again.copied, again.size)}',
-                              True))
+                              f'{again.synced}', True))
         self.screen.say('\nVerdict')
         for name, text, good in (
                 *lines,
@@ -279,10 +254,7 @@ class Story:
 
 def run(options: argparse.Namespace, folder: Path) -> bool:
     """Run the demo in a folder; return whether nothing was lost."""
-    try:
-        story = Story(options, folder)
-    except GuestError as exc:
-        sys.exit(f'error: {exc}')
+    story = Story(options, folder)
     try:
         good = story.run()
     except Exception as exc:  # pylint: disable=broad-except
@@ -313,7 +285,7 @@ def main() -> int:
         print(f'error: no room for the picture: {exc}', file=sys.stderr)
         return 2
     # ./run top looks for a folder of this name
-    with command.work_folder('colo-demo-', options.work_dir) as folder:
+    with command.work_folder('colo-demo-') as folder:
         if options.keep:
             (folder / 'KEEP').touch()
         return 0 if run(options, folder) else 1

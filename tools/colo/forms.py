@@ -67,6 +67,13 @@ class Synced:
     copied: int
     size: int
 
+    def __str__(self) -> str:
+        """How much was copied, which may be some of it twice."""
+        if self.copied >= self.size:
+            return f'all {self.size / 2**20:.0f} MiB copied'
+        return (f'{self.copied / 2**20:.{1 if self.copied < 2**25 else 0}f} '
+                f'of {self.size / 2**20:.0f} MiB copied')
+
 
 class Form(ABC):
     """What is done to the disks of a pair, the same on all of them."""

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def fill_root(root: Path, kernel: Path) -> None:
     shutil.copy(HERE / 'guest/init', root / 'init')
     (root / 'init').chmod(0o755)
     run_tool(['gcc', '-O2', '-Wall', '-static', '-o', str(root / 'bin/worker'),
-              str(HERE / 'guest/worker.c')])
+              str(HERE / 'guest/worker.c'), '-lz'])
 
     (root / 'modules').mkdir()
     for name, wanted in (('order', MODULES), ('network', NETWORK_MODULES)):
@@ -199,7 +200,15 @@ def debian_release() -> str:
 
 
 def get_guest(cache: Path, tell: Callable[[str], None]) -> Guest:
-    """Return the guest, built now if the cache does not hold it."""
+    """Return the guest, built now if the cache does not hold it, or exit."""
+    try:
+        return find_guest(cache, tell)
+    except GuestError as exc:
+        sys.exit(f'error: {exc}')
+
+
+def find_guest(cache: Path, tell: Callable[[str], None]) -> Guest:
+    """Return the guest; if that cannot be built, say why."""
     base = cache / 'guest'
     folder = base / f'kernel-{debian_release()}'
     if not folder.exists():

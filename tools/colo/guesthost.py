@@ -67,6 +67,22 @@ class Disks:
                 f'demo.regions={",".join(self.regions)}')
 
 
+def guest_arguments(guest: Guest, disks: Disks, accel: str, folder: str,
+                    words: str = '') -> List[str]:
+    """How QEMU runs the guest, which says what it does in a folder."""
+    return [
+        '-nodefaults', '-machine', f'pc,accel={accel}', '-m', '160',
+        '-cpu', 'host' if accel == 'kvm' else 'qemu64',
+        '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
+        '-append', 'console=ttyS0 quiet panic=-1 '
+        f'{disks.kernel_arguments} {words}',
+        '-chardev', f'file,id=log,path={folder}/guest.log',
+        '-serial', 'chardev:log',
+        '-chardev', f'file,id=work,path={folder}/work.out,append=on,'
+        f'input-path={folder}/work.in',
+        '-serial', 'chardev:work']
+
+
 @dataclass(frozen=True)
 class Setup:
     """What both hosts have in common."""
@@ -195,19 +211,9 @@ class GuestHost(Host):
         self.images = images
         self._killed_at: Optional[float] = None
         self.add_args(
-            '-no-user-config', '-nodefaults', '-name', name,
-            '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
-            '-machine', f'pc,accel={setup.accel}', '-m', '160',
-            '-cpu', 'host' if setup.accel == 'kvm' else 'qemu64',
-            '-kernel', str(setup.guest.kernel),
-            '-initrd', str(setup.guest.initramfs),
-            '-append', 'console=ttyS0 quiet panic=-1 '
-            + setup.disks.kernel_arguments,
-            '-chardev', f'file,id=log,path={self.path("guest.log")}',
-            '-serial', 'chardev:log',
-            '-chardev', f'file,id=work,path={self.path("work.out")},'
-            f'append=on,input-path={self.path("work.in")}',
-            '-serial', 'chardev:work',
+            '-no-user-config', '-name', name,
+            *guest_arguments(setup.guest, setup.disks, setup.accel,
+                             str(folder)),
             # for ./run top
             '-chardev', 'socket,id=top,server=on,wait=off,'
             f'path={self.path("top.sock")}',

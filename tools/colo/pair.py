@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Callable, List, Optional, Sequence, Tuple
 
 import nodes
-from forms import Form, Holder, Progress, Synced
+from forms import Form, Progress, Synced
 from guesthost import (CHECK_SECONDS, MIB, POLL, STEP_SECONDS, Beat,
                        GuestHost, Setup, fields)
 from host import HostError, Json
@@ -62,9 +62,9 @@ class Look:
 class ColoPair:
     """A protected VM: the host that runs it and the one that stands by."""
 
-    def __init__(self, setup: Setup, form: Optional[Form] = None) -> None:
+    def __init__(self, setup: Setup, form: Form) -> None:
         self.setup = setup
-        self.form = form or Holder(setup.disks.count, setup.disks.size)
+        self.form = form
         self.hosts: List[GuestHost] = []
         self._primary: Optional[GuestHost] = None
         self._secondary: Optional[GuestHost] = None
@@ -324,12 +324,6 @@ class ColoPair:
         """Let go of a secondary."""
         self._lost, self._secondary = self.secondary, None
         self.form.let_go(self.primary)
-
-    def unprotect(self) -> None:
-        """End the protection while both are well."""
-        other = self.secondary
-        self.fail_over_to_primary(time.time())
-        other.kill()
 
     def _wait_for_failover(self, host: GuestHost, since: float,
                            merge: bool) -> Failover:

@@ -8,6 +8,9 @@ the moment at which the story begins.
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
 
+from forms import Synced
+from guesthost import Beat
+from pair import Look
 from svg import Picture, Point, Scale
 
 WIDTH, HEIGHT = 1200, 1216
@@ -26,31 +29,11 @@ BEFORE, AFTER = 0.5, 1.2
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the guest of a side had done at a time."""
-    when: float
-    transactions: int
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the secondary did not have at a time, in bytes."""
-    when: float
-    # already on the way
-    pending: int
-    lacking: int
-
-
-@dataclass(frozen=True)
 class Protection:
     """How a guest came to be protected."""
     secondary: str
-    # when its disks were copied
-    sync: Tuple[float, float]
+    synced: Synced
     protected: float
-    # bytes, of how many
-    copied: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +89,7 @@ class Timeline:
     # when the guest stopped and went on
     checkpoints: List[Tuple[float, float]]
     # what the guest did on each host, by the host's name, oldest first
-    work: Dict[str, List[Work]]
+    work: Dict[str, List[Beat]]
     looks: List[Look]
     # transactions in the end
     at_end: int
@@ -138,16 +121,7 @@ class Timeline:
         """How the first survivor came to be protected."""
         again = self.protections[1]
         after = again.protected - self.deaths[0].when
-        return (f'protected again after {after:.1f} s, '
-                f'{copied_words(again.copied, again.size)}')
-
-
-def copied_words(copied: int, size: int) -> str:
-    """How much of disks was copied, which may be some of them twice."""
-    if copied >= size:
-        return f'all {size / 2**20:.0f} MiB copied'
-    return (f'{copied / 2**20:.{1 if copied < 2**25 else 0}f} of '
-            f'{size / 2**20:.0f} MiB copied')
+        return f'protected again after {after:.1f} s, {again.synced}'
 
 
 class Drawing:
@@ -161,7 +135,7 @@ class Drawing:
         first, second = timeline.deaths
         self.title = f'{first.victim} is killed, then {second.victim}. {what}'
         self.picture = Picture(WIDTH, HEIGHT, self.title)
-        begin = timeline.protections[0].sync[0]
+        begin = timeline.protections[0].synced.began
         self.time = Scale(max(timeline.began, begin - LEAD), timeline.ended,
                           LEFT, RIGHT)
         self.hosts = list(timeline.work)
@@ -223,9 +197,10 @@ class Drawing:
         phases, name, begin = [], 'alone', self.time.low
         for made, death, protected in zip(line.protections, line.deaths,
                                           ('protected', 'protected again')):
-            phases += [(name, begin, made.sync[0], alone),
-                       ('disks copied', *made.sync, copy),
-                       ('memory', made.sync[1], made.protected, copy),
+            synced = made.synced
+            phases += [(name, begin, synced.began, alone),
+                       ('disks copied', synced.began, synced.ended, copy),
+                       ('memory', synced.ended, made.protected, copy),
                        (protected, made.protected, death.when, safe)]
             name, begin = f'alone on {death.survivor}', death.when
         phases.append((name, begin, line.ended, alone))
@@ -264,8 +239,7 @@ class Drawing:
 
     def _progress(self, top: float, bottom: float) -> None:
         line, picture = self.line, self.picture
-        most = max(work.transactions for host in line.work.values()
-                   for work in host)
+        most = max(beat.tx for host in line.work.values() for beat in host)
         scale = Scale(0, most * 1.06, bottom, top + 26)
         self._frame(top + 26, bottom, scale,
                     'Transactions that the guest has committed', 5)
@@ -299,9 +273,9 @@ class Drawing:
         for death in [*line.deaths, None]:
             end = death.when if death else line.ended
             for host in sorted(self.hosts, key=lambda host: host == runner):
-                points = [(time.at(work.when), scale.at(work.transactions))
-                          for work in line.work[host]
-                          if max(begin, time.low) <= work.when
+                points = [(time.at(beat.when), scale.at(beat.tx))
+                          for beat in line.work[host]
+                          if max(begin, time.low) <= beat.when
                           <= min(end, time.high)]
                 if points:
                     self.picture.curve(
@@ -421,8 +395,8 @@ class CloseUp:
         """Draw it; what is guaranteed stands at the right."""
         death, picture, time = self.death, self.picture, self.time
         low_edge = bottom - 34
-        seen = [work.transactions for host in self.drawing.line.work.values()
-                for work in host if time.low <= work.when <= time.high]
+        seen = [beat.tx for host in self.drawing.line.work.values()
+                for beat in host if time.low <= beat.when <= time.high]
         scale = Scale(min([*seen, death.safe]) - 1,
                       max([*seen, death.at_kill]) + 1, low_edge, top)
         picture.text((time.begin, top - 14), f'{death.victim}, the '

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, Set
 
 import command
 from forms import FORMS
-from guest import GuestError, get_guest
+from guest import get_guest
 from guesthost import BLOCK, MIB, Disks, Setup, accelerator
 from host import HostError
 from pair import NOTED, ColoPair, metadata
@@ -31,8 +31,6 @@ LOG, REGION = 16 * KIB, MIB
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = command.parser(__doc__)
-    parser.add_argument('--cache', type=Path, required=True, metavar='DIR',
-                        help='folder that keeps the guest between runs')
     parser.add_argument('--rounds', type=int, default=10, metavar='N',
                         help='how often a host is lost '
                         '(default: %(default)s)')
@@ -69,7 +67,7 @@ class Rounds:
         guest = get_guest(options.cache, self.screen.say)
         form = FORMS[options.form](disks.count, disks.size, **more)
         self.rounds: int = options.rounds
-        self.pair = ColoPair(Setup(options.build_dir, guest, folder, disks,
+        self.pair = ColoPair(Setup(options.build, guest, folder, disks,
                                    accelerator(), 500), form)
         self.changed = self.copied = 0
 
@@ -190,11 +188,8 @@ def main() -> int:
     """Make room for a run, do it, and clean up."""
     options = parse()
     command.begin()
-    with command.work_folder('colo-rounds-', options.work_dir) as folder:
-        try:
-            rounds = Rounds(options, folder)
-        except GuestError as exc:
-            sys.exit(f'error: {exc}')
+    with command.work_folder('colo-rounds-') as folder:
+        rounds = Rounds(options, folder)
         try:
             rounds.run()
         except BaseException:

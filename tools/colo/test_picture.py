@@ -7,13 +7,26 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from typing import Any, List
 
-from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Death, Look,
-                     Protection, Timeline, Work, copied_words, draw)
+from forms import Synced
+from guesthost import MIB, Beat
+from pair import Look
+from picture import (AMBER, GREEN, HOSTS, LEFT, RED, RIGHT, Death, Protection,
+                     Timeline, draw)
 from svg import Scale
 
 SVG = '{http://www.w3.org/2000/svg}'
 
-MIB = 1024 * 1024
+
+def beat(when: float, tx: int) -> Beat:
+    """What the guest had done at a time."""
+    return Beat(when, 0, True, tx, 0, 0, 0)
+
+
+def synced(began: float, ended: float, copied: int) -> Synced:
+    """So many MiB of the disks were copied."""
+    return Synced(began, ended, 0, copied * MIB, 192 * MIB)
+
+
 FIRST = Death(
     side='primary', victim='host1', survivor='host2', when=1020,
     running=1020.07, first_output=1020.2, merged=1020.18,
@@ -26,14 +39,14 @@ SECOND = Death(
 GOOD = Timeline(
     began=1000, ended=1030,
     protections=[
-        Protection('host2', (1010, 1011), 1013, 190 * MIB, 192 * MIB),
-        Protection('host1-2', (1022, 1022.5), 1024, 3 * MIB, 192 * MIB)],
+        Protection('host2', synced(1010, 1011, 190), 1013),
+        Protection('host1-2', synced(1022, 1022.5, 3), 1024)],
     deaths=[FIRST, SECOND],
     checkpoints=[(1014.5, 1014.53), (1016, 1016.06), (1017.5, 1017.54),
                  (1026, 1026.03)],
-    work={'host1': [Work(1008 + n / 10, n) for n in range(120)],
-          'host2': [Work(1013 + n / 10, 50 + n) for n in range(150)],
-          'host1-2': [Work(1024 + n / 10, 160 + n) for n in range(60)]},
+    work={'host1': [beat(1008 + n / 10, n) for n in range(120)],
+          'host2': [beat(1013 + n / 10, 50 + n) for n in range(150)],
+          'host1-2': [beat(1024 + n / 10, 160 + n) for n in range(60)]},
     looks=[Look(1013 + n / 5, 1024 * (n % 7), MIB) for n in range(80)],
     at_end=219, checked=36864, host_checked=36866, wrong=0,
     footer='with what')
@@ -84,7 +97,7 @@ class PictureTest(unittest.TestCase):
                 'median 40 ms, longest 60 ms', '73,730'):
             self.assertIn(text, texts)
         # the guest has written while it was copied
-        self.assertEqual(copied_words(193 * MIB, 192 * MIB),
+        self.assertEqual(str(synced(0, 1, 193)),
                          'all 192 MiB copied')
         bars = [element.findtext(f'{SVG}title')
                 for element in root.iter(f'{SVG}rect')
@@ -152,7 +165,7 @@ class PictureTest(unittest.TestCase):
         first = replace(FIRST, side='secondary', victim='host2',
                         survivor='host1', merged=None, merge=[])
         second = replace(SECOND, victim='host1', survivor='host2-2')
-        again = Protection('host2-2', (1022, 1022.5), 1024, 3 * MIB, 192 * MIB)
+        again = Protection('host2-2', synced(1022, 1022.5, 3), 1024)
         work = dict(GOOD.work)
         work['host2-2'] = work.pop('host1-2')
         texts = self.texts(self.drawn(replace(

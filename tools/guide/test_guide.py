@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -162,12 +161,9 @@ class Guide:
 
 def main() -> None:
     """Do all of it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--tree', type=Path, required=True)
-    options = parser.parse_args()
+    options = command.parser(__doc__).parse_args()
     command.begin()
-    with command.work_folder('guide-', Path(tempfile.gettempdir())) as folder:
+    with command.work_folder('guide-') as folder:
         guide = Guide(options, folder)
         try:
             for step in steps(GUIDE):

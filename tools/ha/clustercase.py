@@ -11,16 +11,15 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import unittest
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
+import command
 from clusternodes import LINK, NETWORKS, Cluster, Node, unpacked
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import (NAMES, PROGRAM, Json, Side, configuration, parse, toml,
+from sides import (NAMES, PROGRAM, Json, Side, SidesTest, configuration, toml,
                    with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
@@ -35,7 +34,7 @@ def parse_as_root() -> Tuple[argparse.Namespace, List[str]]:
     if os.geteuid():
         print('a cluster of namespaces needs root')
         sys.exit(SKIPPED)
-    return parse(__doc__)
+    return command.parser(__doc__).parse_known_args()
 
 
 OPTIONS, REST = parse_as_root()
@@ -65,22 +64,20 @@ class NodeSide(Side):
         return pid
 
 
-class ClusterCase(unittest.TestCase):
+class ClusterCase(SidesTest):
     """One cluster for all tests of a class."""
     witness = False
-    sides: Dict[str, NodeSide]
+    sides: Dict[str, NodeSide]  # type: ignore[assignment]
+    primary: NodeSide
+    standby: NodeSide
     cluster: Cluster
     # what was measured, in seconds
     times: List[str] = []
 
     @classmethod
     def setUpClass(cls) -> None:
-        # unittest goes on after any other exception
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # pylint: disable=consider-using-with
-        holder = tempfile.TemporaryDirectory(prefix='ha-')
-        cls.addClassCleanup(holder.cleanup)
-        folder = Path(holder.name)
+        super().setUpClass()
+        folder = cls.folder
         # Pacemaker asks as another user what an agent can do
         folder.chmod(0o755)
         config = cls.vm_configuration(folder)
@@ -95,7 +92,6 @@ class ClusterCase(unittest.TestCase):
                                                   LINK)}
             for name in NAMES}
         config['cluster'] = {'judge': 'pacemaker', 'resource': 'vm'}
-        cls.sides = {}
         for name in NAMES:
             path = folder / f'etc-{name}/qemu-replication/vm1.toml'
             path.parent.mkdir()
@@ -124,14 +120,9 @@ class ClusterCase(unittest.TestCase):
         self.cluster.fenced.clear()
         self.began = time.monotonic()
 
-    def tearDown(self) -> None:
-        """Say what was said, if that is of use."""
-        outcome = getattr(self, '_outcome').result
-        if any(test is self for test, _ in outcome.failures + outcome.errors):
-            for side in self.sides.values():
-                print(side.words())
-                print(self.node(side).run(
-                    'tail', '-n', '150', '/var/log/pacemaker/pacemaker.log'))
+    def words(self, side: Side) -> str:
+        return super().words(side) + self.node(side).run(
+            'tail', '-n', '150', '/var/log/pacemaker/pacemaker.log')
 
     def node(self, side: Side) -> Node:
         """The node of a side."""

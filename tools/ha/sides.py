@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Two keepers on this machine, each with an address of its own."""
 
-import argparse
+import atexit
 import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
+import unittest
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 from guest import Guest
-from guesthost import STEP_SECONDS, Console, Disks, accelerator, fields
+from guesthost import (STEP_SECONDS, Console, Disks, accelerator, fields,
+                       guest_arguments)
 
 PROGRAM = Path(__file__).resolve().parents[2] / 'ha/qemu-replication'
 QMP = PROGRAM.parents[1] / 'tools/guide/qmp.py'
@@ -48,15 +51,6 @@ def addresses() -> List[str]:
     return [f'{net}.1', f'{net}.2']
 
 
-def parse(description: Optional[str]
-          ) -> Tuple[argparse.Namespace, List[str]]:
-    """Read a test's command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument('--build', type=Path, required=True)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
-
-
 def configuration(build: Path, folder: Path, disks: Disks) -> Json:
     """A VM without a guest."""
     return {
@@ -75,20 +69,11 @@ def configuration(build: Path, folder: Path, disks: Disks) -> Json:
 def with_guest(config: Json, guest: Guest, disks: Disks,
                words: str = '') -> Json:
     """The guest that checks every block it has written."""
-    accel = accelerator()
     return dict(config, vm=dict(config['vm'], arguments=[
-        '-nodefaults', '-L', '/usr/share/seabios', '-L', '/usr/share/qemu',
-        '-machine', f'pc,accel={accel}', '-m', '160',
-        '-cpu', 'host' if accel == 'kvm' else 'qemu64',
-        '-kernel', str(guest.kernel), '-initrd', str(guest.initramfs),
-        # an NMI, which QMP has, is a panic
-        '-device', 'pvpanic-pci', '-append', 'console=ttyS0 quiet panic=-1 '
-        f'unknown_nmi_panic {disks.kernel_arguments} {words}',
-        '-chardev', 'file,id=log,path={run}/guest.log',
-        '-serial', 'chardev:log',
-        '-chardev', 'file,id=work,path={run}/work.out,append=on,'
-        'input-path={run}/work.in',
-        '-serial', 'chardev:work']))
+        *guest_arguments(guest, disks, accelerator(), '{run}',
+                         # an NMI, which QMP has, is a panic
+                         f'unknown_nmi_panic {words}'),
+        '-device', 'pvpanic-pci']))
 
 
 def like_qemu(folder: Path) -> 'subprocess.Popen[bytes]':
@@ -210,6 +195,12 @@ class Side:
         """Wait until it is in one of some states."""
         self.wait(lambda: self.state in states, ' or '.join(states))
 
+    def stands_by_again(self, dead: int) -> bool:
+        """Whether another QEMU than the one that is dead stands by."""
+        told = self.status()
+        return bool(told and told['state'] == 'secondary'
+                    and told['pid'] not in (None, dead))
+
     def check_guest(self, gone: Callable[[], bool] = lambda: False) -> int:
         """Have the guest check all that it ever wrote.
 
@@ -263,3 +254,45 @@ class Side:
         except (FileNotFoundError, ProcessLookupError):
             # it has ended
             pass
+
+
+class SidesTest(unittest.TestCase):
+    """Two sides, in a folder, for all tests of a class."""
+    folder: Path
+    sides: Dict[str, Side]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        # unittest goes on after any other exception
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # pylint: disable=consider-using-with
+        holder = tempfile.TemporaryDirectory(prefix='ha-')
+        cls.addClassCleanup(holder.cleanup)
+        cls.folder = Path(holder.name)
+        cls.sides = {}
+
+    @classmethod
+    def add_side(cls, config: Path, name: str, *prefix: str) -> None:
+        """Another one, which is closed however this ends."""
+        cls.sides[name] = Side(config, cls.folder, name, *prefix)
+        cls.addClassCleanup(cls.sides[name].close)
+        atexit.register(cls.sides[name].close)
+
+    def setUp(self) -> None:
+        found = [side for side in self.sides.values()
+                 if side.state == 'protected']
+        self.assertEqual(len(found), 1)
+        self.primary = found[0]
+        self.standby = next(side for side in self.sides.values()
+                            if side is not self.primary)
+
+    def tearDown(self) -> None:
+        """Say what was said, if that is of use."""
+        outcome = getattr(self, '_outcome').result
+        if any(test is self for test, _ in outcome.failures + outcome.errors):
+            for side in self.sides.values():
+                print(self.words(side))
+
+    def words(self, side: Side) -> str:
+        """What was said on a host."""
+        return side.words()

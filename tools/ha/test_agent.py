@@ -6,7 +6,6 @@ The programs of Pacemaker and Corosync are scripts that note how they are
 called and say what a test wants; so is the keeper.
 """
 
-import argparse
 import asyncio
 import json
 import os
@@ -21,6 +20,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import command
 from guesthost import MIB, Disks
 from qemu_replication import cluster
 from qemu_replication.config import load
@@ -48,14 +48,7 @@ Membership information
 Json = Dict[str, Any]
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def quorum(*members: str, ring: str = '1.8', quorate: bool = True) -> str:
@@ -430,4 +423,4 @@ class JudgeTest(FakeCluster):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=[sys.argv[0], *REST])

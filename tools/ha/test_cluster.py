@@ -174,7 +174,7 @@ class ThreeNodes(ClusterCase):
         """Have the agent run a VM of its own on the third node."""
         folder, nodes = cls.cluster.folder, cls.cluster.nodes
         config = configuration(OPTIONS.build, folder, Disks(1, MIB, 0))
-        config['vm']['arguments'] = ['-nodefaults', '-L', '/usr/share/seabios']
+        config['vm']['arguments'] = ['-nodefaults']
         config['host'] = {
             name: {'address': Cluster.address(nodes[name], LINK)}
             for name in ('north', 'east')}

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is wrong with a configuration is said before anything is started."""
 
-import argparse
 import asyncio
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import unittest.mock
 from pathlib import Path
 from typing import Any, Dict, List
 
+import command
 from guesthost import MIB, Disks
 from qemu_replication import check
 from qemu_replication.config import Config, ConfigError, load
@@ -28,14 +28,7 @@ SECONDS = 60.0
 KEY = '0123456789abcdef' * 4
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def changed(table: Json, key: str, value: Any) -> Json:
@@ -348,4 +341,4 @@ class StatesTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=[sys.argv[0], *REST])

@@ -12,16 +12,16 @@ import random
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import unittest
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List
+from typing import Callable, Iterator, List
 
+import command
 from clusternodes import ip
 from guest import get_guest
 from guesthost import MIB, STEP_SECONDS, Disks
-from sides import (NAMES, Side, SideError, configuration, parse, toml,
+from sides import (NAMES, Side, SideError, SidesTest, configuration, toml,
                    with_guest)
 
 DISKS = Disks(1, 20 * MIB, 16 * MIB)
@@ -44,7 +44,7 @@ ETH_P_ALL, ETH_P_RARP = 0x3, 0x8035
 CLONE_NEWNET = 0x40000000
 
 
-OPTIONS, REST = parse(__doc__)
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 class Wires:
@@ -152,28 +152,21 @@ class Talk:
         self._socket.close()
 
 
-class NetworkTest(unittest.TestCase):
+class NetworkTest(SidesTest):
     """One guest for all tests."""
-    sides: Dict[str, Side]
     wires: Wires
     talks: List[Talk] = []
 
     @classmethod
     def setUpClass(cls) -> None:
-        # unittest goes on after any other exception
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # pylint: disable=consider-using-with
-        holder = tempfile.TemporaryDirectory(prefix='ha-')
-        cls.addClassCleanup(holder.cleanup)
+        super().setUpClass()
         cls.wires = Wires()
         cls.addClassCleanup(cls.wires.remove)
         cls.wires.build()
-        path = cls._configure(Path(holder.name))
-        cls.sides = {}
+        path = cls._configure(cls.folder)
         for name in NAMES:
-            cls.sides[name] = Side(path, path.parent, name, 'ip', 'netns',
-                                   'exec', cls.wires.name(name))
-            cls.addClassCleanup(cls.sides[name].close)
+            cls.add_side(path, name, 'ip', 'netns', 'exec',
+                         cls.wires.name(name))
         for side in cls.sides.values():
             side.start()
         east, west = cls.sides.values()
@@ -207,22 +200,10 @@ class NetworkTest(unittest.TestCase):
         cls.addClassCleanup(cls.talks[-1].close)
 
     def setUp(self) -> None:
-        found = [side for side in self.sides.values()
-                 if side.state == 'protected']
-        self.assertEqual(len(found), 1)
-        self.primary = found[0]
-        self.standby = next(side for side in self.sides.values()
-                            if side is not self.primary)
+        super().setUp()
         self.all_go_on()
         # Of what it is since the last checkpoint nothing was copied
         self.talk()
-
-    def tearDown(self) -> None:
-        """Say what the keepers have said, if that is of use."""
-        outcome = getattr(self, '_outcome').result
-        if any(test is self for test, _ in outcome.failures + outcome.errors):
-            for side in self.sides.values():
-                print(side.words())
 
     def all_go_on(self) -> None:
         """Each connection."""
@@ -292,8 +273,8 @@ class NetworkTest(unittest.TestCase):
     def test_kill_secondary(self) -> None:
         """What was to be compared goes out."""
         dead = self.standby.signal(signal.SIGKILL)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
 
     def test_hang_secondary(self) -> None:
@@ -306,8 +287,7 @@ class NetworkTest(unittest.TestCase):
             def given_up() -> bool:
                 for _ in range(FLOOD):
                     flood.sendto(bytes(FLOOD), (GUEST, ECHO_PORT))
-                return self.standby.state == 'secondary' \
-                    and self.standby.pid != hung
+                return self.standby.stands_by_again(hung)
 
             self.standby.wait(given_up, 'another QEMU')
         self.protected(self.primary, self.standby)

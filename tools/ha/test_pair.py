@@ -6,19 +6,18 @@ Each test begins with a protected VM, on whichever side, and ends with one
 whose guest has checked every block that it ever wrote.
 """
 
-import atexit
 import json
 import os
 import signal
 import sys
-import tempfile
 import unittest
 from pathlib import Path
-from typing import Dict, List
+from typing import List
 
+import command
 from guest import get_guest
 from guesthost import MIB, Disks
-from sides import (GUEST_SECONDS, NAMES, Side, configuration, parse, toml,
+from sides import (GUEST_SECONDS, NAMES, Side, SidesTest, configuration, toml,
                    with_guest)
 
 DISKS = Disks(2, 20 * MIB, 16 * MIB)
@@ -32,7 +31,7 @@ LOG_SECONDS = 300.0
 REFUSED, NO_KEEPER = 4, 3
 
 
-OPTIONS, REST = parse(__doc__)
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def last_region_logged(metadata: Path) -> bool:
@@ -42,20 +41,12 @@ def last_region_logged(metadata: Path) -> bool:
     return bool(log[region // 8] >> region % 8 & 1)
 
 
-class PairTest(unittest.TestCase):
+class PairTest(SidesTest):
     """One guest for all tests."""
-    sides: Dict[str, Side]
-    folder: Path
 
     @classmethod
     def setUpClass(cls) -> None:
-        # unittest goes on after any other exception
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # pylint: disable=consider-using-with
-        holder = tempfile.TemporaryDirectory(prefix='ha-')
-        cls.addClassCleanup(holder.cleanup)
-        cls.folder = Path(holder.name)
-        cls.sides = {}
+        super().setUpClass()
         config = with_guest(configuration(OPTIONS.build, cls.folder, DISKS),
                             get_guest(OPTIONS.cache, print), DISKS)
         for disk in config['disk']:
@@ -70,9 +61,7 @@ class PairTest(unittest.TestCase):
         path = cls.folder / 'vm1.toml'
         path.write_text(toml(config), 'utf-8')
         for name in NAMES:
-            cls.sides[name] = Side(path, cls.folder, name)
-            cls.addClassCleanup(cls.sides[name].close)
-            atexit.register(cls.sides[name].close)
+            cls.add_side(path, name)
         cls._first_start()
 
     @classmethod
@@ -90,21 +79,6 @@ class PairTest(unittest.TestCase):
         east.check_guest()
         west.order('standby')
         east.order('protect')
-
-    def setUp(self) -> None:
-        found = [side for side in self.sides.values()
-                 if side.state == 'protected']
-        self.assertEqual(len(found), 1)
-        self.primary = found[0]
-        self.standby = next(side for side in self.sides.values()
-                            if side is not self.primary)
-
-    def tearDown(self) -> None:
-        """Say what the keepers have said, if that is of use."""
-        outcome = getattr(self, '_outcome').result
-        if any(test is self for test, _ in outcome.failures + outcome.errors):
-            for side in self.sides.values():
-                print(side.words())
 
     def protected(self, primary: Side, standby: Side) -> None:
         """Wait until it is, and have the guest judge."""
@@ -127,8 +101,8 @@ class PairTest(unittest.TestCase):
         """The VM goes on where it is, and gets another standby."""
         before = self.primary.pid
         dead = self.standby.signal(signal.SIGKILL)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
 
@@ -168,8 +142,8 @@ class PairTest(unittest.TestCase):
         """Its keeper gives it up, and the VM goes on."""
         before = self.primary.pid
         hung = self.standby.signal(signal.SIGSTOP)
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != hung, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(hung),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
 
@@ -295,8 +269,8 @@ class PairTest(unittest.TestCase):
         before = self.primary.pid
         dead = self.standby.pid
         self.standby.qmp('inject-nmi')
-        self.standby.wait(lambda: self.standby.state == 'secondary'
-                          and self.standby.pid != dead, 'another QEMU')
+        self.standby.wait(lambda: self.standby.stands_by_again(dead),
+                          'another QEMU')
         self.protected(self.primary, self.standby)
         self.assertEqual(self.primary.pid, before)
         self.primary.qmp('inject-nmi')

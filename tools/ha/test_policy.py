@@ -5,7 +5,6 @@
 The resource is that of docs/operate-a-cluster.txt.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -13,8 +12,9 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, NamedTuple, Tuple
 
+import command
 from clusternodes import cib, unpacked
 
 SECONDS = 60.0
@@ -70,15 +70,7 @@ CASES = (
 )
 
 
-def parse() -> Tuple[argparse.Namespace, List[str]]:
-    """Read the command line; the rest is for unittest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path)
-    parser.add_argument('--cache', type=Path, required=True)
-    return parser.parse_known_args()
-
-
-OPTIONS, REST = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 class PolicyTest(unittest.TestCase):

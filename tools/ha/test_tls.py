@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A pair whose hosts know each other by certificates."""
 
-import argparse
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import unittest
 from pathlib import Path
 from typing import Dict, List
 
+import command
 from guesthost import MIB, Disks
 from qemu_replication import check
 from qemu_replication.config import load
@@ -22,14 +22,7 @@ DISKS = Disks(1, MIB, 0)
 WRONG = 2
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 def openssl(*words: str) -> None:
@@ -89,8 +82,7 @@ class TlsTest(unittest.TestCase):
         self.folder = Path(holder.name)
         config = configuration(OPTIONS.build, self.folder, DISKS)
         config['vm']['arguments'] = [
-            '-nodefaults', '-L', '/usr/share/seabios', '-L',
-            '/usr/share/qemu', '-machine', 'pc,accel=tcg', '-m', '64']
+            '-nodefaults', '-machine', 'pc,accel=tcg', '-m', '64']
         config['tls'] = {'kind': 'x509', 'dir': f'{self.folder}/{{host}}/tls'}
         config['network'] = {'device': 'e1000,romfile=',
                              'netdev': 'user,restrict=on'}
@@ -125,8 +117,7 @@ class TlsTest(unittest.TestCase):
         east, west = self.begin()
         east.order('protect')
         dead = west.signal(signal.SIGKILL)
-        west.wait(lambda: west.state == 'secondary' and west.pid != dead,
-                  'another QEMU')
+        west.wait(lambda: west.stands_by_again(dead), 'another QEMU')
         east.wait_for('protected')
         east.signal(signal.SIGKILL)
         east.wait_for('down')
@@ -147,9 +138,9 @@ class TlsTest(unittest.TestCase):
         """The only one of east, where nothing is started."""
         found = list(check.problems(load(self.path, 'east')))
         self.assertEqual(len(found), 1, found)
-        for command in 'check', 'keeper':
+        for word in 'check', 'keeper':
             self.assertIn(found[0],
-                          self.sides['east'].order(command, status=WRONG))
+                          self.sides['east'].order(word, status=WRONG))
         return found[0]
 
     def test_missing(self) -> None:
@@ -188,4 +179,4 @@ class TlsTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=[sys.argv[0], *REST], verbosity=2)

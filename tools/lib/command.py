@@ -9,9 +9,10 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from random import SystemRandom
-from typing import Iterator, List, TextIO
+from typing import Iterator, List, Optional, TextIO
 
 WIDTH = 78
 # A terminal is redrawn so often; elsewhere there is a line now and then
@@ -55,33 +56,46 @@ def begin() -> None:
     logging.getLogger('qemu').setLevel(logging.CRITICAL)
 
 
-def parser(text: str, program: str = '') -> argparse.ArgumentParser:
-    """A command line with what all tools that run a build want."""
-    made = argparse.ArgumentParser(prog=program or None, description=text)
-    made.add_argument('--build-dir', type=Path, required=True, metavar='DIR',
+def parser(text: Optional[str]) -> argparse.ArgumentParser:
+    """A command line with what those want that run a build."""
+    made = argparse.ArgumentParser(description=text)
+    made.add_argument('--build', type=Path, required=True, metavar='DIR',
                       help='folder of the built QEMU')
-    made.add_argument('--work-dir', type=Path, metavar='DIR',
-                      help='where images go (default: the system\'s folder '
-                      'for temporary files)')
+    made.add_argument('--tree', type=Path, metavar='DIR',
+                      help='folder of its source')
+    made.add_argument('--cache', type=Path, metavar='DIR',
+                      help='folder that keeps the guest between runs')
     return made
 
 
 def add_seed(made: argparse.ArgumentParser) -> None:
-    """Options of what is random."""
+    """Options of what is random, and goes on until it is told to end."""
     made.add_argument('--seed', type=int, metavar='N',
                       default=SystemRandom().randrange(1 << 31),
                       help='repeat the run that printed this seed')
-    made.add_argument('--minutes', type=float, metavar='M',
+    made.add_argument('--first', type=int, metavar='I', default=0,
+                      help='begin with this one of the seed')
+    made.add_argument('--count', type=float, metavar='K', default=inf,
+                      help='end after so many')
+    made.add_argument('--minutes', type=float, metavar='M', default=inf,
                       help='begin nothing new after this time')
 
 
+def numbers(options: argparse.Namespace) -> Iterator[int]:
+    """What to play of a seed."""
+    number, end = options.first, time.monotonic() + 60 * options.minutes
+    while number < options.first + options.count and time.monotonic() < end:
+        yield number
+        number += 1
+
+
 @contextmanager
-def work_folder(prefix: str, parent: Path) -> Iterator[Path]:
+def work_folder(prefix: str) -> Iterator[Path]:
     """A folder for images, sockets and logs.
 
     It is kept if its file KEEP exists at the end.
     """
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         if len(str(folder)) > MAX_FOLDER:
             sys.exit(f'error: {folder} is too long for the path of a socket')
@@ -109,7 +123,7 @@ class Progress:
         """Since the start."""
         return time.monotonic() - self._begin
 
-    def say(self, text: str = '') -> None:
+    def say(self, text: str) -> None:
         """Write a line that stays."""
         self.wipe()
         print(text, file=self._stream, flush=True)

@@ -2,7 +2,6 @@
 """A QEMU as all tools run it: it ends with them, and no wait is for ever."""
 
 import asyncio
-import itertools
 import os
 import signal
 import time
@@ -256,16 +255,6 @@ class Host(QEMUMachine):
                 self.cmd('query-blockstats', query_nodes=True)]
         return [stats for stats in told
                 if stats.get('driver') == 'replication']
-
-
-_numbers = itertools.count()
-
-
-def guestless(build: Path, folder: Path, name: str = '', *args: str,
-              **options: Any) -> Host:
-    """A host that runs no guest."""
-    return Host(build, folder, name or f'host{next(_numbers)}', *NO_GUEST,
-                *args, **options)
 
 
 def replicate(host: Host, enable: bool, mode: str,

@@ -91,27 +91,27 @@ class Picture:
         self._add('circle', '', tip, cx=float(place[0]), cy=float(place[1]),
                   r=radius, fill=colour)
 
-    def cross(self, place: Point, colour: str, size: float = 7) -> None:
+    def cross(self, place: Point, colour: str) -> None:
         """Draw an x."""
         x, y = place
+        size = 7
         self.line((x - size, y - size), (x + size, y + size), colour, 3)
         self.line((x - size, y + size), (x + size, y - size), colour, 3)
 
     def text(self, place: Point, text: str, colour: str, size: float = 13,
-             anchor: str = 'start', bold: bool = False) -> None:
+             anchor: str = 'start', bold: bool = False, **more: object
+             ) -> None:
         """Write a text."""
         self._add('text', escape(text), None, x=float(place[0]),
                   y=float(place[1]), fill=colour, font_size=size,
                   text_anchor=anchor,
-                  font_weight='bold' if bold else 'normal')
+                  font_weight='bold' if bold else 'normal', **more)
 
-    def label(self, place: Point, text: str, colour: str,
-              anchor: str = 'start', size: float = 13) -> None:
+    def label(self, place: Point, text: str, colour: str, anchor: str
+              ) -> None:
         """Write a text that can be read over lines."""
-        self._add('text', escape(text), None, x=float(place[0]),
-                  y=float(place[1]), fill=colour, font_size=size,
-                  text_anchor=anchor, font_weight='bold', stroke='white',
-                  stroke_width=4, paint_order='stroke',
+        self.text(place, text, colour, anchor=anchor, bold=True,
+                  stroke='white', stroke_width=4, paint_order='stroke',
                   stroke_linejoin='round')
 
     def whole(self) -> str:

@@ -7,14 +7,15 @@ lines "Caught-by: TEST [CASE]..." which iotests, and cases of these, have to
 fail then.  They have to pass without it.
 """
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import List
+
+import command
 
 FOLDER = Path(__file__).resolve().parent
 # What the tests run that has the driver in it
@@ -23,15 +24,6 @@ TARGET = 'qemu-system-x86_64'
 STATES = '10'
 BUILD_SECONDS = 1800
 TEST_SECONDS = 900
-
-
-class Catch(NamedTuple):
-    """A test, or some cases of it"""
-    test: str
-    cases: List[str]
-
-    def __str__(self) -> str:
-        return ' '.join([self.test, *self.cases])
 
 
 class Builder:
@@ -55,15 +47,16 @@ class Builder:
         if result.returncode:
             sys.exit(f'{result.stdout[-4000:]}\nerror: it does not build')
 
-    def objection(self, catch: Catch) -> str:
-        """What the test says is wrong, or nothing."""
+    def objection(self, catch: str) -> str:
+        """What a test, or some cases of it, say is wrong, or nothing."""
+        test, *cases = catch.split()
         iotests = self.folder / 'tests/qemu-iotests'
         with tempfile.TemporaryDirectory() as scratch:
             env = dict(os.environ, CRASH_STATES=STATES, TEST_DIR=scratch)
             result = subprocess.run(
                 ['./check', '-qcow2', '--', sys.executable,
-                 str(self.tree / 'tests/qemu-iotests/tests' / catch.test),
-                 *catch.cases], cwd=iotests, check=False, text=True, env=env,
+                 str(self.tree / 'tests/qemu-iotests/tests' / test),
+                 *cases], cwd=iotests, check=False, text=True, env=env,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 timeout=TEST_SECONDS)
         if not re.search(r'^Ran [1-9]', result.stdout, re.MULTILINE):
@@ -73,18 +66,15 @@ class Builder:
         return str((errors or ['?'])[0]) if result.returncode else ''
 
 
-def catches(patch: Path) -> List[Catch]:
+def catches(patch: Path) -> List[str]:
     """What has to notice it."""
-    lines = re.findall(r'^Caught-by: (.*)$', patch.read_text('utf-8'),
-                       re.MULTILINE)
-    return [Catch(line.split()[0], line.split()[1:]) for line in lines]
+    return re.findall(r'^Caught-by: (.*)$', patch.read_text('utf-8'),
+                      re.MULTILINE)
 
 
 def main() -> int:
     """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ('--build', '--tree'):
-        parser.add_argument(name, type=Path, required=True)
+    parser = command.parser(__doc__)
     parser.add_argument('patches', nargs='*', type=Path)
     args = parser.parse_args()
     builder = Builder(args.tree, args.build)
@@ -98,9 +88,8 @@ def main() -> int:
         print(f"{'ok' if good else 'not ok'} - {what}", flush=True)
 
     for catch in sorted({catch for patch in patches
-                         for catch in map(str, catches(patch))}):
-        test, *cases = catch.split()
-        say(not builder.objection(Catch(test, cases)), f'{catch} passes')
+                         for catch in catches(patch)}):
+        say(not builder.objection(catch), f'{catch} passes')
     for patch in patches:
         builder.patch(patch.resolve())
         try:

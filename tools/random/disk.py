@@ -485,41 +485,25 @@ class Disk:
 
     def forwards(self, side: str) -> bool:
         """Whether what is written here goes through a primary node."""
-        if side == VIEW:
-            return bool(self.secondary and self.secondary.next)
-        return side == LOCAL and bool(self.primary and self.primary.attached)
+        return any(above == side for _, _, above in self.primaries())
 
     def nodes(self) -> List[Node]:
         """All replication nodes of this disk."""
-        nodes: List[Node] = []
-        if self.secondary:
-            nodes.append(self.secondary.model)
-            if self.secondary.next:
-                nodes.append(self.secondary.next)
-        if self.primary and self.primary.attached:
-            nodes.append(self.primary.model)
-        return nodes
+        nodes: List[Node] = [node for _, node, _ in self.primaries()]
+        return [self.secondary.model, *nodes] if self.secondary else nodes
 
-    def primaries(self) -> List[Tuple[ModelHost, PrimaryNode]]:
-        """Those that forward what is written to this disk."""
-        nodes: List[Tuple[ModelHost, PrimaryNode]] = []
+    def primaries(self) -> List[Tuple[ModelHost, PrimaryNode, str]]:
+        """The nodes that forward the guests' writes, and those above them."""
+        nodes: List[Tuple[ModelHost, PrimaryNode, str]] = []
         if self.secondary and self.secondary.next:
-            nodes.append((self.disk_host, self.secondary.next))
+            nodes.append((self.disk_host, self.secondary.next, VIEW))
         if self.primary and self.primary.attached:
-            nodes.append((self.primary.host, self.primary.model))
+            nodes.append((self.primary.host, self.primary.model, LOCAL))
         return nodes
-
-    def forwarder(self) -> Optional[Tuple[ModelHost, PrimaryNode, str]]:
-        """The node that forwards the guest's writes, and the one above it."""
-        if self.secondary and self.secondary.next:
-            return self.disk_host, self.secondary.next, VIEW
-        if self.primary and self.primary.attached:
-            return self.primary.host, self.primary.model, LOCAL
-        return None
 
     def drain(self) -> None:
         """See that nothing is under way: block status waits for that."""
-        for host, node in self.primaries():
+        for host, node, _ in self.primaries():
             if not node.quiet:
                 host.qemu_io(node.name, f'alloc 0 {self.layout.size}')
                 node.drained()

@@ -114,6 +114,9 @@ class Failback(Holder):
             host.query('blockdev-del', {'node-name': node})
         host.delete(DISK, META)
 
+    def close_primary(self) -> None:
+        self.close(self.a)
+
     def close_secondary(self) -> None:
         self.close(self.b)
 
@@ -360,16 +363,3 @@ class Failback(Holder):
             self.break_link, *[self.start] * 8, *[self.checkpoint] * 8,
             self.stop, self.fail_over, self.lose_secondary,
             *[self.lose_primary] * 2, *[self.part] * 2, *[self.look] * 3]
-
-    def end(self) -> None:
-        """Nobody dies, and nothing is left."""
-        if self.has_job():
-            self.a.query('job-cancel', id=JOB)
-            self.a.wait_until(lambda: not self.has_job(), 'the job')
-        self.fail_over()
-        for client in self.clients.values():
-            client.close()
-        self.close(self.a)
-        demand('the local disk', self.local, 0,
-               self.path('local').read_bytes())
-        self.close(self.b)

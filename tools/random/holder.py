@@ -8,17 +8,16 @@ over has the last checkpoint and what its own guest wrote.
 
 import signal
 from pathlib import Path
-from random import Random
-from typing import Callable, Dict, List, Optional, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import nodes
 from disk import demand
 from host import Json
-from layout import KIB, MIB, SECTOR, Image, Images, pattern
+from layout import KIB, MIB, SECTOR, Image, pattern
 from model import Content, Op, Write
-from modelhost import Difference, ModelHost
+from modelhost import Difference
 from nbdio import Client
-from sequence import Sequence, Stats
+from sequence import Sequence, Walk
 from steps import random_flag, random_range, random_write
 
 SIZES = [MIB, 2 * MIB - 3 * SECTOR]
@@ -27,18 +26,12 @@ JOB = 'sync'
 MIN_STEPS, MAX_STEPS = 10, 50
 
 
-class Holder:
+class Holder(Walk):
     """A pair of hosts with one disk: the primary is a, the secondary b."""
 
-    def __init__(self, hosts: Dict[str, ModelHost], images: Images,
-                 folder: Path, seed: str, trace: TextIO) -> None:
-        self.a, self.b = hosts['a'], hosts['b']
-        self.images = images
-        self.folder = folder
-        self.trace = trace
-        self.stats = Stats()
-        self.seed = seed
-        self.rng = Random(seed)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.a, self.b = self.hosts['a'], self.hosts['b']
         self.size = self.rng.choice(SIZES)
         self.timeout = self.rng.choice([0, 0, 300])
         self.queue = self.rng.choice([256 * KIB, 256 * KIB, 64 * MIB,
@@ -53,11 +46,6 @@ class Holder:
         # Something happened that a replica may be lost for
         self.excuse = False
         self.clients: Dict[str, Client] = {}
-
-    def log(self, text: str) -> None:
-        """Remember what was done."""
-        self.trace.write(f'{text}\n')
-        self.trace.flush()
 
     def demand(self, condition: bool, what: str) -> None:
         """It must be so."""
@@ -124,6 +112,12 @@ class Holder:
         self.b.export(VIEW)
         self.clients[VIEW] = self.b.connect(VIEW)
         self.serves = True
+
+    def close_primary(self) -> None:
+        """All of it."""
+        self.a.unexport(TOP)
+        self.a.delete(TOP)
+        self.a.query('blockdev-del', {'node-name': LINK})
 
     def close_secondary(self) -> None:
         """It keeps its disk."""
@@ -432,8 +426,7 @@ class Holder:
         """Open, walk, and end in one of the ways."""
         self.open()
         for number in range(self.rng.randrange(MIN_STEPS, MAX_STEPS)):
-            self.rng = Random(f'{self.seed}/{number}')
-            self.stats.steps += 1
+            self.new_step(number)
             self.rng.choice(self.steps())()
         self.log('end')
         if self.own and self.rng.random() < 0.5:
@@ -450,9 +443,7 @@ class Holder:
         self.fail_over()
         for client in self.clients.values():
             client.close()
-        self.a.unexport(TOP)
-        self.a.delete(TOP)
-        self.a.query('blockdev-del', {'node-name': LINK})
+        self.close_primary()
         demand('the local disk', self.local, 0,
                self.path('local').read_bytes())
         self.close_secondary()

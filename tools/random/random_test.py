@@ -6,16 +6,14 @@ QEMU does each step, a small model foretells what every read returns, which
 calls succeed and what the status says.
 """
 
-import argparse
 import gc
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from pathlib import Path
-from typing import Dict, Iterator, Optional, TextIO, Union
+from typing import Dict, List, Optional, TextIO, Type, Union
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
@@ -33,10 +31,10 @@ from modelhost import Difference, ModelHost
 from sequence import Sequence, Stats
 from steps import choose, hosts, start
 
-MINUTES = 3.0
 # In turn: pairs under quorum, of a primary that holds both disks, and of two
 # disks with metadata
-KINDS = [Holder, Sequence, Failback, Sequence]
+KINDS: List[Type[Union[Holder, Sequence]]] = [Holder, Sequence, Failback,
+                                              Sequence]
 MIN_STEPS, MAX_STEPS = 10, 50
 LOG_LINES = 40
 # Each wait has its own limit; this is for what nobody thought of
@@ -46,35 +44,6 @@ SEQUENCE_SECONDS = 300
 FINDINGS = (Difference, HostError, QEMUMachineError, QMPError, nbd.Error,
             EOFError, ConnectionError, TimeoutError,
             subprocess.TimeoutExpired)
-
-
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = command.parser(__doc__)
-    command.add_seed(parser)
-    parser.add_argument('--sequences', type=int, metavar='K',
-                        help='how many sequences to run, however long it '
-                        'takes')
-    parser.add_argument('--sequence', type=int, metavar='I',
-                        help='begin with this one, and run only one if '
-                        'nothing else is asked for')
-    return parser.parse_args()
-
-
-def numbers(options: argparse.Namespace) -> Iterator[int]:
-    """The sequences to play, for as long as there is time."""
-    number = options.sequence or 0
-    end, deadline = float('inf'), float('inf')
-    if options.sequences is not None:
-        end = number + options.sequences
-    elif options.sequence is not None and options.minutes is None:
-        end = number + 1
-    else:
-        minutes = MINUTES if options.minutes is None else options.minutes
-        deadline = time.monotonic() + 60 * minutes
-    while number < end and time.monotonic() < deadline:
-        yield number
-        number += 1
 
 
 class Player:
@@ -115,7 +84,7 @@ class Player:
             self._hosts[name].served += 1
         args = (self._hosts, self._images, folder, f'{self._seed}/{number}',
                 trace)
-        seq: Union[Holder, Sequence] = KINDS[number % len(KINDS)](*args)
+        seq = KINDS[number % len(KINDS)](*args)
         try:
             if isinstance(seq, Holder):
                 seq.play()
@@ -129,13 +98,13 @@ class Player:
 
     def _report(self, number: int, exc: Exception) -> str:
         lines = [f'sequence {number} differs; to repeat it:',
-                 f'  --seed {self._seed} --sequence {number}']
+                 f'  --seed {self._seed} --first {number} --count 1']
         before = max(host.served for host in self._hosts.values()) - 1
         if before:
             lines += [
                 'if that shows nothing, with those before in the same QEMU:',
-                f'  --seed {self._seed} --sequence {number - before} '
-                f'--sequences {before + 1}']
+                f'  --seed {self._seed} --first {number - before} '
+                f'--count {before + 1}']
         lines += ['', self._trace.read_text(encoding='utf-8')]
         if not isinstance(exc, FINDINGS):
             lines.append('The test itself has failed:')
@@ -231,16 +200,18 @@ def too_long(_number: int, _frame: object) -> None:
 
 def main() -> int:
     """Make room for a run, do it, and clean up."""
-    options = parse()
+    parser = command.parser(__doc__)
+    command.add_seed(parser)
+    options = parser.parse_args()
     command.begin()
     signal.signal(signal.SIGALRM, too_long)
     print(f'seed {options.seed}', flush=True)
     progress = command.Progress()
     failure = None
-    with command.work_folder('random-', options.work_dir) as folder:
-        player = Player(options.build_dir, folder, options.seed)
+    with command.work_folder('random-') as folder:
+        player = Player(options.build, folder, options.seed)
         try:
-            for number in numbers(options):
+            for number in command.numbers(options):
                 failure = player.play(number)
                 if failure:
                     break

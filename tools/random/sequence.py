@@ -4,7 +4,7 @@
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
-from typing import Dict, List, Optional, TextIO
+from typing import Any, Dict, List, Optional, TextIO
 
 from disk import DISK, LOCAL, VIEW, Disk, demand
 from modelhost import Difference, ModelHost, named_node
@@ -50,22 +50,40 @@ class Stats:
                          for name, count in asdict(self).items())
 
 
-class Sequence:
-    """The disks and hosts of a sequence, and what can be done with them."""
+class Walk:
+    """Two hosts, and steps that are drawn from a seed."""
 
     def __init__(self, hosts: Dict[str, ModelHost], images: Images,
                  folder: Path, seed: str, trace: TextIO) -> None:
         self.hosts = hosts
         self.images = images
+        self.folder = folder
         self.seed = seed
         self.rng = Random(seed)
         self.stats = Stats()
-        self.trace = trace
+        self._trace = trace
+
+    def log(self, text: str) -> None:
+        """Remember what was done."""
+        self._trace.write(f'{text}\n')
+        self._trace.flush()
+
+    def new_step(self, number: int) -> None:
+        """One step's random numbers do not depend on how others ended."""
+        self.rng = Random(f'{self.seed}/{number}')
+        self.stats.steps += 1
+
+
+class Sequence(Walk):
+    """The disks and hosts of a sequence, and what can be done with them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         # Some nodes were moved to an iothread in the middle
         self.moved = False
-        self.disks = self._random_disks(folder)
+        self.disks = self._random_disks()
 
-    def _random_disks(self, folder: Path) -> List[Disk]:
+    def _random_disks(self) -> List[Disk]:
         """Any topology, mostly of one disk."""
         kind = self.rng.choice(['secondary', 'secondary', 'pair', 'pair',
                                 'remote', 'local'])
@@ -73,22 +91,12 @@ class Sequence:
         disks = []
         for number in range(self.rng.choice([1, 1, 1, 2])):
             disks.append(Disk(
-                number, Layout.random(self.rng), self.images, folder,
+                number, Layout.random(self.rng), self.images, self.folder,
                 self.rng, first if kind == 'local' else second,
                 None if kind == 'secondary' else first,
                 kind in ('secondary', 'pair')))
             self.log(f'{kind}: {disks[-1].layout}')
         return disks
-
-    def log(self, text: str) -> None:
-        """Remember what was done."""
-        self.trace.write(f'{text}\n')
-        self.trace.flush()
-
-    def new_step(self, number: int) -> None:
-        """One step's random numbers do not depend on how others ended."""
-        self.rng = Random(f'{self.seed}/{number}')
-        self.stats.steps += 1
 
     def expect(self, expected: Maybe, found: bool, what: str) -> None:
         """Compare how something ended with how it had to."""
@@ -378,7 +386,7 @@ class Sequence:
     def observe(self) -> None:
         """What is under way may fail, if anything can now."""
         for disk in self.disks:
-            for _, node in disk.primaries():
+            for _, node, _ in disk.primaries():
                 node.observe()
 
     def host_of(self, disk: Disk, image: Image) -> ModelHost:

@@ -609,12 +609,10 @@ def change_server(seq: Sequence, disk: Disk) -> None:
 # The graph
 
 
-@step(lambda seq, disk: 0.4 if disk.forwarder() and seq.may_break(disk) else 0)
+@step(lambda seq, disk: 0.4 if disk.primaries() and seq.may_break(disk) else 0)
 def lead_past(seq: Sequence, disk: Disk) -> None:
     """The primary node is taken out, perhaps for a write, and put back."""
-    found = disk.forwarder()
-    assert found
-    host, node, side = found
+    host, node, side = disk.primaries()[0]
     seq.log(f'take {node.name} out')
     disk.drain()
     if side == LOCAL:

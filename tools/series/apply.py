@@ -21,7 +21,7 @@ def series_of(version: str) -> str:
     return '.'.join(version.split('.')[:2])
 
 
-class Tree:
+class Target:
     """The tree that the series is applied to."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,31 +125,30 @@ def added_files(branches: Branches) -> Files:
 
 def apply_series(branches: Branches, folder: Path) -> str:
     """Apply all series to a tree, or refuse; say what was done."""
-    tree = Tree(folder)
-    tree.refuse_version(branches.base)
-    tree.refuse_applied(added_files(branches))
-    tree.refuse_dirty()
+    target = Target(folder)
+    target.refuse_version(branches.base)
+    target.refuse_applied(added_files(branches))
+    target.refuse_dirty()
     with tempfile.TemporaryDirectory() as staging:
         written = Writer(branches).write_all(Path(staging))
         mails = [mail for part in written for mail in part.mails]
-        if tree.is_git:
-            return tree.apply_commits(mails)
-        return tree.apply_changes(mails)
+        if target.is_git:
+            return target.apply_commits(mails)
+        return target.apply_changes(mails)
 
 
 def main() -> int:
     """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(prog='./run apply', description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    parser.add_argument('dir', type=Path, metavar='DIR',
-                        help='a QEMU source tree, with or without git')
+    parser.add_argument('dir', type=Path)
     args = parser.parse_args()
     try:
-        target = Path(os.path.realpath(args.dir))
-        version_of(target)
+        folder = Path(os.path.realpath(args.dir))
+        version_of(folder)
         with branches_of(args.cache,
                          Base(args.base, args.pristine)) as branches:
-            done = apply_series(branches, target)
+            done = apply_series(branches, folder)
     except Failure as failure:
         print(f'error: {failure}', file=sys.stderr)
         return 1

@@ -160,32 +160,19 @@ def edit(branches: Branches, folder: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ./run tells each program about the base."""
-    parser.add_argument('--cache', type=Path, required=True,
-                        help=argparse.SUPPRESS)
-    parser.add_argument('--base', metavar='VERSION', default=REFERENCE,
-                        help=f'the QEMU that the series is for: one of '
-                        f'bases/, by default {REFERENCE}')
-    parser.add_argument('--pristine', type=Path, required=True,
-                        help=argparse.SUPPRESS)
+    parser.add_argument('--cache', type=Path, required=True)
+    parser.add_argument('--base', default=REFERENCE)
+    parser.add_argument('--pristine', type=Path, required=True)
 
 
 def main() -> int:
-    """Parse the command line and do what it says."""
-    parser = argparse.ArgumentParser(prog='./run series', description=__doc__)
+    """Do what the command line says; tools/base/commands tells of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument('-o', '--output', type=Path, metavar='DIR',
-                      help='the folder to write to')
-    what.add_argument('--edit', type=Path, metavar='DIR',
-                      help='make a git repository with a branch for each '
-                      'folder of patches/, to change them there')
-    what.add_argument('--keep', type=Path, metavar='DIR',
-                      help='write patches/ anew from such a repository')
-    parser.add_argument('-s', '--signoff', action='store_true',
-                        help='sign each patch off, as the user that git is '
-                        'configured for')
-    parser.add_argument('series', nargs='*', metavar='SERIES',
-                        help='only this one, by default all')
+    for name in ('--output', '--edit', '--keep'):
+        parser.add_argument(name, type=Path)
+    parser.add_argument('--signoff', action='store_true')
+    parser.add_argument('series', nargs='*')
     args = parser.parse_args()
     base = Base(args.base, args.pristine)
     try:

@@ -29,7 +29,7 @@ from apply import apply_series
 from branch import Branches, Work, branches_of
 from series import Writer, add_arguments, differing
 from tree import Tree
-from bases import Base, Failure, REFERENCE, Series
+from bases import Base, Failure, REFERENCE, Series, read_reasons
 
 EXPECTED = Path(__file__).with_name('checkpatch-expected')
 
@@ -82,13 +82,6 @@ class Place(NamedTuple):
         return self.tree.folder
 
 
-def read_expected() -> List[str]:
-    """The messages of checkpatch that are known to be wrong."""
-    return [line.split(' # ')[0].strip()
-            for line in EXPECTED.read_text('utf-8').splitlines()
-            if line.strip() and not line.startswith('#')]
-
-
 def checkpatch(place: Place, patch: Path) -> str:
     """What checkpatch has to say, apart from what is known to be wrong."""
     result = subprocess.run(
@@ -96,7 +89,7 @@ def checkpatch(place: Place, patch: Path) -> str:
          '--terse', '--strict', '--no-signoff', f'--root={place.source}',
          patch], check=False, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT)
-    expected = read_expected()
+    expected = read_reasons(EXPECTED)
     lines = [line for line in result.stdout.splitlines()
              if not any(re.search(known, line) for known in expected)]
     return '\n'.join(lines)

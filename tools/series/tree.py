@@ -15,7 +15,8 @@ from typing import List
 
 from branch import Branches, branches_of
 from repository import Repository
-from bases import Base, Failure, REFERENCE
+from series import add_arguments
+from bases import Base, Failure
 
 # QEMU's own driver, for comparisons. COLO under TCG deadlocks at the first
 # checkpoint unless QEMU itself is mended: that is no difference between the
@@ -80,10 +81,9 @@ def report(names: List[str], is_new: bool) -> str:
 def main() -> int:
     """Parse the command line and do what it says."""
     parser = argparse.ArgumentParser(description=__doc__)
+    add_arguments(parser)
     parser.add_argument('--flavour', choices=FLAVOURS, required=True)
-    parser.add_argument('--base', default=REFERENCE)
-    for name in ('--cache', '--pristine', '--tree'):
-        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument('--tree', type=Path, required=True)
     parser.add_argument('--check', action='store_true',
                         help='change nothing, fail if the tree is stale')
     parser.add_argument('--list', action='store_true',

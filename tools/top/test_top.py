@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Check that the watcher shows what two QEMUs have done."""
 
-import argparse
 import os
 import pty
 import re
@@ -17,10 +16,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, List, Tuple
 
+import command
 import nodes
 from figures import (DOUBTFUL, PROTECTED, UNPROTECTED, NodeFigures, Rate,
                      Watched, verdict)
-from host import Host, guestless
+from host import NO_GUEST, Host
 from view import COLUMNS, View, duration, size, sparkline
 
 TOP = Path(__file__).resolve().parent / 'top.py'
@@ -31,14 +31,7 @@ DISK_MIB = 64
 FULL_SECTOR = (DISK_MIB - 1) * MIB // 512
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build-dir', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 
 
 class FiguresTest(unittest.TestCase):
@@ -144,9 +137,10 @@ class TopTest(unittest.TestCase):
 
     def host(self, name: str, *args: str) -> Host:
         """Start a QEMU with a socket to watch; it ends with the test."""
-        host = guestless(
-            OPTIONS.build_dir, self.folder, name, '-name', name, '-chardev',
-            f'socket,id=top,path={self.folder}/{name}.top,server=on,wait=off',
+        host = Host(
+            OPTIONS.build, self.folder, name, *NO_GUEST, '-name', name,
+            '-chardev', f'socket,id=top,path={self.folder}/{name}.top,'
+            'server=on,wait=off',
             '-mon', 'chardev=top,mode=control', *args)
         self.addCleanup(host.kill)
         host.launch()
@@ -174,7 +168,7 @@ class TopTest(unittest.TestCase):
         with disk.open('wb') as file:
             file.truncate(DISK_MIB * MIB)
         for name in ('hidden', 'active'):
-            nodes.create(OPTIONS.build_dir, self.folder / f'{name}.qcow2',
+            nodes.create(OPTIONS.build, self.folder / f'{name}.qcow2',
                          DISK_MIB * MIB)
         return self.host(
             'west', '-drive', 'if=none,id=disk0,node-name=disk,driver=raw,'
@@ -191,16 +185,18 @@ class TopTest(unittest.TestCase):
         """Return the command for a watcher."""
         return [sys.executable, str(TOP), *map(str, arguments)]
 
-    def snapshot(self, *arguments: Any) -> 'subprocess.CompletedProcess[str]':
+    def snapshot(self, *arguments: Any, width: int = 80
+                 ) -> 'subprocess.CompletedProcess[str]':
         """Run the watcher once."""
-        return subprocess.run(self.command('--once', *arguments), text=True,
-                              capture_output=True, timeout=WAIT_SECONDS,
-                              check=False)
+        return subprocess.run(
+            self.command('--once', *arguments), text=True, check=False,
+            capture_output=True, timeout=WAIT_SECONDS,
+            env={**os.environ, 'COLUMNS': str(width)})
 
     def once(self, *sockets: Path, width: int = 80,
              status: int = UNPROTECTED) -> List[str]:
         """Return the lines of a snapshot."""
-        done = self.snapshot('--interval', '0.1', '--width', width, *sockets)
+        done = self.snapshot('--interval', '0.1', *sockets, width=width)
         self.assertEqual(done.returncode, status, done.stderr)
         self.assertNotIn('\033', done.stdout)
         return done.stdout.splitlines()
@@ -316,7 +312,7 @@ class TopTest(unittest.TestCase):
         self.addCleanup(os.close, terminal)
         # pylint: disable=consider-using-with
         top = subprocess.Popen(
-            self.command('--interval', '0.1', '--width', 80, self.top(host)),
+            self.command('--interval', '0.1', self.top(host)),
             stdin=other, stdout=other, stderr=other,
             env={**os.environ, 'COLUMNS': '80', 'LINES': '24',
                  'PYTHONIOENCODING': 'utf-8'})
@@ -379,4 +375,4 @@ class ViewTest(unittest.TestCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1], verbosity=2)
+    unittest.main(argv=[sys.argv[0], *REST], verbosity=2)

@@ -34,37 +34,14 @@ HOME, CLEAR_LINE, CLEAR_BELOW = '\033[H', '\033[K', '\033[J'
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog='./run top', description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('sockets', type=Path, nargs='*', metavar='SOCKET',
-                        help='QMP socket of one side, and of the other')
-    parser.add_argument('--demo', action='store_true',
-                        help='watch the demo that runs')
-    parser.add_argument('--once', action='store_true',
-                        help='print how it is, without colours, and end: '
-                        'with 0 if the VM is protected, 1 if that is in '
-                        'doubt, 2 if not')
-    parser.add_argument('--check', action='store_true',
-                        help='the same for monitoring: only the first line')
-    parser.add_argument('--max-age', type=float, default=60.0, metavar='S',
-                        help='when the last checkpoint is longer ago, it is '
-                        'in doubt (default: %(default)s seconds)')
-    parser.add_argument('--interval', type=float, default=0.5, metavar='S',
-                        help='seconds between two looks '
-                        '(default: %(default)s)')
-    parser.add_argument('--width', type=int, metavar='N',
-                        help="columns (default: the terminal's)")
+    """Read the command line; tools/base/commands tells of it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('sockets', type=Path, nargs='*')
+    parser.add_argument('--once', action='store_true')
+    parser.add_argument('--check', action='store_true')
+    parser.add_argument('--max-age', type=float, default=60.0)
+    parser.add_argument('--interval', type=float, default=0.5)
     options = parser.parse_args()
-    if options.demo and options.sockets:
-        parser.error('--demo finds the sockets by itself')
-    if not 0.05 <= options.interval <= 60:
-        parser.error('--interval wants 0.05 to 60 seconds')
-    if options.max_age <= 0:
-        parser.error('--max-age wants more than 0 seconds')
-    if options.width is not None and not 20 <= options.width <= 1000:
-        parser.error('--width wants 20 to 1000 columns')
     options.once = options.once or options.check
     if not options.once and not sys.stdout.isatty():
         parser.error('this is no terminal: use --once')
@@ -92,7 +69,7 @@ def sockets(options: argparse.Namespace) -> List[Path]:
 
 def new_view(options: argparse.Namespace) -> View:
     """Return a view for the terminal as it is now."""
-    width = options.width or shutil.get_terminal_size().columns
+    width = shutil.get_terminal_size().columns
     unicode = 'utf' in (sys.stdout.encoding or '').lower()
     return View(width, options.max_age, SPARKS if unicode else PLAIN_SPARKS)
 
