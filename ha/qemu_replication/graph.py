@@ -105,12 +105,21 @@ def make_images(config: Config) -> None:
             wipe(disk)
 
 
+def _escaped(path: str) -> str:
+    """The name that QEMU gives to what belongs to a file elsewhere."""
+    return ''.join(char if char > '\x7f' or char.isalnum() or char in '-._~'
+                   else f'%{ord(char):02X}' for char in path[1:])
+
+
 def overlays(disk: Disk) -> List[Path]:
     """What QEMU could not part with: the guest's, and what was below it."""
     path = os.path.realpath(disk.file)
-    if disk.overlays or not os.path.isfile(path):
-        path = os.path.join(disk.overlays or TEMPORARY,
-                            path[1:].replace('/', '-'))
+    is_file = os.path.isfile(path)
+    if not is_file:
+        # what the kernel calls a device may be another one tomorrow
+        path = os.path.abspath(disk.file)
+    if disk.overlays or not is_file:
+        path = os.path.join(disk.overlays or TEMPORARY, _escaped(path))
     return [Path(f'{path}.standby-{name}.qcow2')
             for name in ('active', 'hidden')]
 

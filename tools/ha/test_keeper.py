@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a keeper does when what is beside it fails, without any QEMU."""
 
-import argparse
 import asyncio
 import contextlib
 import io
@@ -19,7 +18,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import command
+import nodes
 from guesthost import MIB, Disks
+from host import NO_GUEST, Host
+from qemu_replication import graph
 from qemu_replication.cli import no_keeper
 from qemu_replication.client import FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
@@ -36,14 +39,7 @@ UNPROTECTED = 2
 Json = Dict[str, Any]
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--build', type=Path, required=True)
-    return parser.parse_args()
-
-
-OPTIONS = parse()
+OPTIONS, REST = command.parser(__doc__).parse_known_args()
 HANGS = Failed('QEMU did not answer')
 
 
@@ -335,6 +331,35 @@ class FindTest(KeeperCase):
         asyncio.run(find())
 
 
+class NamesTest(KeeperCase):
+    """Of overlays that QEMU has left."""
+
+    def test_names(self) -> None:
+        """QEMU has made them where they are looked for."""
+        folder = self.folder / 'a b-c%'
+        folder.mkdir()
+        disk = folder / 'd~\u00fc.raw'
+        disk.write_bytes(bytes(MIB))
+        link = self.folder / 'link'
+        link.symlink_to(disk)
+        elsewhere = self.folder / 'elsewhere'
+        elsewhere.mkdir()
+        for path in disk, link:
+            for where in '', str(elsewhere):
+                with self.subTest(path=path, where=where):
+                    wanted = graph.overlays(replace(
+                        self.config.disks[0], file=str(path), overlays=where))
+                    options = {'overlay-dir': where} if where else {}
+                    with Host(OPTIONS.build, self.folder, 'names',
+                              *NO_GUEST) as host:
+                        host.add(nodes.standby(
+                            'top0', 'replica0', nodes.image(
+                                'raw', 'disk0', nodes.file(path)), **options))
+                        self.assertEqual(
+                            sorted(wanted[0].parent.glob('*.scratch')),
+                            [path.with_suffix('.scratch') for path in wanted])
+
+
 class MergeTest(KeeperCase):
     """Of overlays that QEMU has left, before the VM is booted."""
 
@@ -476,4 +501,4 @@ class ServiceTest(KeeperCase):
 
 
 if __name__ == '__main__':
-    unittest.main(argv=sys.argv[:1])
+    unittest.main(argv=[sys.argv[0], *REST])
