@@ -110,6 +110,19 @@ static char *overlays_path(const char *image)
                                  g_canonicalize_filename(image, NULL);
 }
 
+/* What leads to the disk for qemu-img; a part of a file is not that file */
+static char *GRAPH_RDLOCK overlays_backing(BlockDriverState *format,
+                                           const char *path)
+{
+    if (path && format->drv == &bdrv_raw &&
+        bdrv_getlength(format) != bdrv_getlength(format->file->bs)) {
+        bdrv_refresh_filename(format);
+        path = format->filename;
+    }
+
+    return g_strdup(path);
+}
+
 static void overlay_name(Overlay *overlay, const char *prefix,
                          const char *which)
 {
@@ -217,6 +230,7 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
 {
     BlockDriverState *format, *hidden, *active;
     g_autofree char *path = NULL;
+    g_autofree char *backing = NULL;
     const char *fmt;
     int64_t length;
     bool direct;
@@ -226,6 +240,7 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
     bdrv_graph_rdlock_main_loop();
     format = bdrv_skip_filters(disk);
     path = overlays_path(overlays_image(disk));
+    backing = overlays_backing(format, path);
     fmt = format->drv->is_format ? format->drv->format_name : "raw";
     direct = !secondary_uses_page_cache(disk);
     length = bdrv_getlength(disk);
@@ -238,7 +253,7 @@ BlockDriverState *replication_overlays_make(ReplicationOverlays *o,
 
     overlays_name(o, path);
     if (!overlays_check_left(o, errp) ||
-        !overlays_create(o, &o->hidden, length, HIDDEN_CLUSTER, path, fmt,
+        !overlays_create(o, &o->hidden, length, HIDDEN_CLUSTER, backing, fmt,
                          errp) ||
         !overlays_create(o, &o->active, length, ACTIVE_CLUSTER, o->hidden.kept,
                          "qcow2", errp)) {
