@@ -78,7 +78,7 @@ def on_guard(disk: Disk) -> List[Command]:
             Command('blockdev-del', {'node-name': guard})]
 
 
-def commands(disk: Disk, in_iothread: bool, running: bool) -> List[Command]:
+def commands(disk: Disk, running: bool) -> List[Command]:
     """All of them."""
     top = disk.node(VIEW)
     lower = [disk.nodes()[0].name,
@@ -102,9 +102,7 @@ def commands(disk: Disk, in_iothread: bool, running: bool) -> List[Command]:
             Command('x-blockdev-set-iothread', {
                 'node-name': node, 'iothread': None}, None),
         ]
-        if not in_iothread:
-            # There QEMU 10.0 crashes in bdrv_insert_node(), replicated or not
-            result += inserts(node, jobs)
+        result += inserts(node, jobs)
     if running:
         result += on_guard(disk)
     result += [
@@ -126,13 +124,11 @@ def disturb(seq: Sequence, disk: Disk) -> None:
               'size': disk.layout.size})
     before = host.graph()
     command = seq.rng.choice(commands(
-        disk, seq.uses_iothread(),
-        disk.nodes()[0].stage is Stage.RUNNING))
+        disk, disk.nodes()[0].stage is Stage.RUNNING))
     seq.log(f'{command.name} {command.args}')
     error = host.attempt(command.name, command.args)
     seq.log(f'{command.name}: {error or "done"}')
     seq.stats.refused += error is not None
-    seq.moved |= command.name == 'x-blockdev-set-iothread'
     seq.expect(command.expected, error is None, command.name)
     host.end_job(JOB)
     if not error and command.name == 'blockdev-add':

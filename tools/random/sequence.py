@@ -79,8 +79,6 @@ class Sequence(Walk):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        # Some nodes were moved to an iothread in the middle
-        self.moved = False
         self.disks = self._random_disks()
 
     def _random_disks(self) -> List[Disk]:
@@ -451,10 +449,6 @@ class Sequence(Walk):
             for other in self.disks if other is not disk
         ) and all(node.is_bad() is False for host in self.hosts.values()
                   for node in host.nodes if node not in mine)
-
-    def uses_iothread(self) -> bool:
-        """Whether nodes may be outside of the main loop."""
-        return self.moved or any(disk.layout.iothread for disk in self.disks)
 
     def is_healthy(self) -> bool:
         """Whether there is no fault at all."""

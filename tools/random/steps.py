@@ -701,7 +701,6 @@ def change_thread(seq: Sequence, disk: Disk, thread: Optional[str]) -> None:
     error = disk.disk_host.attempt('x-blockdev-set-iothread', {
         'node-name': disk.node(VIEW), 'iothread': thread, 'force': True})
     seq.log(f'move {VIEW}{disk.number} to {thread}: {error or "done"}')
-    seq.moved = True
     seq.expect(None, error is None, 'a move')
 
 
