@@ -8,6 +8,7 @@ node, through NBD exports of the QEMU under test.
 """
 
 import json
+import logging
 import os
 import subprocess
 import time
@@ -42,6 +43,8 @@ _PATTERN_ROW = bytes(1 + k % 251 for k in range(1024))
 
 def main(required: Sequence[str] = ('replication', 'quorum',
                                     'blkdebug')) -> None:
+    # that a QEMU was killed is no news
+    logging.getLogger('qemu').setLevel(logging.CRITICAL)
     iotests.main(supported_fmts=['qcow2'],
                  supported_protocols=['file'],
                  supported_platforms=['linux'],
