@@ -392,6 +392,13 @@ void replication_forget_first_error(BlockDriverState *bs);
 /* Find out where @bs stands in the graph, unless it runs */
 void GRAPH_RDLOCK replication_update_place(BlockDriverState *bs);
 
+/*
+ * A node moves to the main loop when it gets or loses a parent, unless another
+ * parent objects.  Ours come and go all the time: @bs and those around it go
+ * back to @ctx, where somebody wanted them to be.
+ */
+void replication_go_back_to(BlockDriverState *bs, AioContext *ctx);
+
 /* End every job, and give back what start took */
 void replication_release(BlockDriverState *bs);
 

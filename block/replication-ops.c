@@ -343,14 +343,17 @@ static AioContext *replication_op_begin(BlockDriverState *bs)
     return bdrv_get_aio_context(bs);
 }
 
-/*
- * A node moves to the main loop when it gets or loses a parent, unless another
- * parent objects.  Ours come and go all the time: @bs and those around it go
- * back to @ctx, where somebody wanted them to be.
- */
+void replication_go_back_to(BlockDriverState *bs, AioContext *ctx)
+{
+    /* This may drain all nodes, also where there is nothing to be moved */
+    if (bdrv_get_aio_context(bs) != ctx) {
+        bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
+    }
+}
+
 static void replication_op_end(BlockDriverState *bs, AioContext *ctx)
 {
-    bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
+    replication_go_back_to(bs, ctx);
     bdrv_unref(bs);
 }
 

@@ -406,7 +406,7 @@ static void standby_merge_bh(void *opaque)
     }
     bdrv_drained_end(bs);
     /* The filter of the job, which has just come, may have led it away */
-    bdrv_try_change_aio_context(bs, ctx, NULL, NULL);
+    replication_go_back_to(bs, ctx);
     bdrv_unref(bs);
 }
 
