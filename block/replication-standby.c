@@ -591,11 +591,7 @@ static bool standby_flush_disk(BlockDriverState *bs, Error **errp)
 static bool standby_stop(BlockDriverState *bs, Error **errp)
 {
     ReplicationStandby *st = standby_state(bs);
-    bool whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
-                 secondary_in_sync(bs, NULL) &&
-                 (!st->ledger ||
-                  replication_ledger_has_started(st->ledger, NULL) > 0);
-    bool active;
+    bool active, whole;
 
     bdrv_graph_rdlock_main_loop();
     active = replication_check_active(bs, REPLICATION_OP_STOP, errp);
@@ -604,6 +600,10 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
         return false;
     }
 
+    whole = replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+            secondary_in_sync(bs, NULL) &&
+            (!st->ledger ||
+             replication_ledger_has_started(st->ledger, NULL) > 0);
     st->mixed = false;
     if (!secondary_checkpoint(bs, errp) || !standby_flush_disk(bs, errp)) {
         return false;

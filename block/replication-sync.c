@@ -40,17 +40,24 @@ static void replica_sync_tell_progress(ReplicaSyncJob *s)
     s->copied_before = copied;
 }
 
+/* Why there is nothing to be brought in step any more, if so */
+static int replica_sync_error(ReplicaSyncJob *s)
+{
+    int error;
+    ReplicaState state = replication_replica_state(s->bs, &error);
+
+    return error ?: state == REPLICA_STATE_NONE ? -ECANCELED : 0;
+}
+
 static int coroutine_fn replica_sync_run(Job *job, Error **errp)
 {
     ReplicaSyncJob *s = replica_sync_job(job);
-    int error;
 
     while (!job_is_cancelled(job)) {
-        ReplicaState state = replication_replica_state(s->bs, &error);
+        int error = replica_sync_error(s);
 
         replica_sync_tell_progress(s);
-        if (error || state == REPLICA_STATE_NONE) {
-            error = error ?: -ECANCELED;
+        if (error) {
             error_setg_errno(errp, -error, "The replica of replication node "
                              "'%s' could not be brought in step",
                              bdrv_get_node_name(s->bs));
@@ -70,14 +77,10 @@ static int coroutine_fn replica_sync_run(Job *job, Error **errp)
     return job_is_cancelled(job) ? -ECANCELED : 0;
 }
 
-/* It has been in step, and may have been lost before the job could end */
+/* It has been in step, and may be gone before the job could end */
 static int replica_sync_prepare(Job *job)
 {
-    int error;
-
-    replication_replica_state(replica_sync_job(job)->bs, &error);
-
-    return error;
+    return replica_sync_error(replica_sync_job(job));
 }
 
 static bool replica_sync_cancel(Job *job, bool force)
