@@ -554,7 +554,7 @@ static bool secondary_insert_cbw(BlockDriverState *bs, BlockDriverState *disk,
     ReplicationSecondary *s = secondary_state(bs);
     BlockCopyState *bcs;
 
-    s->cbw = bdrv_cbw_append(disk, hidden, NULL, false, 0, &bcs, errp);
+    s->cbw = bdrv_cbw_append(disk, hidden, NULL, false, true, 0, &bcs, errp);
     if (s->cbw) {
         block_copy_set_copy_opts(bcs, secondary_copies_in_host(s), false);
         block_copy_set_progress_meter(bcs, &s->progress);
