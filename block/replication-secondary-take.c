@@ -253,6 +253,30 @@ secondary_check_chain(BlockDriverState *bs, Error **errp)
            secondary_find_top(bs, errp);
 }
 
+/* Of @node, which we write to.  The child may get filters below it. */
+static void secondary_forbid_snapshots(BlockDriverState *bs,
+                                       BlockDriverState *node)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    bdrv_ref(node);
+    s->written = g_slist_prepend(s->written, node);
+    bdrv_op_block(node, BLOCK_OP_TYPE_INTERNAL_SNAPSHOT, s->writes_blocker);
+}
+
+static void secondary_allow_snapshots(BlockDriverState *bs)
+{
+    ReplicationSecondary *s = secondary_state(bs);
+
+    for (GSList *l = s->written; l; l = l->next) {
+        bdrv_op_unblock(l->data, BLOCK_OP_TYPE_INTERNAL_SNAPSHOT,
+                        s->writes_blocker);
+        bdrv_unref(l->data);
+    }
+    g_slist_free(s->written);
+    s->written = NULL;
+}
+
 /*
  * Make @node a child of @bs that can be written to and cannot go away.
  * *@was_ro tells secondary_detach() to make it read-only again.
@@ -276,6 +300,7 @@ static bool secondary_attach(BlockDriverState *bs, BlockDriverState *node,
 
     if (*child) {
         secondary_refresh_perms(bs, *child);
+        secondary_forbid_snapshots(bs, node);
     } else if (*was_ro) {
         bdrv_reopen_set_read_only(node, true, NULL);
         *was_ro = false;
@@ -726,6 +751,7 @@ void secondary_release(BlockDriverState *bs)
     qatomic_set(&s->unsettled, false);
     secondary_unfreeze(bs);
     secondary_unclaim_overlays(bs);
+    secondary_allow_snapshots(bs);
     secondary_detach(bs, &s->hidden, &s->hidden_was_ro);
     secondary_detach(bs, &s->disk, &s->disk_was_ro);
     secondary_unblock_top(bs);

@@ -350,6 +350,7 @@ void secondary_free(BlockDriverState *bs)
 
     g_free(s->secondary->top_id);
     g_free(s->secondary->guard_name);
+    error_free(s->secondary->writes_blocker);
     g_free(s->secondary);
 }
 
@@ -369,6 +370,9 @@ bool secondary_new(BlockDriverState *bs, QemuOpts *opts, Error **errp)
         secondary_free(bs);
         return false;
     }
+    error_setg(&s->secondary->writes_blocker,
+               "node is written to by replication node '%s'",
+               bdrv_get_node_name(bs));
 
     return true;
 }

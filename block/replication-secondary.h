@@ -22,6 +22,10 @@ struct ReplicationSecondary {
     ReplicationStandby *standby;
     char *guard_name;
 
+    /* Nodes that we write to, and why there are no snapshots of them */
+    GSList *written;
+    Error *writes_blocker;
+
     /* For how long the end of QEMU may wait for a merge */
     uint64_t merge_at_quit_ms;
 
