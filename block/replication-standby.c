@@ -16,6 +16,7 @@
 #include "qemu/main-loop.h"
 #include "qemu/option.h"
 #include "qobject/qdict.h"
+#include "system/block-backend.h"
 #include "system/runstate.h"
 #include "copy-before-write.h"
 #include "replication-ledger.h"
@@ -287,10 +288,51 @@ static bool standby_open_metadata(BlockDriverState *bs, Error **errp)
            standby_open_records(bs, errp);
 }
 
+/* Not that of a -drive without a device: nobody writes through it */
+static bool GRAPH_RDLOCK standby_is_writer(BdrvChild *parent)
+{
+    BlockBackend *blk = NULL;
+
+    while ((blk = blk_all_next(blk)) && blk != parent->opaque) {
+        /* Look at the next one */
+    }
+
+    return (parent->perm & BLK_PERM_WRITE) &&
+           !(blk && *blk_name(blk) && !blk_get_attached_dev(blk));
+}
+
+/*
+ * Who uses the disk already would be taken for the primary, and be kept out
+ * when the node has gone
+ */
+static bool GRAPH_RDLOCK standby_refuse_writers(BlockDriverState *bs,
+                                                BlockDriverState *disk,
+                                                Error **errp)
+{
+    BdrvChild *c;
+
+    QLIST_FOREACH(c, &disk->parents, next_parent) {
+        if (c->opaque != bs && standby_is_writer(c)) {
+            g_autofree char *user = c->klass->get_parent_desc(c);
+
+            error_setg(errp, "The disk '%s' of replication node '%s' is "
+                       "written to by %s", bdrv_get_node_name(disk),
+                       bdrv_get_node_name(bs), user);
+            error_append_hint(errp, "Have the guest use '%s', and export the "
+                              "node that '" REPLICATION_OPT_REPLICA_NODE_NAME
+                              "' names.\n", bdrv_get_node_name(bs));
+            return false;
+        }
+    }
+
+    return true;
+}
+
 static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
     BlockDriverState *disk, *active;
     BdrvChild *file;
+    bool is_free;
     int ret;
 
     bdrv_graph_rdlock_main_loop();
@@ -303,6 +345,12 @@ static bool standby_opened(BlockDriverState *bs, QDict *options, Error **errp)
                    "and the primary writes there", bdrv_get_node_name(bs),
                    bdrv_get_node_name(disk));
         error_append_hint(errp, "Open both with read-only=off.\n");
+        return false;
+    }
+    bdrv_graph_rdlock_main_loop();
+    is_free = standby_refuse_writers(bs, disk, errp);
+    bdrv_graph_rdunlock_main_loop();
+    if (!is_free) {
         return false;
     }
     active = replication_overlays_make(standby_state(bs)->overlays, disk, errp);
