@@ -159,8 +159,14 @@ static bool holder_start(BlockDriverState *bs, Error **errp)
     }
     bdrv_graph_rdunlock_main_loop();
 
-    return holder_in_sync(bs, errp) &&
-           (!s->ledger || replication_ledger_confirm(s->ledger, errp));
+    if (!holder_in_sync(bs, errp) ||
+        (s->ledger && !replication_ledger_confirm(s->ledger, errp))) {
+        return false;
+    }
+    /* What was reported is forgotten from now on, and has to be told again */
+    qatomic_set(&s->read_failed, false);
+
+    return true;
 }
 
 /* The replica is the secondary's disk from now on */

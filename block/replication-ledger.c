@@ -926,6 +926,8 @@ bool replication_ledger_confirm(ReplicationLedger *ledger, Error **errp)
         }
     }
     qatomic_set(&ledger->confirmed, true);
+    /* Errors that were reported are forgotten by a start */
+    qatomic_set(&ledger->failed, false);
     /* What was copied is in the log, perhaps all of the disk */
     ledger_tick_in(ledger, 0);
 
