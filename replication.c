@@ -227,6 +227,14 @@ static void replication_abandon_one(ReplicationState *rs, void *opaque,
     }
 }
 
+static void replication_check_failover_one(ReplicationState *rs, void *opaque,
+                                           Error **errp)
+{
+    if (rs->ops->check_failover) {
+        rs->ops->check_failover(rs, errp);
+    }
+}
+
 static void replication_stop_one(ReplicationState *rs, void *opaque,
                                  Error **errp)
 {
@@ -237,14 +245,26 @@ static void replication_stop_one(ReplicationState *rs, void *opaque,
 
 void replication_stop_all(bool failover, Error **errp)
 {
+    Error *local_err = NULL;
+
     GLOBAL_STATE_CODE();
 
     if (failover) {
         replication_visit_all(replication_abandon_one, NULL, NULL);
     }
     bdrv_drain_all_begin();
-    replication_visit_all(replication_stop_one, &failover, errp);
+    if (failover) {
+        replication_visit_all(replication_check_failover_one, NULL, &local_err);
+    }
+    if (local_err) {
+        replication_lose_all(local_err);
+    }
+    /* What else is refused follows from the first error */
+    replication_visit_all(replication_stop_one, &failover,
+                          local_err ? NULL : errp);
     bdrv_drain_all_end();
+
+    error_propagate(errp, local_err);
 }
 
 static void replication_quit_one(ReplicationState *rs, void *opaque,

@@ -250,6 +250,9 @@ struct ReplicationRole {
     /* End in peace */
     bool (*stop)(BlockDriverState *bs, Error **errp);
 
+    /* Whether the primary lets this side go on from the last checkpoint */
+    bool (*may_take_over)(BlockDriverState *bs, Error **errp);
+
     /*
      * A failover comes: do not wait for what nobody needs any more.  Called
      * without draining the node first.

@@ -568,6 +568,25 @@ static void replication_checkpoint(ReplicationState *rs, Error **errp)
     replication_op_end(bs, ctx);
 }
 
+static void replication_check_failover(ReplicationState *rs, Error **errp)
+{
+    ERRP_GUARD();
+    BlockDriverState *bs = rs->opaque;
+    BDRVReplicationState *s = bs->opaque;
+    AioContext *ctx;
+
+    GLOBAL_STATE_CODE();
+
+    ctx = replication_op_begin(bs);
+    if (s->stage == REPLICATION_STAGE_BROKEN) {
+        error_propagate(errp, error_copy(s->error));
+    } else if (s->stage == REPLICATION_STAGE_RUNNING &&
+               s->role->may_take_over && !s->role->may_take_over(bs, errp)) {
+        replication_lose_checkpoint(bs, error_copy(*errp));
+    }
+    replication_op_end(bs, ctx);
+}
+
 /* A primary has its own disk, and no checkpoint to lose */
 static void replication_lose(ReplicationState *rs, const Error *reason)
 {
@@ -676,6 +695,7 @@ ReplicationOps replication_ops = {
     .check      = replication_check,
     .checkpoint = replication_checkpoint,
     .first_checkpoint = replication_first_checkpoint,
+    .check_failover = replication_check_failover,
     .lose       = replication_lose,
     .abandon    = replication_abandon,
     .get_error  = replication_get_error,

@@ -773,6 +773,22 @@ static void standby_wait_for_record(BlockDriverState *bs, const Error *err)
     replication_set_stage(bs, REPLICATION_STAGE_FAILOVER_FAILED);
 }
 
+/* If that cannot be read, the failover fails, and can be tried again */
+static bool standby_may_take_over(BlockDriverState *bs, Error **errp)
+{
+    ReplicationLedger *ledger = standby_state(bs)->ledger;
+    Error *local_err = NULL;
+    int ret = ledger ? replication_ledger_has_started(ledger, &local_err) : 1;
+
+    if (ret == 0) {
+        error_propagate(errp, local_err);
+        return false;
+    }
+    error_free(local_err);
+
+    return true;
+}
+
 static void standby_failover(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
@@ -1010,6 +1026,7 @@ const ReplicationRole replication_standby_role = {
     .in_sync            = secondary_in_sync,
     .checkpoint         = secondary_checkpoint,
     .stop               = standby_stop,
+    .may_take_over      = standby_may_take_over,
     .failover           = standby_failover,
     .detach             = standby_detach,
     .get_error          = secondary_get_error,

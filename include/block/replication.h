@@ -88,6 +88,14 @@ struct ReplicationOps {
     void (*check)(ReplicationState *rs, Error **errp);
 
     /*
+     * Optional.  Whether a failover would be refused because there is no
+     * checkpoint to go back to, or none that the node may take over from.  Then
+     * the node is as if that had been tried, and no other node goes back to its
+     * own.
+     */
+    void (*check_failover)(ReplicationState *rs, Error **errp);
+
+    /*
      * Optional.  The checkpoint of another node, whose error is @reason, failed
      * half-way, or cannot be failed over to: this one does not stand for the
      * same checkpoint.
