@@ -281,19 +281,41 @@ int64_t replication_changes_lacking_bytes(ReplicationChanges *changes)
     return MIN(hbitmap_count(changes->lacking), changes->size);
 }
 
+/* How much of a range is not in @set, in whole blocks */
+static int64_t changes_missing(HBitmap *set, int64_t start, int64_t bytes)
+{
+    int64_t end = start + bytes;
+    int64_t zero, dirty, result = 0;
+
+    for (; start < end; start = dirty) {
+        zero = hbitmap_next_zero(set, start, end - start);
+        if (zero < 0) {
+            break;
+        }
+        dirty = hbitmap_next_dirty(set, zero, end - zero);
+        if (dirty < 0) {
+            dirty = end;
+        }
+        result += QEMU_ALIGN_UP(dirty - zero, REPLICATION_BLOCK);
+    }
+
+    return result;
+}
+
 int64_t replication_changes_changed_bytes(ReplicationChanges *changes)
 {
     int64_t start = 0, bytes, result;
 
     QEMU_LOCK_GUARD(&changes->lock);
 
-    /* Those of both, and then what only the second has */
+    /*
+     * Those of both, and then what only the second has.  The guest waits, so
+     * not block by block.
+     */
     result = hbitmap_count(changes->current);
     while (hbitmap_next_dirty_area(changes->closing, start, changes->size,
-                                   REPLICATION_BLOCK, &start, &bytes)) {
-        if (!hbitmap_get(changes->current, start)) {
-            result += REPLICATION_BLOCK;
-        }
+                                   INT64_MAX, &start, &bytes)) {
+        result += changes_missing(changes->current, start, bytes);
         start += bytes;
     }
 
