@@ -365,6 +365,9 @@ static bool secondary_awaits_merge(BlockDriverState *bs, int64_t end_ns)
 {
     ReplicationSecondary *s = secondary_state(bs);
 
+    if (replication_stage(bs) == REPLICATION_STAGE_FAILOVER) {
+        standby_hurry_merge(bs);
+    }
     /* After the merge of a standby, its state is that of a primary */
     if (replication_stage(bs) != REPLICATION_STAGE_FAILOVER ||
         qemu_clock_get_ns(QEMU_CLOCK_REALTIME) >= end_ns) {

@@ -189,6 +189,9 @@ bool standby_is_unrecorded(BlockDriverState *bs);
 void standby_prepare_merge(BlockDriverState *bs);
 bool standby_prepares_merge(BlockDriverState *bs);
 
+/* At the end of QEMU, when the main loop does not come to it any more */
+void standby_hurry_merge(BlockDriverState *bs);
+
 /* The merge has ended, and @bs may have another role.  Returns its stage. */
 ReplicationNodeStage standby_merged(BlockDriverState *bs);
 

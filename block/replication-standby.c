@@ -60,7 +60,9 @@ struct ReplicationStandby {
 
     /* A merge begins when everything is flushed, or fails with this.  BQL. */
     bool prepares_merge;
+    bool is_flushed; /* atomic */
     Error *settle_error;
+    /* Not while the main loop waits for something, to change the graph */
     QEMUBH *merge_bh;
 
     /* The node is being closed, and becomes nothing any more */
@@ -408,6 +410,7 @@ static void coroutine_fn standby_flush_entry(void *opaque)
     bdrv_graph_co_rdlock();
     secondary_settle(bs, &st->settle_error);
     bdrv_graph_co_rdunlock();
+    qatomic_set(&st->is_flushed, true);
     qemu_bh_schedule(st->merge_bh);
     bdrv_dec_in_flight(bs);
 }
@@ -419,6 +422,7 @@ static void coroutine_fn standby_flush_entry(void *opaque)
 void standby_prepare_merge(BlockDriverState *bs)
 {
     standby_state(bs)->prepares_merge = true;
+    qatomic_set(&standby_state(bs)->is_flushed, false);
     bdrv_inc_in_flight(bs);
     aio_co_schedule(bdrv_get_aio_context(bs),
                     qemu_coroutine_create(standby_flush_entry, bs));
@@ -441,6 +445,7 @@ static void standby_merge_bh(void *opaque)
     if (standby_is_being_deleted(bs)) {
         return;
     }
+    qemu_bh_cancel(st->merge_bh);
     bdrv_ref(bs);
     bdrv_drained_begin(bs);
     st->prepares_merge = false;
@@ -456,6 +461,14 @@ static void standby_merge_bh(void *opaque)
     /* The filter of the job, which has just come, may have led it away */
     replication_go_back_to(bs, ctx);
     bdrv_unref(bs);
+}
+
+void standby_hurry_merge(BlockDriverState *bs)
+{
+    if (standby_prepares_merge(bs) &&
+        qatomic_read(&standby_state(bs)->is_flushed)) {
+        standby_merge_bh(bs);
+    }
 }
 
 static void standby_free(BlockDriverState *bs)
@@ -1002,7 +1015,8 @@ static bool standby_init(BlockDriverState *bs, QemuOpts *opts, Error **errp)
     options.bh = aio_bh_new(qemu_get_aio_context(), standby_bh, bs);
     options.overlays = replication_overlays_new(
         bs, qemu_opt_get(opts, REPLICATION_OPT_OVERLAY_DIR));
-    options.merge_bh = aio_bh_new(qemu_get_aio_context(), standby_merge_bh, bs);
+    options.merge_bh = aio_bh_new(iohandler_get_aio_context(), standby_merge_bh,
+                                  bs);
     s->guard_name = g_strdup(name);
     s->standby = g_memdup2(&options, sizeof(options));
     qemu_co_mutex_init(&s->standby->announce_lock);
