@@ -109,6 +109,20 @@ static void holder_hang_up(void *opaque)
     bdrv_cut_connection(s->replica->bs);
 }
 
+/* Before it is attached, which would not say of what that is true */
+static bool holder_check_writable(BlockDriverState *bs, BlockDriverState *node,
+                                  const char *what, Error **errp)
+{
+    if (!bdrv_is_read_only(node)) {
+        return true;
+    }
+    error_setg(errp, "%s '%s' of replication node '%s' is read-only", what,
+               bdrv_get_node_name(node), bdrv_get_node_name(bs));
+    error_append_hint(errp, "Open it, and export it, for writing.\n");
+
+    return false;
+}
+
 static bool GRAPH_RDLOCK
 holder_check_replica(BlockDriverState *bs, BlockDriverState *replica,
                      Error **errp)
@@ -132,14 +146,8 @@ holder_check_replica(BlockDriverState *bs, BlockDriverState *replica,
                           "disk.\n");
         return false;
     }
-    if (bdrv_is_read_only(replica)) {
-        error_setg(errp, "Replica '%s' of replication node '%s' is read-only",
-                   bdrv_get_node_name(replica), bdrv_get_node_name(bs));
-        error_append_hint(errp, "Open it, and export it, for writing.\n");
-        return false;
-    }
 
-    return true;
+    return holder_check_writable(bs, replica, "Replica", errp);
 }
 
 /* A connection that is lost is lost, and the link leads where it leads now */
@@ -468,7 +476,11 @@ bool replication_replica_attach(BlockDriverState *bs,
         return false;
     }
     holder_check_length(bs);
-    if (!holder_check_attach(bs, opts, errp)) {
+    if (!holder_check_attach(bs, opts, errp) ||
+        !holder_check_writable(bs, opts->replica, "Replica", errp) ||
+        (opts->metadata &&
+         !holder_check_writable(bs, opts->metadata, "Replica metadata",
+                                errp))) {
         return false;
     }
 

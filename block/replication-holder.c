@@ -311,6 +311,7 @@ holder_co_activated(BlockDriverState *bs, Error **errp)
  */
 static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
 {
+    ERRP_GUARD();
     BDRVReplicationState *node = bs->opaque;
     ReplicationHolder *s = node->holder;
     QObject *option = qdict_get(options, REPLICATION_OPT_REPLICA);
@@ -340,7 +341,12 @@ static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
     }
     replica = bdrv_open_child(NULL, options, REPLICATION_OPT_REPLICA, bs,
                               &child_of_bds, BDRV_CHILD_DATA, false, errp);
-    if (!replica || !holder_take_replica(bs, replica, errp)) {
+    if (!replica) {
+        error_prepend(errp, "Replication node '%s' cannot use its replica: ",
+                      bdrv_get_node_name(bs));
+        return false;
+    }
+    if (!holder_take_replica(bs, replica, errp)) {
         return false;
     }
     s->caught_up = true;

@@ -653,6 +653,7 @@ replication_check_metadata(BlockDriverState *bs, BlockDriverState *metadata,
 static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
                                       Error **errp)
 {
+    ERRP_GUARD();
     BDRVReplicationState *s = bs->opaque;
     BdrvChild *child;
 
@@ -662,6 +663,8 @@ static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
     child = bdrv_open_child(NULL, options, REPLICATION_OPT_METADATA, bs,
                             &child_of_bds, BDRV_CHILD_METADATA, false, errp);
     if (!child) {
+        error_prepend(errp, "Replication node '%s' cannot use its metadata: ",
+                      bdrv_get_node_name(bs));
         return false;
     }
 
