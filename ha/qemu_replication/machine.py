@@ -121,9 +121,14 @@ class Machine:
                 way.cancel()
 
     def last_words(self) -> str:
-        """The last line of its log."""
-        return last_line(self.path('qemu.log').read_bytes()[-LOG_BYTES:]
-                         .decode(errors='replace'))
+        """The last line of its log, which may be long, or not there."""
+        try:
+            with open(self.path('qemu.log'), 'rb') as log:
+                size = os.fstat(log.fileno()).st_size
+                log.seek(max(0, size - LOG_BYTES))
+                return last_line(log.read().decode(errors='replace'))
+        except OSError as exc:
+            return str(exc)
 
     async def end(self, quit_seconds: float = 0) -> None:
         """End it; it may quit by itself for a while, and is killed then."""

@@ -331,6 +331,21 @@ class FindTest(KeeperCase):
         asyncio.run(find())
 
 
+    def test_no_log(self) -> None:
+        """Somebody has removed it: that QEMU ends is seen all the same."""
+        qemu = self.folder / 'qemu'
+        qemu.write_text(f'#!/bin/sh\nrm {self.config.run}/qemu.log\nexit 5\n')
+        qemu.chmod(0o755)
+        self.config = replace(self.config, vm=replace(self.config.vm,
+                                                      qemu=str(qemu)))
+
+        async def start() -> None:
+            await asyncio.wait_for(Keeper(self.config).machine.start(True), 5)
+
+        with self.assertRaisesRegex(Failed, 'with status 5: .*No such file'):
+            asyncio.run(start())
+
+
 class NamesTest(KeeperCase):
     """Of overlays that QEMU has left."""
 
