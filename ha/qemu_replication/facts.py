@@ -3,7 +3,8 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .config import Json
@@ -40,6 +41,9 @@ class Facts:
     wiped: bool = False
     # a person has said that whatever these disks have may be overwritten
     overwrite: bool = False
+    # from when on the peer may have been in step, for who runs the VM; or this
+    # host, for who stands by: what fences the other one later counts
+    since: float = field(default_factory=time.time, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> 'Facts':

@@ -273,7 +273,7 @@ class Keeper(Works):
         mine = [node for node in nodes if node['mode'] == 'secondary']
         if self.state == 'standby' and mine and all(
                 node['stage'] == 'running' for node in mine):
-            self._tries, self._in_step_since = 0, time.time()
+            self._tries = 0
             self.post('in-step', 'the primary has brought it in step')
         elif self.state == 'secondary' and self._colo_ended:
             self.post('lost', 'COLO has ended')
@@ -307,7 +307,7 @@ class Keeper(Works):
             'progress': self.progress,
             'protected': self.state in ('protected', 'secondary')
             and self._protects(nodes),
-            'in-step-since': self._in_step_since,
+            'in-step-since': self.facts.since,
             'facts': asdict(self.facts), 'pid': self.machine.pid
             if self.machine.runs else None,
             'guest': self._look.get('status', 'none'), 'disks': [
@@ -338,7 +338,8 @@ class Keeper(Works):
             return {'ok': self.state in PROMOTABLE,
                     'because': f'it {STATES[self.state].says}'}
         if what == 'in-step' and self.state == 'standby':
-            self.note(generation=int(body['generation']), overwrite=False)
+            self.note(generation=int(body['generation']), overwrite=False,
+                      since=time.time())
             return {'ok': True}
         if what in ('take', 'switch') and what in STATES[self.state].on:
             return {'ok': await self.post(

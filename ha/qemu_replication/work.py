@@ -42,8 +42,6 @@ class Works:
         self.judge = new_judge(self)
         # a person does not want it protected
         self.hold = False
-        # from when on the peer may have been in step
-        self._in_step_since = time.time()
         self._tries = 0
         # the QEMU that had a claim to the VM has ended
         self.gave_up = asyncio.Event()
@@ -203,8 +201,7 @@ class Works:
                                    generation=self.facts.generation)
         if not told['ok']:
             raise Failed(f'{self.config.peer}: {told["because"]}')
-        if self.facts.wiped:
-            self.note(wiped=False)
+        self.note(wiped=False, since=time.time())
 
     async def _begin_copy(self, number: int, overwrite: bool) -> None:
         """QEMU refuses disks that may have what nobody else has."""
@@ -243,7 +240,7 @@ class Works:
                 raise Failed(f'{node["node"]}: the copy has failed')
 
     async def _do_migrate(self) -> None:
-        self._in_step_since, self._colo_ended = time.time(), False
+        self._colo_ended = False
         await self._monitor.all(graph.connect_network(
             self.config, 'rew0' in await self._objects()))
         await self._monitor.all(graph.migrate(self.config))
@@ -304,7 +301,7 @@ class Works:
     async def _do_ask(self) -> str:
         """Go on only when the peer cannot take the VM any more."""
         while True:
-            verdict = await self.judge.of_peer(self._in_step_since)
+            verdict = await self.judge.of_peer(self.facts.since)
             if verdict is Verdict.OUT:
                 return 'done'
             if verdict is Verdict.PROMOTED:

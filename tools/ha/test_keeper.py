@@ -277,6 +277,21 @@ class TroubleTest(KeeperCase):
             raise AssertionError('it does not look any more')
 
 
+class ClaimTest(KeeperCase):
+    """Who may take the VM."""
+
+    def test_next_keeper(self) -> None:
+        """It knows what has been fenced since the hosts were in step."""
+        async def begin() -> float:
+            keeper = self.keeper('standby')
+            with unittest.mock.patch('time.time', return_value=5.0):
+                await asyncio.gather(keeper._begin(), keeper._answer(
+                    {'ask': 'in-step', 'generation': 3}))
+            return float(Keeper(self.config).status()['in-step-since'])
+
+        self.assertEqual(asyncio.run(begin()), 5.0)
+
+
 class FindTest(KeeperCase):
     """A keeper finds QEMU again."""
 
