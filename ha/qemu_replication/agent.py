@@ -19,7 +19,7 @@ from .states import AT_REST, PRIMARY, SHARED
 
 SUCCESS, ERROR, ARGS, UNIMPLEMENTED, PERM, INSTALLED, CONFIGURED, \
     NOT_RUNNING, RUNNING_PROMOTED, FAILED_PROMOTED = range(10)
-KEEPER_SECONDS = 20.0
+QUIT_SECONDS = 20.0
 POLL_SECONDS = 0.1
 
 METADATA = '''<?xml version="1.0"?>
@@ -74,8 +74,17 @@ class Agent:
         try:
             return next(ask(self.config, {'command': 'status',
                                           'other': False}), None)
+        except TimeoutError as exc:
+            # nobody knows what it may do next
+            raise Failed('the keeper does not answer') from exc
         except OSError:
             return None
+
+    def found(self) -> Optional[Json]:
+        """The same; a QEMU without a keeper gets one."""
+        if self.status() is None and check.running_qemu(self.config):
+            self._start_keeper()
+        return self.status()
 
     def order(self, command: str, force: bool = False, wait: bool = True
               ) -> int:
@@ -91,24 +100,21 @@ class Agent:
             say(f'no keeper: {exc}')
         return status
 
-    def _start_keeper(self) -> bool:
+    def _start_keeper(self) -> None:
         """It goes on without us, as QEMU does without it."""
         with open(self.config.run / 'keeper.log', 'ab') as log:
             # pylint: disable=consider-using-with
-            subprocess.Popen(
+            keeper = subprocess.Popen(
                 [sys.executable, '-B', '-m', __package__, 'keeper',
                  str(self.config.path), '--host', self.config.here],
                 env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True)
-        deadline = time.monotonic() + KEEPER_SECONDS
         while self.status() is None:
-            if time.monotonic() > deadline:
-                say(f'the keeper did not start: see {self.config.run}/'
-                    'keeper.log')
-                return False
+            if keeper.poll() is not None:
+                raise Failed('the keeper did not start: see '
+                             f'{self.config.run}/keeper.log')
             time.sleep(POLL_SECONDS)
-        return True
 
     # What Pacemaker asks for
 
@@ -130,16 +136,9 @@ class Agent:
 
     def monitor(self) -> int:
         """What runs here?"""
-        told = self.status()
+        told = self.found()
         if told is None:
-            if not check.running_qemu(self.config):
-                return NOT_RUNNING
-            # it is found again
-            if not self._start_keeper():
-                return ERROR
-            told = self.status()
-        if told is None:
-            return ERROR
+            return NOT_RUNNING
         if told['state'] == 'down' and told['facts']['data'] == SHARED \
                 and told['pid'] is None:
             # the keeper has deleted the score: it is demoted, which is faster
@@ -154,8 +153,8 @@ class Agent:
         status = self.validate_all()
         if status != SUCCESS:
             return status
-        if self.status() is None and not self._start_keeper():
-            return ERROR
+        if self.status() is None:
+            self._start_keeper()
         told = self.status()
         if told is None:
             return ERROR
@@ -174,13 +173,12 @@ class Agent:
 
     def stop(self) -> int:
         """End all of it."""
-        if self.status() is None and (not check.running_qemu(self.config)
-                                      or not self._start_keeper()):
-            return SUCCESS if not check.running_qemu(self.config) else ERROR
+        if self.found() is None:
+            return SUCCESS
         if self.order('stop', force=True) != DONE:
             return ERROR
         self.order('quit')
-        deadline = time.monotonic() + KEEPER_SECONDS
+        deadline = time.monotonic() + QUIT_SECONDS
         while self.status() is not None:
             if time.monotonic() > deadline:
                 return ERROR
@@ -189,7 +187,11 @@ class Agent:
 
     def promote(self) -> int:
         """Run the VM here."""
-        told = self.status()
+        told = self.found()
+        while told and told['state'] == 'joining':
+            # that has a bound
+            time.sleep(POLL_SECONDS)
+            told = self.status()
         if told is None:
             return NOT_RUNNING
         if told['role'] == PRIMARY:
@@ -213,7 +215,7 @@ class Agent:
 
     def demote(self) -> int:
         """Do not run the VM here any more."""
-        if self.status() is None:
+        if self.found() is None:
             return NOT_RUNNING
         return SUCCESS if self.order('demote') == DONE else ERROR
 

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import unittest
+import unittest.mock
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -23,12 +24,13 @@ from typing import Any, Dict, List, Optional, Tuple
 import command
 from guesthost import MIB, Disks
 from qemu_replication import cluster
+from qemu_replication.agent import Agent
 from qemu_replication.config import load
 from qemu_replication.facts import Facts
 from qemu_replication.judge import Judge, Verdict, new_judge
-from qemu_replication.errors import Unreachable
+from qemu_replication.errors import Failed, Unreachable
 from qemu_replication.work import Works
-from sides import PROGRAM, configuration, toml
+from sides import PROGRAM, configuration, like_qemu, toml
 
 AGENT = PROGRAM.with_name('ocf-vm')
 SECONDS = 60.0
@@ -75,6 +77,8 @@ class Keeper:
         # by command, with "force" behind it: exit status, state after that
         self.answers: Dict[str, Tuple[int, str]] = {}
         self.asked: List[str] = []
+        # what it is after that
+        self.later: Json = {}
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(str(path))
         self._socket.listen()
@@ -97,7 +101,8 @@ class Keeper:
 
     def _answer(self, request: Json) -> Json:
         if request['command'] == 'status':
-            return self.status
+            told, self.status = self.status, self.later or self.status
+            return told
         name = request['command'] + (' force' if request.get('force') else '')
         self.asked.append(name)
         return {'status': self.answers.get(name, (0, ''))[0]}
@@ -287,6 +292,50 @@ class AgentTest(FakeCluster):
         keeper = self.keeper('protected', 'primary', 'shared')
         self.agent('demote', SUCCESS)
         self.assertEqual(keeper.asked, ['demote'])
+
+
+    def test_keeper_has_ended(self) -> None:
+        """Its QEMU may have what nobody else has: it gets another one."""
+        self.program('corosync-quorumtool', quorum('east'))
+        self.program('stonith_admin', fenced(2000))
+        agent = Agent(self.config)
+        for action, state, role, asked in (
+                (Agent.promote, 'joining', 'standby', 'failover force'),
+                (Agent.demote, 'finding', 'primary', 'demote')):
+            keepers = []
+
+            def start() -> None:
+                # pylint: disable=cell-var-from-loop
+                keeper = Keeper(self.config.control)
+                keeper.tell('orphan', role, 'replica')
+                keeper.later = dict(keeper.status)
+                keeper.tell(state, role, 'replica')
+                keepers.append(keeper)
+
+            with self.subTest(state=state), like_qemu(self.config.run) as qemu:
+                setattr(agent, '_start_keeper', start)
+                self.assertEqual(action(agent), SUCCESS)
+                self.assertEqual(keepers[0].asked, [asked])
+                keepers[0].close()
+                self.config.control.unlink()
+                qemu.kill()
+
+    def test_keeper_hangs(self) -> None:
+        """Nobody knows what it will do, so nothing has been stopped."""
+        with socket.socket(socket.AF_UNIX) as sock, \
+                unittest.mock.patch('qemu_replication.client.FIRST_SECONDS',
+                                    0.1):
+            sock.bind(str(self.config.control))
+            sock.listen()
+            for action in Agent.stop, Agent.monitor:
+                with self.assertRaisesRegex(Failed, 'does not answer'):
+                    action(Agent(self.config))
+
+    def test_keeper_does_not_start(self) -> None:
+        """It is not waited for."""
+        self.path.write_text('', 'utf-8')
+        with self.assertRaisesRegex(Failed, 'keeper.log'):
+            getattr(Agent(self.config), '_start_keeper')()
 
 
 class Lost:
