@@ -192,8 +192,9 @@ class Commands:
         if STATES[keeper.state].role == PRIMARY and not force:
             raise Refusal('the VM runs here: to end it, say --force')
         dead = keeper.machine.dead
-        if keeper.state not in AT_REST or keeper.state == 'down':
+        if 'stop' in STATES[keeper.state].on:
             await self._post('stop')
+            dead = keeper.gave_up
         return Goal(AT_REST, (), self._config.limits.answer + 60, dead)
 
     async def demote(self, _force: bool) -> Goal:

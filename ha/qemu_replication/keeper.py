@@ -131,8 +131,9 @@ class Keeper(Works):
         log.info('%s -> %s: %s', self.state, new, why)
         self.state, self.since, self.why = new, time.time(), why
         self.problem = self.progress = ''
-        if new in ('yielded', 'arming'):
+        if state.work in ('end', 'arm'):
             self.gave_up.clear()
+            self.peer_ended = False
         self._entered += 1
         if state.work:
             self._work = asyncio.create_task(self._do(state.work, state.limit,
@@ -341,6 +342,10 @@ class Keeper(Works):
             self.note(generation=int(body['generation']), overwrite=False,
                       since=time.time())
             return {'ok': True}
+        if what == 'ended':
+            # what it had before is of a time when it was not in step
+            self.peer_ended = self.state in PROMOTABLE
+            return {'ok': self.peer_ended}
         if what in ('take', 'switch') and what in STATES[self.state].on:
             return {'ok': await self.post(
                 what, f'{self.config.peer} wants it').taken,

@@ -43,8 +43,11 @@ class Works:
         # a person does not want it protected
         self.hold = False
         self._tries = 0
-        # the QEMU that had a claim to the VM has ended
+        # the QEMU that had a claim to the VM has ended, and who was to know
+        # does
         self.gave_up = asyncio.Event()
+        # the peer has said so of its own, and asks before it starts another
+        self.peer_ended = False
         # which standby was tried last, by when it began to be one
         self._tried = 0.0
         # why the last one has failed
@@ -460,6 +463,12 @@ class Works:
         except Failed as exc:
             problem = str(exc)
         await self._end_qemu(QUIT_SECONDS)
+        if self.facts.data == SHARED:
+            try:
+                # nobody may be here to be asked when it takes the VM
+                await self.peer.ask('ended')
+            except Unreachable as exc:
+                problem = problem or str(exc)
         self.gave_up.set()
         self.problem = problem
 
@@ -498,6 +507,8 @@ class Works:
                 return
             why = f'{self.config.peer}: {told["because"]}'
         except Unreachable as exc:
+            if self.peer_ended:
+                return
             why = (f'{exc}: make sure that {self.config.peer} is down, and '
                    'say --peer-is-down')
         raise Failed(why, 'orphaned' if self._colo_ended else 'failed')

@@ -155,6 +155,15 @@ class TwoNodes(ClusterCase):
         self.left(self.primary)
         self.goes_on(self.primary, self.standby, fenced=True)
 
+    def test_14_node_standby(self) -> None:
+        """All of it is stopped there, the keeper as well, and then taken."""
+        node = self.node(self.standby)
+        node.run('crm_standby', '-v', 'on', '-N', self.primary.name)
+        self.standby.wait(lambda: self.standby.state == 'alone', 'the VM',
+                          SECONDS)
+        node.run('crm_standby', '-D', '-N', self.primary.name)
+        self.goes_on(self.standby, self.primary)
+
 
 class ThreeNodes(ClusterCase):
     """One of them without the VM: who is cut off has no quorum."""

@@ -24,10 +24,10 @@ from guesthost import MIB, Disks
 from host import NO_GUEST, Host
 from qemu_replication import graph
 from qemu_replication.cli import no_keeper
-from qemu_replication.client import FAILED, NO_KEEPER
+from qemu_replication.client import DONE, FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
-from qemu_replication.errors import Failed
+from qemu_replication.errors import Failed, Unreachable
 from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
@@ -290,6 +290,52 @@ class ClaimTest(KeeperCase):
             return float(Keeper(self.config).status()['in-step-since'])
 
         self.assertEqual(asyncio.run(begin()), 5.0)
+
+    def test_peer_has_ended(self) -> None:
+        """And its keeper as well, which has left word."""
+        async def take() -> List[str]:
+            keeper, events = self.keeper('secondary'), []
+            keeper.begun.set()
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                side_effect=Unreachable('no keeper')))
+            for word in '', 'ended':
+                await keeper._answer({'ask': word})
+                try:
+                    await keeper._do_take()
+                    events.append('taken')
+                except Failed as exc:
+                    events.append(exc.event)
+            # that is of no use when it is in step with another QEMU there
+            for state in 'arming', 'standby', 'secondary':
+                await keeper._enter(state, '')
+                await keeper._answer({'ask': 'ended' * (state == 'standby')})
+            events.append(str(keeper.peer_ended))
+            return events
+
+        self.assertEqual(asyncio.run(take()), ['failed', 'taken', 'False'])
+
+    def test_leaves_word(self) -> None:
+        """Who has stopped the VM is not there when the peer takes it."""
+        async def stop(state: str, data: str) -> List[str]:
+            keeper, asked = self.keeper(state), []
+            keeper.facts.data = data
+            keeper.machine.dead.set()
+
+            async def ask(what: str) -> None:
+                asked.append(what)
+
+            setattr(keeper.peer, 'ask', ask)
+            stopping = asyncio.create_task(Control(keeper)._do(
+                {'command': 'stop', 'force': True}, lambda text: None))
+            await keeper._handle(await keeper._events.get())
+            self.assertEqual(await asyncio.wait_for(stopping, SECONDS), DONE)
+            return asked
+
+        for state, data, wanted in (('protected', SHARED, ['ended']),
+                                    ('waiting', SHARED, ['ended']),
+                                    ('alone', SOLE, []),
+                                    ('secondary', REPLICA, [])):
+            self.assertEqual(asyncio.run(stop(state, data)), wanted)
 
 
 class FindTest(KeeperCase):
