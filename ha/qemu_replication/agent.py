@@ -5,10 +5,13 @@ It knows how to ask, and what an answer means to Pacemaker; the keeper does
 the rest, and sets the scores.
 """
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from . import check, cluster
@@ -56,6 +59,13 @@ the name of this resource.
 </actions>
 </resource-agent>
 '''
+
+
+def kept(path: Path) -> Path:
+    """The file that a VM was started with: changes are for its next start."""
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()
+    return Path(os.environ.get('HA_RSCTMP', '/run/resource-agents'),
+                f'qemu-replication-{path.stem}-{digest[:8]}.toml')
 
 
 def say(text: str) -> None:
@@ -153,7 +163,9 @@ class Agent:
         status = self.validate_all()
         if status != SUCCESS:
             return status
-        if self.status() is None:
+        runs = self.status() is not None
+        self._keep_file(runs)
+        if not runs:
             self._start_keeper()
         told = self.status()
         if told is None:
@@ -162,6 +174,14 @@ class Agent:
                 and not self._has_data(told):
             return SUCCESS if self.order('standby') == DONE else ERROR
         return SUCCESS
+
+    def _keep_file(self, runs: bool) -> None:
+        path = kept(self.config.path)
+        if not runs or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix('.new')
+            shutil.copyfile(self.config.path, fresh)
+            os.replace(fresh, path)
 
     def _has_data(self, told: Json) -> bool:
         """Whether the VM can be started from these disks."""
@@ -235,19 +255,27 @@ def main(words: List[str]) -> int:
     if action not in ACTIONS:
         say(f'usage: vm {"|".join(ACTIONS)}|meta-data')
         return UNIMPLEMENTED
+    # of what is written here, nothing is for others on this host
+    os.umask(0o077)
     name = os.environ.get('OCF_RESKEY_config', '')
     try:
         if not name:
             raise ConfigError('the parameter config is missing')
-        config = load(config_path(name),
-                      os.environ.get('OCF_RESKEY_CRM_meta_on_node', ''))
-        return ACTIONS[action](Agent(config))
+        path = config_path(name)
+        before = kept(path)
+        if action not in ('start', 'validate-all') and before.exists():
+            path = before
+        status = ACTIONS[action](Agent(load(
+            path, os.environ.get('OCF_RESKEY_CRM_meta_on_node', ''))))
+        if action == 'stop' and status == SUCCESS:
+            before.unlink(missing_ok=True)
+        return status
     except ConfigError as exc:
         say(str(exc))
         # There is nothing to stop, where there is no configuration.  Whether
         # there is one, and is good, each host has to say for itself.
         return {'monitor': NOT_RUNNING, 'stop': SUCCESS}.get(
             action, INSTALLED if name else CONFIGURED)
-    except Failed as exc:
+    except (Failed, OSError) as exc:
         say(str(exc))
         return ERROR

@@ -164,6 +164,7 @@ class FakeCluster(unittest.TestCase):
               **more: str) -> str:
         """Call the agent as Pacemaker does."""
         env = {**os.environ, 'QEMU_REPLICATION_HOST': 'east',
+               'HA_RSCTMP': str(self.folder / 'rsctmp'),
                'OCF_RESKEY_config': config or str(self.path), **more}
         done = subprocess.run(
             [sys.executable, str(AGENT), action], env=env, text=True,
@@ -247,6 +248,26 @@ class AgentTest(FakeCluster):
         keeper.tell('standby', 'standby', 'replica')
         self.agent('start', SUCCESS)
         self.assertEqual(keeper.asked, ['standby'])
+
+    def test_file_is_changed(self) -> None:
+        """What runs is where it was started to be, until it is stopped."""
+        keeper = self.keeper('protected', 'primary', 'shared')
+        self.agent('start', SUCCESS)
+        good = self.path.read_text('utf-8')
+        for text in good.replace('/{host}"', '/{host}-2"'), 'vm = [':
+            self.assertNotEqual(text, good)
+            self.path.write_text(text, 'utf-8')
+            self.agent('monitor', PROMOTED)
+            self.agent('demote', SUCCESS)
+        self.agent('validate-all', INSTALLED)
+        self.agent('start', INSTALLED)
+        self.path.write_text(good, 'utf-8')
+        self.agent('start', SUCCESS)
+        self.assertEqual(keeper.asked, ['demote', 'demote'])
+        self.config.control.unlink()
+        self.agent('stop', SUCCESS)
+        self.path.unlink()
+        self.assertIn('No such file', self.agent('monitor', NOT_RUNNING))
 
     def test_promote(self) -> None:
         """The peer gives up, or the cluster knows that it is down."""
