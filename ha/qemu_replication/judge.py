@@ -3,7 +3,7 @@
 
 import asyncio
 from enum import Enum
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, Optional
 
 from . import cluster
 from .errors import Failed, Unreachable
@@ -80,13 +80,27 @@ class ClusterJudge(Judge):
     for nothing, but may be taken for the latest when the cluster is whole.
     """
 
+    def __init__(self, works: 'Works') -> None:
+        super().__init__(works)
+        self._last: Optional['asyncio.Task[None]'] = None
+
     @property
     def _resource(self) -> str:
         return self._works.config.cluster.resource
 
+    async def _change(self, how: Callable[..., None], *words: object) -> None:
+        """Scores change in this order, though nobody waits for it any more."""
+        async def after(last: Optional['asyncio.Task[None]']) -> None:
+            if last and not last.done():
+                await asyncio.wait({last})
+            await asyncio.to_thread(how, self._resource, *words)
+
+        self._last = asyncio.create_task(after(self._last))
+        await asyncio.shield(self._last)
+
     async def _delete(self, host: str) -> None:
         if (await asyncio.to_thread(cluster.membership)).quorate:
-            await asyncio.to_thread(cluster.delete_score, self._resource, host)
+            await self._change(cluster.delete_score, host)
 
     async def of_peer(self, since: float) -> Verdict:
         try:
@@ -143,17 +157,16 @@ class ClusterJudge(Judge):
             await asyncio.sleep(RETRY_SECONDS)
 
     async def in_step(self) -> None:
-        await asyncio.to_thread(cluster.set_score, self._resource,
-                                self._works.config.peer, cluster.PEER_SCORE)
+        await self._change(cluster.set_score, self._works.config.peer,
+                           cluster.PEER_SCORE)
 
     async def promoted(self) -> None:
         config = self._works.config
         self.owes = True
         try:
-            await asyncio.to_thread(cluster.delete_score, self._resource,
-                                    config.peer)
-            await asyncio.to_thread(cluster.set_score, self._resource,
-                                    config.here, cluster.OWN_SCORE)
+            await self._change(cluster.delete_score, config.peer)
+            await self._change(cluster.set_score, config.here,
+                               cluster.OWN_SCORE)
             self.owes = False
         except Failed as exc:
             # the VM is worth more

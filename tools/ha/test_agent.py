@@ -486,6 +486,32 @@ class JudgeTest(FakeCluster):
             self.calls_file.unlink(missing_ok=True)
             works.__dict__.update(_tried=0.0)
 
+    def test_order_of_scores(self) -> None:
+        """One that is being set when the peer is lost is not there after."""
+        fifo = self.folder / 'fifo'
+        os.mkfifo(fifo)
+        self.program('corosync-quorumtool', quorum('east', 'west'))
+        (self.bin / 'crm_attribute').write_text(
+            f'#!/bin/sh\ncase "$*" in *-v*) cat {fifo};; esac\n'
+            f'echo "crm_attribute $*" >>{self.calls_file}\n', 'utf-8')
+
+        async def lose() -> Verdict:
+            judge = new_judge(Lost(
+                self, {'yields': True}))  # type: ignore[arg-type]
+            setting = asyncio.create_task(judge.in_step())
+            # it is open when somebody reads
+            pipe = await asyncio.to_thread(fifo.open, 'w')
+            setting.cancel()
+            losing = asyncio.create_task(judge.of_peer(1000.0))
+            while not self.calls('quorumtool'):
+                await asyncio.sleep(0.01)
+            asyncio.get_running_loop().call_later(0.5, pipe.close)
+            return await asyncio.wait_for(losing, SECONDS)
+
+        self.assertIs(asyncio.run(lose()), Verdict.OUT)
+        self.assertEqual([call[-6:] for call in self.calls('crm_attribute')],
+                         ['-v 100', 'ver -D'])
+
     def test_members(self) -> None:
         """As corosync-quorumtool tells them."""
         self.program('corosync-quorumtool', quorum('east', 'west'))
