@@ -28,7 +28,7 @@ class Judge:
 
     def __init__(self, works: 'Works') -> None:
         self._works = works
-        # the scores, which could not be set yet
+        # the scores, which could not be set yet, or may not be right
         self.owes = False
 
     async def of_peer(self, since: float) -> Verdict:
@@ -58,6 +58,7 @@ class Judge:
 
     async def promoted(self) -> None:
         """The VM runs here now."""
+        self.owes = False
 
     async def gives_way(self) -> None:
         """The VM does not run here any more, but there, if that can be."""

@@ -67,7 +67,7 @@ STATES = {
             'done': 'copying', 'hold': 'held', 'died': 'down',
             'off': 'off', **ENDS}),
     'held': State(
-        'runs the VM, and was told not to protect it', PRIMARY, on={
+        'runs the VM, and was told not to protect it', PRIMARY, 'hold', on={
             'protect': 'alone', 'died': 'down', 'off': 'off',
             **ENDS}),
     'copying': State(

@@ -349,7 +349,14 @@ class Works:
         await self._until(ended)
         await self._wait_until_running()
         await self._let_go()
+        # a person may have decided it, and the peer still has its own
+        self.judge.owes = True
         return 'hold' if self.hold else 'done'
+
+    async def _do_hold(self) -> None:
+        while self.judge.owes:
+            await self._settle_scores()
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _yank(self, instances: List[Json]) -> None:
         """Cut off what hangs on the peer, beside QEMU's main loop."""

@@ -314,6 +314,31 @@ class ClaimTest(KeeperCase):
 
         self.assertEqual(asyncio.run(take()), ['failed', 'taken', 'False'])
 
+    def test_peer_is_given_up(self) -> None:
+        """By a person: the cluster may not have it take the VM later."""
+        async def give_up(hold: bool) -> None:
+            keeper = self.keeper('protected', **{
+                'query-status': {'status': 'running', 'running': True},
+                'query-blockstats': [], 'query-chardev': [], 'qom-list': [],
+                'query-block-jobs': []})
+            keeper.hold = hold
+            promoted = unittest.mock.AsyncMock()
+            setattr(keeper.judge, 'promoted', promoted)
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                side_effect=Unreachable('no keeper')))
+            keeper.post('drop')
+            while not promoted.called:
+                await keeper._handle(await asyncio.wait_for(
+                    keeper._events.get(), SECONDS))
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            assert keeper._work
+            keeper._work.cancel()
+            self.assertEqual(keeper.state, 'held' if hold else 'alone')
+
+        for hold in False, True:
+            asyncio.run(give_up(hold))
+
     def test_leaves_word(self) -> None:
         """Who has stopped the VM is not there when the peer takes it."""
         async def stop(state: str, data: str) -> List[str]:
