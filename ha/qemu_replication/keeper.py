@@ -129,6 +129,8 @@ class Keeper(Works):
             await asyncio.wait([self._work])
             self._work = None
         log.info('%s -> %s: %s', self.state, new, why)
+        if self.state in ('copying', 'migrating'):
+            self.refusal = '' if new in ('migrating', 'protected') else why
         self.state, self.since, self.why = new, time.time(), why
         self.problem = self.progress = ''
         if state.work in ('end', 'arm'):

@@ -13,9 +13,8 @@ from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .errors import Failed, last_line
+from .errors import Failed, Refused, Unreachable, last_line
 from .monitor import Monitor
-from .errors import Unreachable
 from .peer import Peer
 from .states import FORGETFUL, PRIMARY, PROMOTABLE, SHARED, SOLE
 
@@ -187,14 +186,6 @@ class Works:
         return not nodes
 
     async def _do_copy(self) -> None:
-        try:
-            await self._copy()
-            self.refusal = ''
-        except Failed as exc:
-            self.refusal = str(exc)
-            raise
-
-    async def _copy(self) -> None:
         told = await self.peer.ask('status')
         for number in range(len(self.config.disks)):
             await self._monitor.all(graph.connect(self.config, number))
@@ -244,9 +235,12 @@ class Works:
 
     async def _do_migrate(self) -> None:
         self._colo_ended = False
-        await self._monitor.all(graph.connect_network(
-            self.config, 'rew0' in await self._objects()))
-        await self._monitor.all(graph.migrate(self.config))
+        try:
+            await self._monitor.all(graph.connect_network(
+                self.config, 'rew0' in await self._objects()))
+            await self._monitor.all(graph.migrate(self.config))
+        except Refused as exc:
+            raise Failed(str(exc), 'not-begun') from exc
 
         async def in_colo() -> bool:
             told = await self._monitor.cmd('query-migrate')

@@ -27,7 +27,7 @@ from qemu_replication.cli import no_keeper
 from qemu_replication.client import DONE, FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
-from qemu_replication.errors import Failed, Unreachable
+from qemu_replication.errors import Failed, Refused, Unreachable
 from qemu_replication.facts import Facts
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
@@ -128,6 +128,31 @@ class TroubleTest(KeeperCase):
         with self.assertLogs('keeper', 'WARNING') as logs:
             asyncio.run(look())
         self.assertEqual(len(logs.output), 2, logs.output)
+
+    def test_refused_migration(self) -> None:
+        """It is told why the VM is not protected, and begun anew."""
+        async def migrate() -> List[str]:
+            keeper = self.keeper('copying', **{
+                'qom-list': [], 'query-status': {'running': True,
+                                                 'status': 'running'},
+                'query-blockstats': [], 'query-chardev': [],
+                'query-block-jobs': [], 'migrate': Refused('the port')})
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                return_value={'facts': {'generation': 0}, 'state': 'arming'}))
+            keeper.post('done')
+            states = []
+            while keeper.state != 'alone':
+                await keeper._handle(await asyncio.wait_for(
+                    keeper._events.get(), SECONDS))
+                states.append(keeper.state)
+            while not keeper.problem:
+                await asyncio.sleep(0)
+            assert keeper._work
+            keeper._work.cancel()
+            return [*states, keeper.problem]
+
+        self.assertEqual(asyncio.run(migrate()), [
+            'migrating', 'detaching', 'alone', 'the port'])
 
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
