@@ -80,7 +80,7 @@ class Peer:
             # QEMU may be asked twice for it, which helps the next one who
             # asks; nobody waits as long
             body = await asyncio.wait_for(
-                self._answer(self._unpack(nonce, 'ask', line)),
+                self._answer_meant(self._unpack(nonce, 'ask', line)),
                 3 * self._config.limits.answer)
             writer.write(self._pack(nonce, 'tell', body))
             await writer.drain()
@@ -89,6 +89,14 @@ class Peer:
             pass
         finally:
             writer.close()
+
+    async def _answer_meant(self, body: Json) -> Json:
+        """Hosts may have several VMs; who is older does not say which."""
+        us = self._config.vm.name, self._config.here
+        if (body.get('vm', us[0]), body.get('to', us[1])) == us:
+            return await self._answer(body)
+        return {'wrong': f'the keeper on {self._config.address}, port '
+                f'{self._config.ports.keeper}, is that of {us[0]} on {us[1]}'}
 
     async def ask(self, what: str, **more: object) -> Json:
         """Ask the other keeper."""
@@ -110,7 +118,10 @@ class Peer:
             limit=MAX_LINE, ssl=context)
         try:
             nonce, line = await self._talk(reader, writer, what, more)
-            return self._unpack(nonce, 'tell', line)
+            body = self._unpack(nonce, 'tell', line)
+            if 'wrong' in body:
+                raise Unreachable(body['wrong'])
+            return body
         finally:
             writer.close()
 
@@ -118,7 +129,9 @@ class Peer:
                     writer: asyncio.StreamWriter, what: str,
                     more: Json) -> Tuple[str, bytes]:
         nonce = (await reader.readline()).decode().strip()
-        writer.write(self._pack(nonce, 'ask', {'ask': what, **more}))
+        writer.write(self._pack(nonce, 'ask', {
+            'ask': what, 'vm': self._config.vm.name, 'to': self._config.peer,
+            **more}))
         line = await reader.readline()
         if not line:
             raise OSError(0, 'it has closed the connection')

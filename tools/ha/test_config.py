@@ -9,6 +9,7 @@ import sys
 import tempfile
 import unittest
 import unittest.mock
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -17,7 +18,7 @@ from guesthost import MIB, Disks
 from qemu_replication import check
 from qemu_replication.config import Config, ConfigError, load
 from qemu_replication.facts import Facts
-from qemu_replication.errors import Failed
+from qemu_replication.errors import Failed, Unreachable
 from qemu_replication.keeper import Keeper
 from qemu_replication.peer import Peer
 from qemu_replication.states import STATES
@@ -280,6 +281,37 @@ class ConfigTest(unittest.TestCase):
         for ours, theirs in (KEY, 'f' * 64), ('', ''):
             with self.assertRaises(Failed):
                 asyncio.run(talk(ours, theirs))
+
+    def test_another_vm(self) -> None:
+        """With the same ports: that one must not give up anything."""
+        asked = []
+
+        async def answer(body: Json) -> Json:
+            asked.append(body['ask'])
+            return {}
+
+        async def ask() -> None:
+            other = changed(self.table, 'vm.name', 'vm2')
+            west = Peer(self.load(other, 'west'), answer)
+            await west.serve()
+            for table, name, error in (
+                    (self.table, 'east', 'is that of vm2 on west'),
+                    # east's address is one of west
+                    (other, 'west', 'is that of vm2 on west'),
+                    (other, 'east', '')):
+                config = self.load(table, name)
+                peer = Peer(replace(config, hosts={
+                    **config.hosts, config.peer: config.hosts['west']}),
+                    answer)
+                try:
+                    await peer.ask('status')
+                    self.assertEqual(error, '')
+                except Unreachable as exc:
+                    self.assertIn(error or 'no error', str(exc))
+            await west.close()
+
+        asyncio.run(ask())
+        self.assertEqual(asked, ['status'])
 
     def test_slow_answer(self) -> None:
         """It is given up where nobody waits for it any more."""
