@@ -25,6 +25,9 @@ ASK_SECONDS = 0.2
 # After a failed attempt to protect, the next one waits longer and longer
 LONGEST_PAUSE = 60.0
 QUIT_SECONDS = 10.0
+# In which QEMU has a guest wait; in others it runs, sleeps, or was stopped
+TRANSIENT = ('colo', 'finish-migrate', 'inmigrate', 'postmigrate', 'prelaunch',
+             'restore-vm', 'save-vm')
 
 
 class Works:
@@ -341,7 +344,7 @@ class Works:
                                           'cancelled')
 
         await self._until(ended)
-        await self._wait_until_running()
+        await self._until(self._goes_on)
         await self._let_go()
         # a person may have decided it, and the peer still has its own
         self.judge.owes = True
@@ -362,12 +365,9 @@ class Works:
                 # there is no such connection
                 pass
 
-    async def _wait_until_running(self) -> None:
-        async def running() -> bool:
-            told = await self._monitor.cmd('query-status')
-            return bool(told['running'])
-
-        await self._until(running)
+    async def _goes_on(self) -> bool:
+        return (await self._monitor.cmd('query-status'))['status'] \
+            not in TRANSIENT
 
     async def _let_go(self) -> None:
         """Take the peer's disks and its network out."""
@@ -529,7 +529,7 @@ class Works:
                 # nothing was done yet
                 raise Failed(str(exc), 'unfit') from exc
             await self._monitor.cmd('x-colo-lost-heartbeat')
-        await self._wait_until_running()
+        await self._until(self._goes_on)
         # an earlier keeper may have done it
         await self._monitor.attempt('nbd-server-stop')
         await self._disconnect()

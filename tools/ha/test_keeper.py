@@ -154,6 +154,22 @@ class TroubleTest(KeeperCase):
         self.assertEqual(asyncio.run(migrate()), [
             'migrating', 'detaching', 'alone', 'the port'])
 
+    def test_guest_sleeps(self) -> None:
+        """Or has no space, or was stopped by somebody: it is no failure."""
+        async def go_on(work: str, status: str) -> None:
+            keeper = self.keeper(work, **{
+                'query-status': {'status': status, 'running': False},
+                'query-migrate': {'status': 'completed'},
+                'query-blockstats': [], 'query-chardev': [], 'qom-list': [],
+                'query-block-jobs': []})
+            await asyncio.wait_for(getattr(keeper, f'_do_{work}')(), 1)
+
+        for work in 'detach', 'promote':
+            for status in 'suspended', 'io-error', 'paused':
+                asyncio.run(go_on(work, status))
+            with self.assertRaises(asyncio.TimeoutError):
+                asyncio.run(go_on(work, 'colo'))
+
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
         async def merged() -> str:
