@@ -229,6 +229,9 @@ class Keeper(Works):
         name, data = event['event'], event.get('data', {})
         if name == 'SHUTDOWN' and data.get('reason') in GUEST_REASONS:
             self._off = STATES[self.state].role == PRIMARY
+        elif name == 'RESET':
+            # with -action shutdown=pause it may have been off before
+            self._off = False
         elif name == 'COLO_EXIT':
             self._colo_ended = True
             self.post('lost', f'COLO has ended: {data.get("reason")}')

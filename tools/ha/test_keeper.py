@@ -170,6 +170,19 @@ class TroubleTest(KeeperCase):
             with self.assertRaises(asyncio.TimeoutError):
                 asyncio.run(go_on(work, 'colo'))
 
+    def test_guest_was_off(self) -> None:
+        """It has been started again since: QEMU has died then."""
+        async def die(*events: str) -> str:
+            keeper = self.keeper('protected')
+            for name in events:
+                keeper._on_event({'event': name, 'data': {
+                    'guest': True, 'reason': 'guest-shutdown'}})
+            keeper._on_death()
+            return (await keeper._events.get()).name
+
+        self.assertEqual(asyncio.run(die('SHUTDOWN')), 'off')
+        self.assertEqual(asyncio.run(die('SHUTDOWN', 'RESET')), 'died')
+
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
         async def merged() -> str:
