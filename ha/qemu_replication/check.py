@@ -17,9 +17,11 @@ from .config import Config, Disk, Json
 TOOL_SECONDS = 30.0
 # The path of a unix socket
 MAX_PATH = 107
-# What the keeper says itself
-RESERVED = ('-name', '-blockdev', '-drive', '-netdev', '-incoming',
-            '-daemonize', '-pidfile', '-S', '-snapshot')
+# What the keeper says itself, or is another way to say that
+RESERVED = ('-name', '-blockdev', '-drive', '-hda', '-hdb', '-hdc', '-hdd',
+            '-sd', '-mtdblock', '-pflash', '-fda', '-fdb', '-netdev', '-net',
+            '-nic', '-incoming', '-loadvm', '-preconfig', '-daemonize',
+            '-pidfile', '-S', '-snapshot')
 NEEDED = ('x-block-replica-sync', 'x-block-replica-detach',
           'x-colo-lost-heartbeat', 'yank')
 _TLS_FILES = {
@@ -36,8 +38,9 @@ def problems(config: Config, ports: bool = True) -> Iterator[str]:
     yield from _addresses(config)
     yield from _programs(config)
     for word in config.vm.arguments:
-        if word in RESERVED:
-            yield f'[vm]: arguments may not have {word}: it is set already'
+        if word.replace('--', '-', 1) in RESERVED:
+            yield (f'[vm]: arguments may not have {word}: disks, network and '
+                   'how it is started are said elsewhere')
     yield from _folders(config)
     for disk in config.disks:
         yield from _disk(config, disk)

@@ -154,6 +154,9 @@ def arguments(config: Config, primary: bool) -> List[str]:
                                 'vhost=off')
         words += ['-netdev', f'{netdev},id=net0',
                   '-device', f'{net.device},netdev=net0']
+    else:
+        # without a word of it, QEMU has one that the peer does not know of
+        words += ['-nic', 'none']
     return words if primary else words + _standby_arguments(config)
 
 

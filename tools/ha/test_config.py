@@ -15,7 +15,7 @@ from typing import Any, Dict, List
 
 import command
 from guesthost import MIB, Disks
-from qemu_replication import check
+from qemu_replication import check, graph
 from qemu_replication.config import Config, ConfigError, load
 from qemu_replication.facts import Facts
 from qemu_replication.errors import Failed, Unreachable
@@ -176,7 +176,8 @@ class ConfigTest(unittest.TestCase):
                     self.fake_qemu())
         # it takes a moment each time
         self.assertEqual((self.folder / 'calls').read_text('utf-8'), '\n')
-        self.expect('may not have -drive', 'vm.arguments', ['-drive', 'x'])
+        for word in '-drive', '--drive', '-hda', '-nic':
+            self.expect(f'may not have {word}', 'vm.arguments', [word, 'x'])
         self.expect('"east1" is not an IP address', 'host.east.address',
                     'east1')
         self.expect('192.0.2.77 is not an address of this machine',
@@ -190,6 +191,15 @@ class ConfigTest(unittest.TestCase):
             'device': 'e1000', 'netdev': 'tap,vhost=on'})
         self.expect('no interface nosuch', 'network', {
             'device': 'e1000', 'netdev': 'tap,ifname=nosuch'})
+
+    def test_no_network(self) -> None:
+        """QEMU does not make one by itself, which would not be protected."""
+        words = ' '.join(graph.arguments(self.load(self.table), True))
+        self.assertIn('-nic none', words)
+        words = ' '.join(graph.arguments(self.load(changed(
+            self.table, 'network', {'device': 'e1000', 'netdev': 'user'})),
+            True))
+        self.assertNotIn('-nic', words)
 
     def fake_qemu(self) -> str:
         """A program that knows nothing."""
