@@ -53,10 +53,12 @@ def problems(config: Config, ports: bool = True) -> Iterator[str]:
 def _addresses(config: Config) -> Iterator[str]:
     for name, host in config.hosts.items():
         try:
-            ipaddress.ip_address(host.address)
+            address = ipaddress.ip_address(host.address)
         except ValueError:
             yield f'[host.{name}]: "{host.address}" is not an IP address'
             continue
+        if address.is_unspecified or address.is_multicast:
+            yield f'[host.{name}]: {host.address} is no address of one host'
         if name == config.here:
             problem = _cannot_listen(host.address, 0)
             if problem == errno.EADDRNOTAVAIL:

@@ -15,6 +15,8 @@ T = TypeVar('T')
 ETC = Path('/etc/qemu-replication')
 _UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 _SIZE = re.compile(r'(\d+)([KMGT]?)')
+# For any limit: what is not a number is more
+LONGEST = 10 ** 6
 _WORDS = {str: 'a text', int: 'a whole number', float: 'a number',
           list: 'a list'}
 
@@ -208,6 +210,13 @@ def _check_paths(where: str, **paths: str) -> None:
                               f'not "{path}"')
 
 
+def _check_commas(**paths: str) -> None:
+    """They end a path among QEMU's options."""
+    for name, path in paths.items():
+        if ',' in path:
+            raise ConfigError(f'{name} may not have a comma: "{path}"')
+
+
 def _check_values(config: Config) -> None:
     """What can be seen without looking at the machine."""
     if not config.disks:
@@ -240,13 +249,15 @@ def _check_values(config: Config) -> None:
     if len(set(ports.values())) < len(ports):
         raise ConfigError('[ports]: two of them are equal')
     for name, limit in vars(config.limits).items():
-        if limit <= 0:
-            raise ConfigError(f'[limits]: {name} has to be more than 0')
+        if not 0 < limit <= LONGEST:
+            raise ConfigError(f'[limits]: {name} has to be more than 0, and '
+                              f'at most {LONGEST}')
     if config.tls.kind not in ('none', 'psk', 'x509'):
         raise ConfigError('[tls]: kind has to be none, psk or x509, not '
                           f'"{config.tls.kind}"')
     if config.tls.kind != 'none':
         _check_paths('[tls]', dir=config.tls.dir)
+        _check_commas(dir=config.tls.dir)
     net = config.network
     if bool(net.device) != (bool(net.bridge) != bool(net.netdev)):
         raise ConfigError('[network] wants a device, and either a bridge or '
@@ -298,8 +309,9 @@ def _load(path: Path, table: Json, host: str) -> Config:
     if hosts[here] == hosts[peer]:
         raise ConfigError('both hosts have the same address')
     vm = _read(Vm, table.get('vm', {}), '[vm]')
-    if not re.fullmatch(r'[A-Za-z0-9_.-]+', vm.name):
-        raise ConfigError('[vm]: name may have letters, digits and "-_." only')
+    if not re.fullmatch(r'[A-Za-z0-9_][A-Za-z0-9_.-]*', vm.name):
+        raise ConfigError('[vm]: name may have letters, digits and "-_." '
+                          'only, and not begin with "-" or "."')
     words = {'host': here, 'vm': vm.name}
     for name, default in (('run', '/run/qemu-replication/{vm}'),
                           ('state', '/var/lib/qemu-replication/{vm}')):
@@ -307,6 +319,7 @@ def _load(path: Path, table: Json, host: str) -> Config:
         if not isinstance(value, str) or not value.startswith('/'):
             raise ConfigError(f'{name} has to be a folder, from / on')
         words[name] = _filled(value, words)
+        _check_commas(**{name: words[name]})
     table = _filled(table, words)
     disks = table.pop('disk', [])
     if not isinstance(disks, list):

@@ -89,6 +89,9 @@ class ConfigTest(unittest.TestCase):
                 ('vm.name', None, '[vm]: name is missing'),
                 ('vm.name', 5, '[vm]: name has to be a text'),
                 ('vm.name', 'a b', 'letters, digits'),
+                ('vm.name', '..', 'not begin with'),
+                ('run', '/run/a,b', 'run may not have a comma'),
+                ('tls', {'kind': 'psk', 'dir': '/a,b'}, 'not have a comma'),
                 ('vm.arguments', 'x', 'arguments has to be a list'),
                 ('vm.arguments', [1], 'arguments has to be a list'),
                 ('vm.memory', '1G', '[vm] has no memory; there are: name'),
@@ -120,6 +123,7 @@ class ConfigTest(unittest.TestCase):
                 ('ports.disks', 9998, 'two of them are equal'),
                 ('ports.disks', '9', 'has to be a whole number'),
                 ('limits.answer', 0, 'more than 0'),
+                ('limits.answer', 1e9, 'at most 1000000'),
                 ('limits.checkpoint_ms', 0.5, 'has to be a whole number'),
                 ('tls.kind', 'ssh', 'none, psk or x509'),
                 ('network.device', 'e1000', 'bridge or a netdev'),
@@ -135,6 +139,16 @@ class ConfigTest(unittest.TestCase):
                 self.assertTrue(str(caught.exception).startswith(
                     str(self.folder / 'vm1.toml')))
                 self.assertNotIn('\n', str(caught.exception))
+
+    def test_no_number(self) -> None:
+        """TOML has words for what is no limit."""
+        path = self.folder / 'vm1.toml'
+        for word in 'nan', 'inf':
+            path.write_text(toml(changed(
+                self.table, 'limits.answer', 7)).replace(
+                    'answer = 7', f'answer = {word}'), 'utf-8')
+            with self.assertRaisesRegex(ConfigError, 'answer has to be more'):
+                load(path, 'east')
 
     def test_no_toml(self) -> None:
         """A file that is none, or not there."""
@@ -180,6 +194,9 @@ class ConfigTest(unittest.TestCase):
             self.expect(f'may not have {word}', 'vm.arguments', [word, 'x'])
         self.expect('"east1" is not an IP address', 'host.east.address',
                     'east1')
+        for address in '0.0.0.0', '::', '224.0.0.1':
+            self.expect(f'[host.west]: {address} is no address of one',
+                        'host.west.address', address)
         self.expect('192.0.2.77 is not an address of this machine',
                     'host.east.address', '192.0.2.77')
         self.expect('/no/hosts cannot be written to', 'disk.0.overlays',
