@@ -607,6 +607,7 @@ class ServiceTest(KeeperCase):
         self.assertEqual(unit['Unit']['StartLimitIntervalSec'], '0')
         self.assertEqual(unit['Service']['Restart'], 'on-failure')
         self.assertEqual(unit['Service']['KillMode'], 'process')
+        self.assertEqual(unit['Service']['OOMPolicy'], 'continue')
 
     def test_no_keeper(self) -> None:
         """Who starts it, if that is what is wrong."""
