@@ -267,7 +267,7 @@ class Control:
         except Refusal as exc:
             say(f'refused: {exc}')
             return REFUSED
-        except Failed as exc:
+        except (OSError, Failed) as exc:
             say(f'failed: {exc}')
             return FAILED
 

@@ -151,10 +151,14 @@ class ClusterJudge(Judge):
     async def watch(self, lost: Callable[[str], None]) -> None:
         config = self._works.config
         while True:
-            async for members in cluster.memberships():
-                if config.peer not in members:
-                    lost(f'the cluster has lost {config.peer}')
-            # Corosync has ended
+            try:
+                async for members in cluster.memberships():
+                    if config.peer not in members:
+                        lost(f'the cluster has lost {config.peer}')
+            except OSError:
+                # there are not enough files or processes at the moment
+                pass
+            # or Corosync has ended
             await asyncio.sleep(RETRY_SECONDS)
 
     async def in_step(self) -> None:

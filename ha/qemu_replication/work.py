@@ -89,10 +89,12 @@ class Works:
     # The VM runs here
 
     async def _do_boot(self) -> None:
+        # the last one may be about to end
+        await self._end_qemu()
         for disk in self.config.disks:
             if graph.leftovers(disk):
                 await self._merge(disk)
-        graph.make_images(self.config)
+        await asyncio.to_thread(graph.make_images, self.config)
         before, booted = self.facts.data, False
         self._begin_alone(self.facts.generation)
         try:

@@ -512,6 +512,27 @@ class JudgeTest(FakeCluster):
         self.assertEqual([call[-6:] for call in self.calls('crm_attribute')],
                          ['-v 100', 'ver -D'])
 
+    def test_watch(self) -> None:
+        """It goes on when there was no terminal for a while."""
+        self.program('corosync-quorumtool', 'Date: now\n' + quorum('east'))
+        script = self.bin / 'corosync-quorumtool'
+        script.write_text(script.read_text('utf-8').replace(
+            'exit 0', 'exec sleep 1000'), 'utf-8')
+        judge = new_judge(Lost(self))  # type: ignore[arg-type]
+
+        async def watch() -> str:
+            lost: 'asyncio.Future[str]' = \
+                asyncio.get_running_loop().create_future()
+            with unittest.mock.patch('os.openpty', side_effect=[
+                    OSError('too many'), os.openpty()]):
+                watching = asyncio.create_task(judge.watch(lost.set_result))
+                await asyncio.wait({watching, lost}, timeout=SECONDS,
+                                   return_when=asyncio.FIRST_COMPLETED)
+                watching.cancel()
+                return lost.result()
+
+        self.assertIn('has lost west', asyncio.run(watch()))
+
     def test_members(self) -> None:
         """As corosync-quorumtool tells them."""
         self.program('corosync-quorumtool', quorum('east', 'west'))

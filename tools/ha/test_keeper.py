@@ -16,7 +16,7 @@ from configparser import ConfigParser
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional
 
 import command
 import nodes
@@ -182,6 +182,34 @@ class TroubleTest(KeeperCase):
 
         self.assertEqual(asyncio.run(die('SHUTDOWN')), 'off')
         self.assertEqual(asyncio.run(die('SHUTDOWN', 'RESET')), 'died')
+
+    def test_command_cannot_be_done(self) -> None:
+        """It is said why."""
+        said = []
+        with unittest.mock.patch('qemu_replication.graph.leftovers',
+                                 return_value=[self.config.state]):
+            self.assertEqual(asyncio.run(self.force_standby(said.append)),
+                             FAILED)
+        self.assertIn(str(self.config.state), said[0])
+
+    async def force_standby(self, say: Callable[[str], None]) -> int:
+        """As a person does."""
+        return await Control(self.keeper())._do(
+            {'command': 'standby', 'force': True}, say)
+
+    def test_boots_at_once(self) -> None:
+        """QEMU has been told to end, and has not yet."""
+        async def boot() -> bool:
+            keeper = Keeper(self.config)
+            with like_qemu(self.config.run) as qemu:
+                self.assertTrue(keeper.machine.find())
+                start = unittest.mock.AsyncMock()
+                setattr(keeper, '_start', start)
+                await keeper._do_boot()
+                qemu.kill()
+            return bool(start.called) and not keeper.machine.runs
+
+        self.assertTrue(asyncio.run(boot()))
 
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
