@@ -314,7 +314,6 @@ class AgentTest(FakeCluster):
         self.agent('demote', SUCCESS)
         self.assertEqual(keeper.asked, ['demote'])
 
-
     def test_keeper_has_ended(self) -> None:
         """Its QEMU may have what nobody else has: it gets another one."""
         self.program('corosync-quorumtool', quorum('east'))

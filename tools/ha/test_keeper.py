@@ -498,7 +498,6 @@ class FindTest(KeeperCase):
 
         asyncio.run(find())
 
-
     def test_no_log(self) -> None:
         """Somebody has removed it: that QEMU ends is seen all the same."""
         qemu = self.folder / 'qemu'
