@@ -82,6 +82,10 @@ def no_keeper(config: Config, exc: OSError) -> int:
         print(f'error: {config.control}: {exc.strerror}: only root may ask',
               file=sys.stderr)
         return FAILED
+    if isinstance(exc, TimeoutError):
+        print(f'error: the keeper of {config.vm.name} on {config.here} does '
+              'not answer', file=sys.stderr)
+        return FAILED
     starter = 'Pacemaker starts it' if config.cluster.resource \
         else f'start qemu-replication@{config.path.stem}'
     print(f'error: no keeper of {config.vm.name} on {config.here} '

@@ -343,7 +343,7 @@ class AgentTest(FakeCluster):
     def test_keeper_hangs(self) -> None:
         """Nobody knows what it will do, so nothing has been stopped."""
         with socket.socket(socket.AF_UNIX) as sock, \
-                unittest.mock.patch('qemu_replication.client.FIRST_SECONDS',
+                unittest.mock.patch('qemu_replication.client.STATUS_SECONDS',
                                     0.1):
             sock.bind(str(self.config.control))
             sock.listen()

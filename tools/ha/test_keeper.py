@@ -642,15 +642,17 @@ class ServiceTest(KeeperCase):
         for name, error, judge in (
                 ('service', ConnectionRefusedError(), Cluster()),
                 ('cluster', FileNotFoundError(), Cluster('pacemaker', 'vm')),
-                ('root', PermissionError(13, 'no'), Cluster())):
+                ('root', PermissionError(13, 'no'), Cluster()),
+                ('hangs', TimeoutError('timed out'), Cluster())):
             with contextlib.redirect_stderr(io.StringIO()) as said:
                 status = no_keeper(replace(config, cluster=judge), error)
             words[name] = status, said.getvalue()
         self.assertEqual([status for status, _ in words.values()],
-                         [NO_KEEPER, NO_KEEPER, FAILED])
+                         [NO_KEEPER, NO_KEEPER, FAILED, FAILED])
         self.assertIn('start qemu-replication@vm1', words['service'][1])
         self.assertIn('Pacemaker starts it', words['cluster'][1])
         self.assertNotIn('no keeper', words['root'][1])
+        self.assertIn('does not answer', words['hangs'][1])
 
     def test_files(self) -> None:
         """What a guest writes is not for everybody on this host."""
