@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -675,6 +677,22 @@ class ServiceTest(KeeperCase):
             self.assertEqual(self.side.pid, qemu.pid)
             self.side.kill_keeper()
             qemu.kill()
+
+    def test_interrupted(self) -> None:
+        """Who does not want to wait any longer need not read Python."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(self.config.control))
+            sock.listen()
+            # it may be ignored by who has started this
+            with subprocess.Popen(
+                    ['env', '--default-signal=INT', PROGRAM, 'protect',
+                     self.path, '--host', 'east'],
+                    stderr=subprocess.PIPE) as asking:
+                with sock.accept()[0] as connection:
+                    connection.recv(1)
+                    asking.send_signal(signal.SIGINT)
+                    said = asking.communicate(timeout=SECONDS)[1]
+        self.assertEqual((asking.returncode, said), (130, b''))
 
     def test_damaged_facts(self) -> None:
         """It does not start, and says why."""
