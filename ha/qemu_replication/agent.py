@@ -18,6 +18,7 @@ from . import check, cluster
 from .client import DONE, ask
 from .config import Config, ConfigError, Json, config_path, load
 from .errors import Failed
+from .facts import open_log
 from .states import AT_REST, PRIMARY, SHARED
 
 SUCCESS, ERROR, ARGS, UNIMPLEMENTED, PERM, INSTALLED, CONFIGURED, \
@@ -112,7 +113,7 @@ class Agent:
 
     def _start_keeper(self) -> None:
         """It goes on without us, as QEMU does without it."""
-        with open(self.config.run / 'keeper.log', 'ab') as log:
+        with open_log(self.config.run / 'keeper.log') as log:
             # pylint: disable=consider-using-with
             keeper = subprocess.Popen(
                 [sys.executable, '-B', '-m', __package__, 'keeper',

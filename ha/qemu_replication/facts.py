@@ -6,10 +6,13 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from .config import Json
 from .errors import Failed
 from .states import REPLICA, SHARED, SOLE
+
+LOG_BYTES = 1 << 20
 
 
 def write_whole(path: Path, value: Json, durable: bool) -> None:
@@ -28,6 +31,13 @@ def write_whole(path: Path, value: Json, durable: bool) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def open_log(path: Path) -> BinaryIO:
+    """To add to; one that is long is put aside, for the last such one."""
+    if path.exists() and path.stat().st_size > LOG_BYTES:
+        os.replace(path, path.with_suffix('.old.log'))
+    return open(path, 'ab')
 
 
 @dataclass

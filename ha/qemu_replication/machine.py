@@ -12,6 +12,7 @@ from . import graph
 from .check import running_qemu
 from .config import Config, Json
 from .errors import Failed, last_line
+from .facts import open_log
 from .monitor import Monitor
 
 KILL_SECONDS = 20.0
@@ -64,7 +65,7 @@ class Machine:
     async def start(self, primary: bool) -> None:
         """Start it, and wait until it answers."""
         assert not self.runs
-        with open(self.path('qemu.log'), 'ab') as log:
+        with open_log(self.path('qemu.log')) as log:
             # pylint: disable=consider-using-with
             self._child = subprocess.Popen(
                 self._words(primary), stdin=subprocess.DEVNULL,

@@ -30,7 +30,7 @@ from qemu_replication.client import DONE, FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
 from qemu_replication.errors import Failed, Refused, Unreachable
-from qemu_replication.facts import Facts
+from qemu_replication.facts import LOG_BYTES, Facts, open_log
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
 from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
@@ -693,6 +693,16 @@ class ServiceTest(KeeperCase):
                     asking.send_signal(signal.SIGINT)
                     said = asking.communicate(timeout=SECONDS)[1]
         self.assertEqual((asking.returncode, said), (130, b''))
+
+    def test_long_log(self) -> None:
+        """It does not fill the memory, where it is, for ever."""
+        path = self.folder / 'qemu.log'
+        for size, left in ((LOG_BYTES, LOG_BYTES + 1), (LOG_BYTES + 1, 1)):
+            path.write_bytes(bytes(size))
+            with open_log(path) as log:
+                log.write(b'x')
+            self.assertEqual(path.stat().st_size, left)
+        self.assertTrue((self.folder / 'qemu.old.log').exists())
 
     def test_damaged_facts(self) -> None:
         """It does not start, and says why."""
