@@ -15,6 +15,10 @@ class Refused(Failed):
     """QEMU has answered with an error."""
 
 
+class Late(Failed):
+    """QEMU has not answered; it may do so later."""
+
+
 class Unreachable(Failed):
     """The other keeper does not answer."""
 

@@ -21,7 +21,7 @@ from .machine import Machine
 from .errors import Failed
 from .peer import Peer
 from .states import AT_REST, PRIMARY, PROMOTABLE, REPLICA, SOLE, STATES
-from .work import LOOK_SECONDS, Works
+from .work import LOOK_SECONDS, Works, insistent
 
 log = logging.getLogger('keeper')
 # Between two attempts at a merge that has failed: its cause may be gone
@@ -194,15 +194,20 @@ class Keeper(Works):
     async def _do_find(self) -> str:
         """What a QEMU is that was found: the state to go on in."""
         await self.machine.connect()
+        return await self._what_it_is()
+
+    @insistent
+    async def _what_it_is(self) -> str:
         await self._look_once()
         nodes = await self._monitor.replication()
+        status = (await self._monitor.cmd('query-status'))['status']
         migration = await self._monitor.cmd('query-migrate')
         in_colo = migration.get('status') == 'colo'
         is_primary = any(node['mode'] == 'primary' for node in nodes)
         # with lost facts, what has been promoted runs, and not in COLO
         if self.facts.data == REPLICA or not (
                 is_primary or self.facts.data == SOLE or not in_colo
-                and self._look['status'] != 'inmigrate'):
+                and status != 'inmigrate'):
             running = all(node['stage'] == 'running' for node in nodes)
             return 'secondary' if in_colo and running else 'arming'
         if not is_primary:

@@ -9,7 +9,7 @@ from qemu.qmp import EventListener, QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
 
 from .config import Json
-from .errors import Failed, Refused
+from .errors import Failed, Late, Refused
 
 RETRY_SECONDS = 0.05
 
@@ -68,8 +68,8 @@ class Monitor:
         except ExecuteError as exc:
             raise Refused(f'{command}: {exc}') from exc
         except asyncio.TimeoutError as exc:
-            raise Failed(f'{command}: QEMU did not answer for '
-                         f'{self._answer:g} s') from exc
+            raise Late(f'{command}: QEMU did not answer for '
+                       f'{self._answer:g} s') from exc
         except (QMPError, OSError, EOFError) as exc:
             raise Failed(f'{command}: QEMU has ended') from exc
 

@@ -5,7 +5,7 @@ import asyncio
 import subprocess
 import time
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Awaitable, Callable, List
 
 from . import graph
@@ -13,7 +13,7 @@ from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .errors import Failed, Refused, Unreachable, last_line
+from .errors import Failed, Late, Refused, Unreachable, last_line
 from .monitor import Monitor
 from .peer import Peer
 from .states import FORGETFUL, PRIMARY, PROMOTABLE, SHARED, SOLE
@@ -28,6 +28,23 @@ QUIT_SECONDS = 10.0
 # In which QEMU has a guest wait; in others it runs, sleeps, or was stopped
 TRANSIENT = ('colo', 'finish-migrate', 'inmigrate', 'postmigrate', 'prelaunch',
              'restore-vm', 'save-vm')
+
+
+Work = Callable[[Any], Awaitable[str]]
+
+
+def insistent(work: Work) -> Work:
+    """Try it again within the bound of its state: the VM may hang on it."""
+    @wraps(work)
+    async def again(works: Any) -> str:
+        while True:
+            try:
+                return await work(works)
+            except Late as exc:
+                works.problem = str(exc)
+                await asyncio.sleep(POLL_SECONDS)
+
+    return again
 
 
 class Works:
@@ -332,6 +349,7 @@ class Works:
                 # as before
                 pass
 
+    @insistent
     async def _do_detach(self) -> str:
         await self._yank(graph.yank(self.config))
         status = (await self._monitor.cmd('query-migrate')).get('status')
@@ -516,7 +534,8 @@ class Works:
                    'say --peer-is-down')
         raise Failed(why, 'orphaned' if self._colo_ended else 'failed')
 
-    async def _do_promote(self) -> None:
+    @insistent
+    async def _do_promote(self) -> str:
         # within a checkpoint QEMU waits for the primary and nothing else
         await self._yank([{'type': 'migration'}])
         nodes = await self._monitor.replication()
@@ -537,3 +556,4 @@ class Works:
         await self._disconnect()
         await self._monitor.all(graph.announce(self.config))
         await self.judge.promoted()
+        return 'done'

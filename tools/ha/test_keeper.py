@@ -29,7 +29,7 @@ from qemu_replication.cli import no_keeper
 from qemu_replication.client import DONE, FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
-from qemu_replication.errors import Failed, Refused, Unreachable
+from qemu_replication.errors import Failed, Late, Refused, Unreachable
 from qemu_replication.facts import LOG_BYTES, Facts, open_log
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
@@ -42,7 +42,7 @@ Json = Dict[str, Any]
 
 
 OPTIONS, REST = command.parser(__doc__).parse_known_args()
-HANGS = Failed('QEMU did not answer')
+HANGS = Late('QEMU did not answer')
 
 
 class Qmp(Monitor):
@@ -171,6 +171,31 @@ class TroubleTest(KeeperCase):
                 asyncio.run(go_on(work, status))
             with self.assertRaises(asyncio.TimeoutError):
                 asyncio.run(go_on(work, 'colo'))
+
+    def test_answers_late(self) -> None:
+        """A VM is not ended because QEMU has needed a while once."""
+        async def work(name: str, mode: str, command: str) -> str:
+            answers = {
+                'query-status': {'status': 'running'}, 'qom-list': [],
+                'query-migrate': {'status': 'completed'},
+                'query-blockstats': [node(mode=mode)], 'query-chardev': [],
+                'query-block-jobs': []}
+            keeper = self.keeper('finding', **{**answers, command: HANGS})
+            setattr(keeper.machine, 'connect', unittest.mock.AsyncMock())
+            working = asyncio.create_task(getattr(keeper, f'_do_{name}')())
+            while keeper.problem != str(HANGS) and not working.done():
+                await asyncio.sleep(0)
+            keeper.machine.monitor = Qmp(self.config, answers)
+            return str(await asyncio.wait_for(working, SECONDS))
+
+        for name, mode, command, wanted in (
+                ('find', 'primary', 'query-migrate', 'detaching'),
+                ('find', 'primary', 'query-status', 'detaching'),
+                ('detach', 'primary', 'query-block-jobs', 'done'),
+                ('promote', 'secondary', 'nbd-server-stop', 'done')):
+            with self.subTest(work=name, command=command):
+                self.assertEqual(asyncio.run(asyncio.wait_for(
+                    work(name, mode, command), SECONDS)), wanted)
 
     def test_guest_was_off(self) -> None:
         """It has been started again since: QEMU has died then."""
