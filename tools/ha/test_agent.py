@@ -525,10 +525,10 @@ class JudgeTest(FakeCluster):
             with unittest.mock.patch('os.openpty', side_effect=[
                     OSError('too many'), os.openpty()]):
                 watching = asyncio.create_task(judge.watch(lost.set_result))
-                await asyncio.wait({watching, lost}, timeout=SECONDS,
-                                   return_when=asyncio.FIRST_COMPLETED)
-                watching.cancel()
-                return lost.result()
+                try:
+                    return await asyncio.wait_for(lost, SECONDS)
+                finally:
+                    watching.cancel()
 
         self.assertIn('has lost west', asyncio.run(watch()))
 

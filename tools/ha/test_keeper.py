@@ -174,13 +174,13 @@ class TroubleTest(KeeperCase):
 
     def test_answers_late(self) -> None:
         """A VM is not ended because QEMU has needed a while once."""
-        async def work(name: str, mode: str, command: str) -> str:
-            answers = {
+        async def work(name: str, mode: str, late: str) -> str:
+            answers: Json = {
                 'query-status': {'status': 'running'}, 'qom-list': [],
                 'query-migrate': {'status': 'completed'},
                 'query-blockstats': [node(mode=mode)], 'query-chardev': [],
                 'query-block-jobs': []}
-            keeper = self.keeper('finding', **{**answers, command: HANGS})
+            keeper = self.keeper('finding', **{**answers, late: HANGS})
             setattr(keeper.machine, 'connect', unittest.mock.AsyncMock())
             working = asyncio.create_task(getattr(keeper, f'_do_{name}')())
             while keeper.problem != str(HANGS) and not working.done():
@@ -188,14 +188,14 @@ class TroubleTest(KeeperCase):
             keeper.machine.monitor = Qmp(self.config, answers)
             return str(await asyncio.wait_for(working, SECONDS))
 
-        for name, mode, command, wanted in (
+        for name, mode, late, wanted in (
                 ('find', 'primary', 'query-migrate', 'detaching'),
                 ('find', 'primary', 'query-status', 'detaching'),
                 ('detach', 'primary', 'query-block-jobs', 'done'),
                 ('promote', 'secondary', 'nbd-server-stop', 'done')):
-            with self.subTest(work=name, command=command):
+            with self.subTest(work=name, late=late):
                 self.assertEqual(asyncio.run(asyncio.wait_for(
-                    work(name, mode, command), SECONDS)), wanted)
+                    work(name, mode, late), SECONDS)), wanted)
 
     def test_guest_was_off(self) -> None:
         """It has been started again since: QEMU has died then."""
@@ -212,7 +212,7 @@ class TroubleTest(KeeperCase):
 
     def test_command_cannot_be_done(self) -> None:
         """It is said why."""
-        said = []
+        said: List[str] = []
         with unittest.mock.patch('qemu_replication.graph.leftovers',
                                  return_value=[self.config.state]):
             self.assertEqual(asyncio.run(self.force_standby(said.append)),
