@@ -213,9 +213,19 @@ class Keeper(Works):
         if not is_primary:
             # it was promoted, but that was not all
             return 'promoting'
-        if in_colo:
-            return 'protected' if self._protects(nodes) else 'asking'
-        return 'detaching'
+        if not in_colo:
+            return 'detaching'
+        return await self._still_protected(nodes)
+
+    async def _still_protected(self, nodes: List[Json]) -> str:
+        """The peer may have been asked about, or not been allowed yet."""
+        if self._protects(nodes):
+            try:
+                await self.judge.in_step()
+                return 'protected'
+            except Failed as exc:
+                log.warning('%s', exc)
+        return 'asking'
 
     # What QEMU tells
 

@@ -511,6 +511,17 @@ class FindTest(KeeperCase):
                             ('asking', SHARED)):
             self.assertEqual(STATES[state].data, data)
 
+    def test_found_protected(self) -> None:
+        """The last keeper may not have told the cluster, or told the other."""
+        for problem, wanted in ((None, 'protected'),
+                                (Failed('no cluster'), 'asking')):
+            tell = unittest.mock.AsyncMock(side_effect=problem)
+            with unittest.mock.patch('qemu_replication.judge.Judge.in_step',
+                                     tell):
+                self.assertEqual(self.found('shared', 'primary', 'colo',
+                                            'running'), wanted)
+            self.assertEqual(tell.call_count, 1)
+
     def test_no_pidfile_yet(self) -> None:
         """It has been started, and its keeper has died at once."""
         async def find() -> int:
