@@ -218,9 +218,10 @@ class Keeper(Works):
         return await self._still_protected(nodes)
 
     async def _still_protected(self, nodes: List[Json]) -> str:
-        """The peer may have been asked about, or not been allowed yet."""
+        """The last keeper may not have ended what it did with the peer."""
         if self._protects(nodes):
             try:
+                await self._take_time()
                 await self.judge.in_step()
                 return 'protected'
             except Failed as exc:

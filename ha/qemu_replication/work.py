@@ -314,8 +314,12 @@ class Works:
             await asyncio.sleep(self.config.limits.failover)
         finally:
             if self.machine.runs:
-                await self._monitor.attempt('migrate-set-parameters', {
-                    'x-checkpoint-delay': self.config.limits.checkpoint_ms})
+                await self._take_time()
+
+    async def _take_time(self) -> None:
+        """Between two checkpoints, as long as there is nothing else to do."""
+        await self._monitor.attempt('migrate-set-parameters', {
+            'x-checkpoint-delay': self.config.limits.checkpoint_ms})
 
     async def _do_ask(self) -> str:
         """Go on only when the peer cannot take the VM any more."""

@@ -51,10 +51,12 @@ class Qmp(Monitor):
     def __init__(self, config: Config, answers: Json) -> None:
         super().__init__(config.run, 1.0, lambda event: None)
         self.answers = answers
+        self.given: List[object] = []
 
     async def cmd(self, command: str, arguments: Optional[Json] = None,
                   oob: bool = False) -> Any:
         answer = self.answers.get(command, {})
+        self.given.append((command, arguments))
         if isinstance(answer, Failed):
             raise answer
         return answer
@@ -474,6 +476,7 @@ class ClaimTest(KeeperCase):
 
 class FindTest(KeeperCase):
     """A keeper finds QEMU again."""
+    given: List[object]
 
     def found(self, data: str, mode: str, migration: str, guest: str) -> str:
         """What it takes it for."""
@@ -484,6 +487,7 @@ class FindTest(KeeperCase):
                 'query-status': {'status': guest}})
             keeper.facts.data = data
             setattr(keeper.machine, 'connect', keeper._tell)
+            self.given = getattr(keeper._monitor, 'given')
             return await keeper._do_find()
 
         return asyncio.run(find())
@@ -521,6 +525,10 @@ class FindTest(KeeperCase):
                 self.assertEqual(self.found('shared', 'primary', 'colo',
                                             'running'), wanted)
             self.assertEqual(tell.call_count, 1)
+            # the last one may have been about to switch
+            self.assertIn(('migrate-set-parameters', {
+                'x-checkpoint-delay': self.config.limits.checkpoint_ms}),
+                self.given)
 
     def test_no_pidfile_yet(self) -> None:
         """It has been started, and its keeper has died at once."""
