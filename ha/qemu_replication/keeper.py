@@ -71,6 +71,8 @@ class Keeper(Works):
         self._merged_at = 0.0
         # why nobody could be told last time
         self._trouble = ''
+        # and what was logged last of what nobody has thought of
+        self._mistake = ''
 
     # The machine of states
 
@@ -143,23 +145,33 @@ class Keeper(Works):
         await self._tell()
 
     async def _do(self, work: str, limit: str, entered: int) -> None:
-        """The work of a state."""
+        """The work of a state, and again where nothing follows its failure."""
+        event = await self._do_once(work, limit, entered)
+        while event.name == 'failed' \
+                and 'failed' not in STATES[self.state].on:
+            self.problem = event.why
+            await asyncio.sleep(LOOK_SECONDS)
+            event = await self._do_once(work, limit, entered)
+        self._events.put_nowait(event)
+
+    async def _do_once(self, work: str, limit: str, entered: int) -> Event:
         bound = getattr(self.config.limits, limit) if limit else None
         try:
             name = await asyncio.wait_for(getattr(self, f'_do_{work}')(),
                                           bound)
-            event = Event(name or 'done', entered=entered)
+            return Event(name or 'done', entered=entered)
         except asyncio.TimeoutError:
-            event = Event('failed', f'{work} took more than {bound:g} s',
-                          entered)
+            return Event('failed', f'{work} took more than {bound:g} s',
+                         entered)
         except Failed as exc:
-            event = Event(exc.event, str(exc), entered)
+            return Event(exc.event, str(exc), entered)
         except (OSError, subprocess.SubprocessError) as exc:
-            event = Event('failed', str(exc), entered)
-        except Exception:  # pylint: disable=broad-except
-            log.exception('a mistake of this program')
-            event = Event('failed', 'a mistake of this program', entered)
-        self._events.put_nowait(event)
+            return Event('failed', str(exc), entered)
+        except Exception as exc:  # pylint: disable=broad-except
+            if repr(exc) != self._mistake:
+                self._mistake = repr(exc)
+                log.exception('a mistake of this program')
+            return Event('failed', 'a mistake of this program', entered)
 
     async def _tell(self) -> None:
         """Let all who watch know."""

@@ -31,6 +31,7 @@ from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
 from qemu_replication.errors import Failed, Late, Refused, Unreachable
 from qemu_replication.facts import LOG_BYTES, Facts, open_log
+from qemu_replication.judge import Verdict
 from qemu_replication.keeper import Event, Keeper
 from qemu_replication.monitor import Monitor
 from qemu_replication.states import REPLICA, SHARED, SOLE, STATES
@@ -239,6 +240,22 @@ class TroubleTest(KeeperCase):
             return bool(start.called) and not keeper.machine.runs
 
         self.assertTrue(asyncio.run(boot()))
+
+    def test_nothing_follows(self) -> None:
+        """A failure in a state that has no other way out of it."""
+        async def ask(*answers: object) -> str:
+            keeper = self.keeper('asking')
+            setattr(keeper.judge, 'of_peer', unittest.mock.AsyncMock(
+                side_effect=answers))
+            asking = asyncio.create_task(keeper._do('ask', '', 0))
+            event = await asyncio.wait_for(keeper._events.get(), SECONDS)
+            await asking
+            return f'{event.name} {keeper.problem}'
+
+        for problem in OSError(11, 'no process'), Failed('no process'):
+            self.assertIn('done', asyncio.run(ask(problem, Verdict.OUT)))
+            self.assertIn('no process', asyncio.run(ask(problem,
+                                                        Verdict.OUT)))
 
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
