@@ -123,6 +123,8 @@ typedef struct BDRVReplicationState {
 
     /* What is known of the disk after a crash; or NULL */
     ReplicationMeta *meta;
+    /* The links to what that is stored in: the log must not go elsewhere */
+    GSList *meta_frozen;
 
     /*
      * replication_stages[] in replication-ops.c says what each stage allows.

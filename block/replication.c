@@ -598,6 +598,7 @@ static void replication_cleanup(BlockDriverState *bs)
     BDRVReplicationState *s = bs->opaque;
 
     s->role->cleanup(bs);
+    replication_unfreeze_below(s->meta_frozen);
     replication_meta_free(s->meta);
     replication_set_error(bs, NULL);
     replication_forget_first_error(bs);
@@ -674,6 +675,7 @@ static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
         return false;
     }
     s->meta = replication_meta_new(bs, child);
+    s->meta_frozen = replication_freeze_below(child->bs, NULL);
 
     return true;
 }
