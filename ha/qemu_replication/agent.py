@@ -93,9 +93,14 @@ class Agent:
 
     def found(self) -> Optional[Json]:
         """The same; a QEMU without a keeper gets one."""
-        if self.status() is None and check.running_qemu(self.config):
+        told = self.status()
+        if told is None and check.running_qemu(self.config):
             self._start_keeper()
-        return self.status()
+            told = self.status()
+            if told is None:
+                # not that nothing runs here
+                raise Failed('the keeper has ended again')
+        return told
 
     def order(self, command: str, force: bool = False, wait: bool = True
               ) -> int:

@@ -340,6 +340,16 @@ class AgentTest(FakeCluster):
                 self.config.control.unlink()
                 qemu.kill()
 
+    def test_keeper_ends_again(self) -> None:
+        """Its QEMU runs, and has not been stopped."""
+        agent = Agent(self.config)
+        setattr(agent, '_start_keeper', lambda: None)
+        with like_qemu(self.config.run) as qemu:
+            for action in agent.stop, agent.monitor, agent.demote:
+                with self.assertRaisesRegex(Failed, 'ended again'):
+                    action()
+            qemu.kill()
+
     def test_keeper_hangs(self) -> None:
         """Nobody knows what it will do, so nothing has been stopped."""
         with socket.socket(socket.AF_UNIX) as sock, \
