@@ -5,7 +5,7 @@
 # that has built before hides, shows there. It shares with other runs what was
 # downloaded and compiled (packages, QEMU's source, ccache), each checked by
 # those who use it, and nothing that was installed or unpacked. Needs common.sh,
-# $ROOT, $BASE (the folder of that) and $CACHE.
+# $ROOT, $SCRIPTS (the folder of that) and $CACHE.
 
 RELEASE=trixie
 
@@ -87,13 +87,13 @@ make_fresh() {
     flock 7
     remove_left_over
     WHY_NOT='debootstrap cannot be installed'
-    "$BASE/packages.sh" "$CACHE" "$ROOT/.ci/packages" || return
+    "$SCRIPTS/packages.sh" "$CACHE" "$ROOT/.ci/packages" || return
     FRESH=$(mktemp -d "$KEPT/root.XXXXXX")
     chmod 755 "$FRESH"
     WHY_NOT='nothing can be mounted here'
     may_mount "$FRESH" || return
     WHY_NOT='no mirror of Debian is known'
-    mirror=$("$BASE/source.sh" mirror "$CACHE") || return
+    mirror=$("$SCRIPTS/source.sh" mirror "$CACHE") || return
     say "making a fresh Debian, $RELEASE"
     WHY_NOT="making it failed, see $log"
     {

@@ -2,8 +2,8 @@
 # shellcheck shell=bash
 #
 # Build one flavour of QEMU (see tools/series/tree.py) in the cache: $WORK/tree
-# is its source, $WORK/build is where it is built. Needs common.sh, $ROOT, $BASE (this
-# folder), $CACHE, and the base: $BASE_NAME and $BASE_DIR.
+# is its source, $WORK/build is where it is built. Needs common.sh, $ROOT,
+# $SCRIPTS (this folder), $CACHE, and the base's name, $BASE_NAME.
 
 # The python3 on PATH may be another one, without Debian's modules. configure
 # is told in the environment.
@@ -56,7 +56,7 @@ OUR_TARGETS=(
 
 # Print the source of a base, or why there is none; exit status 3.
 fetch_source() {
-    "$BASE/source.sh" qemu "$CACHE" "$1"
+    "$SCRIPTS/source.sh" qemu "$CACHE" "$1"
 }
 
 # Where the user's QEMU is; refuse one that another base is for.
@@ -166,7 +166,7 @@ lock() {
 # Have configure find a meson that is new enough.
 use_meson() {
     local meson
-    meson=$("$BASE/source.sh" meson "$CACHE")
+    meson=$("$SCRIPTS/source.sh" meson "$CACHE")
     [ -n "$meson" ] || return 0
     export PYTHONPATH=$meson${PYTHONPATH:+:$PYTHONPATH}
 }

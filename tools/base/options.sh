@@ -3,7 +3,7 @@
 #
 # The command line, by the table in the file commands beside this. Nothing that
 # is wrong with it gets as far as packages, a download or a build. Needs
-# common.sh, $BASE (this folder), and the arrays that the table names.
+# common.sh, $SCRIPTS (this folder), and the arrays that the table names.
 
 declare -A VALUE=() HELP=()
 # names of commands, and COMMAND.OPTION, as the table has them
@@ -36,7 +36,7 @@ read_commands() {
         done
         ORDER+=("$option")
         VALUE[$option]=${value// /} HELP[$option]=${text# }
-    done <"$BASE/commands"
+    done <"$SCRIPTS/commands"
     for command in "${ORDER[@]}"; do
         [[ $command == *.* || $command =~ ^(clean|fetch|help)$ ]] ||
             VALUE[$command.base]=TEXT

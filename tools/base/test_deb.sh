@@ -7,12 +7,12 @@
 # VM with what is there, lose a side, and remove it without a trace.
 
 set -euo pipefail
-BASE=$(dirname "$(readlink -f "$0")")
-ROOT=$(readlink -f "$BASE/../..")
+SCRIPTS=$(dirname "$(readlink -f "$0")")
+ROOT=$(readlink -f "$SCRIPTS/../..")
 build=$1 tree=$2
 # shellcheck disable=SC2034 # fresh.sh uses it
 CACHE=$3
-. "$BASE/common.sh"
+. "$SCRIPTS/common.sh"
 STEP=deb
 . "$ROOT/.ci/fresh.sh"
 # shellcheck disable=SC2034 # the same
@@ -38,11 +38,11 @@ traces() {
 }
 
 pair() {
-    cp "$BASE/test_deb_pair.sh" "$FRESH/pair.sh"
+    cp "$SCRIPTS/test_deb_pair.sh" "$FRESH/pair.sh"
     in_fresh timeout "$SECONDS_FOR_PAIR" bash /pair.sh
 }
 
-deb=$("$BASE/deb.sh" "$build" "$tree" "$FRESH")
+deb=$("$SCRIPTS/deb.sh" "$build" "$tree" "$FRESH")
 in_fresh dpkg-deb --info "/${deb##*/}" | grep Depends:
 apt update
 apt install "/${deb##*/}"
