@@ -28,7 +28,7 @@ TIME, COPIED = 'until it is protected', 'copied per changed byte'
 COLD, WARM = 'cold', 'warm'
 
 
-class Side(NamedTuple):
+class HostDisk(NamedTuple):
     """A host with a disk and its metadata."""
     host: TimedHost
     disk: Path
@@ -61,7 +61,7 @@ class Pair:
         self.far = self._start('far', True)
         self.protect()
 
-    def _start(self, name: str, standby: bool) -> Side:
+    def _start(self, name: str, standby: bool) -> HostDisk:
         disk = self.setting.place.memory / name
         meta = disk.with_suffix('.meta')
         for path, size in ((disk, SIZE), (meta, MIB)):
@@ -81,7 +81,7 @@ class Pair:
         else:
             host.add(nodes.holder('top', 'disk', metadata='meta', **THIN))
         host.export('top')
-        return Side(host, disk)
+        return HostDisk(host, disk)
 
     def protect(self) -> None:
         """Bring the far disk in step, and begin to replicate."""

@@ -69,7 +69,7 @@ def fenced(when: float, status: str = 'success') -> str:
             f'status="{status}" completed="{stamp}"/></pacemaker-result>')
 
 
-class Keeper:
+class FakeKeeper:
     """One that says what it was told to."""
 
     def __init__(self, path: Path) -> None:
@@ -153,9 +153,9 @@ class FakeCluster(unittest.TestCase):
         return [line for line in self.calls_file.read_text(
             'utf-8').splitlines() if part in line]
 
-    def keeper(self, state: str, role: str, data: str) -> Keeper:
+    def keeper(self, state: str, role: str, data: str) -> FakeKeeper:
         """A keeper that is there."""
-        keeper = Keeper(self.config.control)
+        keeper = FakeKeeper(self.config.control)
         self.addCleanup(keeper.close)
         keeper.tell(state, role, data)
         return keeper
@@ -326,7 +326,7 @@ class AgentTest(FakeCluster):
 
             def start() -> None:
                 # pylint: disable=cell-var-from-loop
-                keeper = Keeper(self.config.control)
+                keeper = FakeKeeper(self.config.control)
                 keeper.tell('orphan', role, 'replica')
                 keeper.later = dict(keeper.status)
                 keeper.tell(state, role, 'replica')

@@ -12,7 +12,7 @@ from typing import Any, Callable, List, Optional
 
 import nodes
 from disk import demand
-from holder import DISK, JOB, LINK, TOP, VIEW, Holder
+from holder import DISK, JOB, LINK, TOP, VIEW, HolderWalk
 from layout import KIB, MIB, SECTOR, pattern
 from model import Content, Op
 from modelhost import Difference, ModelHost
@@ -41,7 +41,7 @@ class Past:
         self.used = False
 
 
-class Failback(Holder):
+class Failback(HolderWalk):
     """A pair whose primary is a, whoever that is now, its secondary b."""
 
     def __init__(self, *args: Any) -> None:

@@ -26,7 +26,7 @@ JOB = 'sync'
 MIN_STEPS, MAX_STEPS = 10, 50
 
 
-class Holder(Walk):
+class HolderWalk(Walk):
     """A pair of hosts with one disk: the primary is a, the secondary b."""
 
     def __init__(self, *args: Any) -> None:

@@ -23,7 +23,7 @@ import nbd  # type: ignore
 import command
 from autopsy import stacks
 from failback import Failback
-from holder import Holder
+from holder import HolderWalk
 from host import Hang, HostError
 from layout import Images
 from model import Op, Stage
@@ -33,8 +33,8 @@ from steps import choose, hosts, start
 
 # In turn: pairs under quorum, of a primary that holds both disks, and of two
 # disks with metadata
-KINDS: List[Type[Union[Holder, Sequence]]] = [Holder, Sequence, Failback,
-                                              Sequence]
+KINDS: List[Type[Union[HolderWalk, Sequence]]] = [
+    HolderWalk, Sequence, Failback, Sequence]
 MIN_STEPS, MAX_STEPS = 10, 50
 LOG_LINES = 40
 # Each wait has its own limit; this is for what nobody thought of
@@ -86,7 +86,7 @@ class Player:
                 trace)
         seq = KINDS[number % len(KINDS)](*args)
         try:
-            if isinstance(seq, Holder):
+            if isinstance(seq, HolderWalk):
                 seq.play()
                 for host in self._hosts.values():
                     check_empty(host)

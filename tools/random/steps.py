@@ -28,19 +28,19 @@ Weight = Callable[[Sequence, Disk], float]
 Run = Callable[[Sequence, Disk], None]
 
 
-class Step(NamedTuple):
+class Choice(NamedTuple):
     """Something that can happen."""
     weight: Weight
     run: Run
 
 
-STEPS: List[Step] = []
+STEPS: List[Choice] = []
 
 
 def step(weight: Weight) -> Callable[[Run], Run]:
     """Make a function a step that is so likely, or impossible with 0."""
     def add(run: Run) -> Run:
-        STEPS.append(Step(weight, run))
+        STEPS.append(Choice(weight, run))
         return run
     return add
 

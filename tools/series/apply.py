@@ -21,7 +21,7 @@ def series_of(version: str) -> str:
     return '.'.join(version.split('.')[:2])
 
 
-class Target:
+class UserTree:
     """The tree that the series is applied to."""
 
     def __init__(self, folder: Path) -> None:
@@ -125,7 +125,7 @@ def added_files(branches: Branches) -> Files:
 
 def apply_series(branches: Branches, folder: Path) -> str:
     """Apply all series to a tree, or refuse; say what was done."""
-    target = Target(folder)
+    target = UserTree(folder)
     target.refuse_version(branches.base)
     target.refuse_applied(added_files(branches))
     target.refuse_dirty()

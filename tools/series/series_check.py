@@ -71,7 +71,7 @@ class Tally:
         return not complaint
 
 
-class Place(NamedTuple):
+class BuildPlace(NamedTuple):
     """Where one tree after the other is built."""
     tree: Tree
     build: Path
@@ -82,7 +82,7 @@ class Place(NamedTuple):
         return self.tree.folder
 
 
-def checkpatch(place: Place, patch: Path) -> str:
+def checkpatch(place: BuildPlace, patch: Path) -> str:
     """What checkpatch has to say, apart from what is known to be wrong."""
     result = subprocess.run(
         [place.source / 'scripts/checkpatch.pl', '--quiet', '--no-summary',
@@ -121,7 +121,7 @@ def run_quietly(command: List[str], cwd: Path, title: str,
     return output
 
 
-def objects_of(place: Place, names: Set[str]) -> Set[str]:
+def objects_of(place: BuildPlace, names: Set[str]) -> Set[str]:
     """The objects that are made of these sources, and that include them."""
     database = json.loads((place.build / 'compile_commands.json').read_text())
     paths = {os.path.normpath(place.source / name) for name in names}
@@ -137,13 +137,13 @@ def objects_of(place: Place, names: Set[str]) -> Set[str]:
     return found
 
 
-def unit_tests(place: Place) -> List[str]:
+def unit_tests(place: BuildPlace) -> List[str]:
     """The unit tests that the tree has."""
     return [f'tests/unit/{name}' for name in UNIT_TESTS
             if (place.source / f'tests/unit/{name}.c').exists()]
 
 
-def compile_targets(place: Place, names: Set[str], targets: List[str],
+def compile_targets(place: BuildPlace, names: Set[str], targets: List[str],
                     title: str) -> str:
     """Build targets; return a complaint, also of warnings in some files."""
     try:
@@ -154,7 +154,7 @@ def compile_targets(place: Place, names: Set[str], targets: List[str],
     return f'the compiler warns about {warned}' if warned else ''
 
 
-def compile_patch(place: Place, names: Set[str], title: str) -> str:
+def compile_patch(place: BuildPlace, names: Set[str], title: str) -> str:
     """Build what a patch has changed, as far as that is not nearly all."""
     try:
         # meson first: it tells which objects there are
@@ -169,7 +169,7 @@ def compile_patch(place: Place, names: Set[str], title: str) -> str:
     return compile_targets(place, names, [*sorted(objects), *PROGRAMS], title)
 
 
-def run_unit_tests(place: Place) -> str:
+def run_unit_tests(place: BuildPlace) -> str:
     """Run the unit tests; return a complaint."""
     complaints = []
     for name in unit_tests(place):
@@ -188,7 +188,7 @@ def run_unit_tests(place: Place) -> str:
     return '\n'.join(complaints)
 
 
-def run_iotests(place: Place, names: List[str], title: str) -> str:
+def run_iotests(place: BuildPlace, names: List[str], title: str) -> str:
     """Run iotests by QEMU's runner; return a complaint."""
     try:
         run_quietly([sys.executable, 'check', '-qcow2', *names],
@@ -199,7 +199,7 @@ def run_iotests(place: Place, names: List[str], title: str) -> str:
     return ''
 
 
-def configure(place: Place, options: List[str]) -> None:
+def configure(place: BuildPlace, options: List[str]) -> None:
     """Configure a build of the tree."""
     shutil.rmtree(place.build, ignore_errors=True)
     place.build.mkdir()
@@ -209,7 +209,7 @@ def configure(place: Place, options: List[str]) -> None:
     run_quietly(command, place.build, 'configuring')
 
 
-class Plan(NamedTuple):
+class SeriesPlan(NamedTuple):
     """A series, between which commits it is, and its mails."""
     series: Series
     begin: str
@@ -217,7 +217,7 @@ class Plan(NamedTuple):
     mails: List[Path]
 
 
-def taken(branches: Branches, plan: Plan) -> str:
+def taken(branches: Branches, plan: SeriesPlan) -> str:
     """Take the mails as who gets them would; is it the same?"""
     work = Work(branches.repository, plan.begin)
     try:
@@ -231,24 +231,24 @@ def taken(branches: Branches, plan: Plan) -> str:
 
 
 def plan_alone(branches: Branches, series: Series, folder: Path,
-               tally: Tally) -> Plan:
+               tally: Tally) -> SeriesPlan:
     """Write a series against QEMU's plain source, and take it."""
     begin, end = branches.alone(series)
     print(f'[series] writing {series.title}', flush=True)
     mails = Writer(branches).write_alone(series, folder).mails
-    plan = Plan(series, begin, end, mails)
+    plan = SeriesPlan(series, begin, end, mails)
     tally.count(f'{series.title}: git am, without a merge',
                 taken(branches, plan))
     return plan
 
 
-def plan_in_order(branches: Branches, tally: Tally) -> List[Plan]:
+def plan_in_order(branches: Branches, tally: Tally) -> List[SeriesPlan]:
     """All series on top of each other."""
     chosen = branches.base.series()
     ends = branches.ends(chosen, branches.ours())
     tally.count('the end is what ./run build builds', '' if
                 ends[-1] == branches.all_of_it() else 'it is another commit')
-    return [Plan(series, ends[0], end, [])
+    return [SeriesPlan(series, ends[0], end, [])
             for series, end in zip(chosen, ends[1:])]
 
 
@@ -267,7 +267,7 @@ def check_kept(branches: Branches, tally: Tally) -> None:
 class Check:
     """The checks of what is built."""
 
-    def __init__(self, place: Place, tally: Tally) -> None:
+    def __init__(self, place: BuildPlace, tally: Tally) -> None:
         self.place = place
         self.tally = tally
         self.repository = place.tree.repository
@@ -287,7 +287,7 @@ class Check:
         self.go_to(commit)
         configure(self.place, options)
 
-    def alone(self, plan: Plan) -> None:
+    def alone(self, plan: SeriesPlan) -> None:
         """Check a series on QEMU's plain source."""
         start = time.monotonic()
         commits = self.repository.run(
@@ -310,7 +310,7 @@ class Check:
         print(f'[series] {plan.series.title}: {time.monotonic() - start:.0f} '
               f's', flush=True)
 
-    def end(self, plan: Plan, title: str, targets: List[str]) -> bool:
+    def end(self, plan: SeriesPlan, title: str, targets: List[str]) -> bool:
         """Build and test the block layer where a series ends."""
         self.go_to(plan.end)
         targets = [*targets, *PROGRAMS, *unit_tests(self.place)]
@@ -321,7 +321,7 @@ class Check:
         self.tally.count(f'{title} unit tests', run_unit_tests(self.place))
         return True
 
-    def iotests(self, plan: Plan) -> None:
+    def iotests(self, plan: SeriesPlan) -> None:
         """Run the iotests that a series brings."""
         changed = self.changed(plan.begin, plan.end)
         tests = sorted({match[1] for match in map(IOTEST.fullmatch, changed)
@@ -399,8 +399,8 @@ def check(args: argparse.Namespace, tally: Tally) -> None:
         if args.base == REFERENCE:
             check_kept(branches, tally)
     # others may build meanwhile
-    this = Check(Place(Tree(branches.repository, folder / 'tree'),
-                       folder / 'build'), tally)
+    this = Check(BuildPlace(Tree(branches.repository, folder / 'tree'),
+                            folder / 'build'), tally)
     this.configure(plans[0].begin, args.options)
     for plan in plans:
         this.alone(plan)
