@@ -129,7 +129,7 @@ configure() {
 # ninja itself cannot say: QEMU's build always has something to run.
 is_built() {
     [ "${TARGETS[*]}" = "$(cat "$WORK/built" 2>/dev/null)" ] &&
-        is_configured && tree --check 2>/dev/null
+        is_configured && tree --is-current 2>/dev/null
 }
 
 # A warning in a file of ours or one that we patch is an error. Its file is

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0-or-later
 #
-# install.sh --check PREFIX      refuse a folder that has anything else in it
+# install.sh --refuse PREFIX     refuse a folder that has anything else in it
 # install.sh BUILD TREE PREFIX   install what was built in BUILD from TREE
 #
 # It is put together beside PREFIX, tried out, and takes its place. QEMU finds
@@ -100,7 +100,7 @@ clean_up() {
 }
 
 case $1 in
-    --check)
+    --refuse)
         prefix=$2
         check_prefix
         exit ;;

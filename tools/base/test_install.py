@@ -118,7 +118,7 @@ class InstallTest(unittest.TestCase):
         with tempfile.TemporaryDirectory(dir=self.top) as folder:
             prefix = Path(folder, 'prefix')
             shutil.copytree(self.prefix, prefix, symlinks=True)
-            command = [str(INSTALL), '--check', str(prefix)]
+            command = [str(INSTALL), '--refuse', str(prefix)]
             self.run_in_homes(*command)
             (prefix / 'bin/disk.qcow2').touch()
             done = subprocess.run(command, check=False, text=True,
@@ -254,7 +254,7 @@ class InstallTest(unittest.TestCase):
         for target, why in ((str(other), 'has other files'),
                             (f'{other}/file', 'is not a folder')):
             result = subprocess.run(
-                [INSTALL, '--check', os.path.realpath(target)], check=False,
+                [INSTALL, '--refuse', os.path.realpath(target)], check=False,
                 env=self.env, timeout=SECONDS, text=True, cwd=self.homes[2],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             self.assertNotEqual(result.returncode, 0)

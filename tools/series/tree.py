@@ -84,7 +84,7 @@ def main() -> int:
     add_arguments(parser)
     parser.add_argument('--flavour', choices=FLAVOURS, required=True)
     parser.add_argument('--tree', type=Path, required=True)
-    parser.add_argument('--check', action='store_true',
+    parser.add_argument('--is-current', action='store_true',
                         help='change nothing, fail if the tree is stale')
     parser.add_argument('--list', action='store_true',
                         help='print the files that do not come from QEMU')
@@ -102,7 +102,7 @@ def main() -> int:
             tree = Tree(branches.repository, args.tree)
             tree.read()
             names = tree.differences(commit)
-            if args.check:
+            if args.is_current:
                 return 1 if names else 0
             if names:
                 print(f'[source] {report(names, is_new)}', file=sys.stderr)
