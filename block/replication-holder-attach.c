@@ -200,14 +200,8 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
                           "'replica', which may be null.\n");
         return false;
     }
-    if (replication_stage(bs) == REPLICATION_STAGE_RUNNING) {
-        error_setg(errp, "The replica of replication node '%s' cannot be "
-                   "changed: it is running", bdrv_get_node_name(bs));
-        error_append_hint(errp, "Stop replication first.\n");
-        return false;
-    }
 
-    return true;
+    return replication_may(bs, REPLICATION_OP_CHANGE_PEER, errp);
 }
 
 /* Others may have resized the disk while the node was inactive */

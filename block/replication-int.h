@@ -105,6 +105,9 @@ typedef enum ReplicationOp {
     REPLICATION_OP_RESIZE,
     REPLICATION_OP_INACTIVATE,
 
+    /* By x-block-replica-sync and x-block-replica-detach */
+    REPLICATION_OP_CHANGE_PEER,
+
     REPLICATION_OP__MAX,
 } ReplicationOp;
 
@@ -363,6 +366,9 @@ static inline int64_t replication_time_ns(void)
 
 /* Whether the present stage of @bs allows @op.  replication_stages[] says. */
 bool replication_allows(BlockDriverState *bs, ReplicationOp op);
+
+/* The same for what a user asks for; if that is refused, @errp says why */
+bool replication_may(BlockDriverState *bs, ReplicationOp op, Error **errp);
 
 /* For @op, something has to be written that is others' while @bs is inactive */
 bool GRAPH_RDLOCK replication_check_active(BlockDriverState *bs,

@@ -24,6 +24,7 @@ static const char *const replication_op_names[] = {
     [REPLICATION_OP_CHECKPOINT] = "checkpoint",
     [REPLICATION_OP_STOP]       = "stop",
     [REPLICATION_OP_FAILOVER]   = "fail over",
+    [REPLICATION_OP_CHANGE_PEER] = "change the peer of",
 };
 
 typedef enum ReplicationVerdict {
@@ -36,8 +37,10 @@ typedef enum ReplicationVerdict {
     SECONDARY,
     /* A primary accepts only if its guest has its data nowhere else */
     LASTLY,
-    /* Refuse, unless the node can go back to what it had before a start */
+    /* Only a node that can go back to what it had before a start accepts */
     STANDBY,
+    /* A secondary accepts whose overlays were given to it */
+    GIVEN,
 } ReplicationVerdict;
 
 /* What each stage allows, and what to tell the user whom it refuses */
@@ -46,48 +49,59 @@ static const struct {
     const char *reason;
     const char *hint;
 } replication_stages[REPLICATION_STAGE__MAX] = {
-    /* start, checkpoint, stop, failover; read, write, resize, inactivate */
+    /*
+     * start, checkpoint, stop, failover; read, write, resize, inactivate;
+     * change the peer
+     */
     [REPLICATION_STAGE_NONE] = {
         /* A primary forwards at once, lest a write before start be lost */
-        { ACCEPT, REFUSE, REFUSE, STANDBY, REFUSE, PRIMARY, ACCEPT, ACCEPT },
+        { ACCEPT, REFUSE, REFUSE, STANDBY, REFUSE, PRIMARY, ACCEPT, ACCEPT,
+          ACCEPT },
         .reason = "it is not running",
         .hint = "Start replication first.\n",
     },
     [REPLICATION_STAGE_RUNNING] = {
-        { REFUSE, ACCEPT, ACCEPT, ACCEPT, ACCEPT, ACCEPT, REFUSE, PRIMARY },
+        { REFUSE, ACCEPT, ACCEPT, ACCEPT, ACCEPT, ACCEPT, REFUSE, PRIMARY,
+          STANDBY },
         .reason = "it is running already",
         .hint = "Stop replication first.\n",
     },
     [REPLICATION_STAGE_BROKEN] = {
-        { REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, ACCEPT },
+        { REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE, ACCEPT,
+          ACCEPT },
         .reason = "its overlays do not stand for one checkpoint any more",
         .hint = "The primary has to survive. Stop replication without "
                 "failover, remove the node, resynchronise the disk and start "
                 "again with new overlays.\n",
     },
     [REPLICATION_STAGE_STOPPED] = {
-        { ACCEPT, REFUSE, IGNORE, IGNORE, LASTLY, SECONDARY, ACCEPT, ACCEPT },
+        /* The guest of a standby has gone, and its overlay stays empty */
+        { ACCEPT, REFUSE, IGNORE, IGNORE, LASTLY, GIVEN, ACCEPT, ACCEPT,
+          ACCEPT },
         .reason = "it was stopped",
         .hint = "Start replication first.\n",
     },
     [REPLICATION_STAGE_SYNCING] = {
-        { ACCEPT, REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE },
+        { ACCEPT, REFUSE, REFUSE, ACCEPT, REFUSE, REFUSE, REFUSE, REFUSE,
+          ACCEPT },
         .reason = "the primary is bringing its disk in step",
         .hint = "Wait until that is synced, and start replication.\n",
     },
     [REPLICATION_STAGE_FAILOVER] = {
-        { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE },
+        { IGNORE, IGNORE, IGNORE, IGNORE, ACCEPT, ACCEPT, REFUSE, REFUSE,
+          REFUSE },
         .reason = "it has failed over, and this host has the only copy",
     },
     [REPLICATION_STAGE_FAILOVER_FAILED] = {
-        { REFUSE, REFUSE, REFUSE, ACCEPT, ACCEPT, ACCEPT, REFUSE, REFUSE },
+        { REFUSE, REFUSE, REFUSE, ACCEPT, ACCEPT, ACCEPT, REFUSE, REFUSE,
+          REFUSE },
         .reason = "its failover has failed",
         .hint = "Remove the cause, then stop replication with failover "
                 "again.\n",
     },
     [REPLICATION_STAGE_DONE] = {
-        { IGNORE, IGNORE, IGNORE, IGNORE, SECONDARY, SECONDARY, ACCEPT,
-          ACCEPT },
+        { IGNORE, IGNORE, IGNORE, IGNORE, SECONDARY, SECONDARY, ACCEPT, ACCEPT,
+          REFUSE },
         .reason = "it has failed over, and this host has the only copy",
     },
 };
@@ -293,14 +307,14 @@ bool replication_allows(BlockDriverState *bs, ReplicationOp op)
                qatomic_read(&s->relied_on);
     case STANDBY:
         return s->role->is_standby;
+    case GIVEN:
+        return s->mode == REPLICATION_MODE_SECONDARY && !s->role->is_standby;
     default:
         return false;
     }
 }
 
-/* Whether to go on with @op; if the node's stage refuses it, @errp says why */
-static bool replication_may(BlockDriverState *bs, ReplicationOp op,
-                            Error **errp)
+bool replication_may(BlockDriverState *bs, ReplicationOp op, Error **errp)
 {
     ReplicationNodeStage stage = replication_stage(bs);
     ReplicationVerdict verdict = replication_stages[stage].verdict[op];

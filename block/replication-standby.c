@@ -823,43 +823,31 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
     }
 }
 
-static bool standby_may_detach(BlockDriverState *bs, Error **errp)
+/* Before anything of the guest's is thrown away */
+static bool standby_may_lose_guest(BlockDriverState *bs, Error **errp)
 {
     ReplicationLedger *ledger = standby_state(bs)->ledger;
 
-    switch (replication_stage(bs)) {
-    case REPLICATION_STAGE_FAILOVER:
-    case REPLICATION_STAGE_FAILOVER_FAILED:
-    case REPLICATION_STAGE_DONE:
-        error_setg(errp, "Replication node '%s' has no primary any more: it "
-                   "has failed over", bdrv_get_node_name(bs));
-        return false;
-    case REPLICATION_STAGE_RUNNING:
-        if (!runstate_check(RUN_STATE_RUNNING)) {
-            /* Before anything is thrown away */
-            if (ledger && replication_ledger_has_started(ledger, errp) <= 0) {
-                return false;
-            }
-            break;
-        }
+    if (runstate_check(RUN_STATE_RUNNING)) {
         error_setg(errp, "Cannot throw away what the guest has written to "
                    "replication node '%s' while it runs",
                    bdrv_get_node_name(bs));
         error_append_hint(errp, "Stop the VM, which has to be reset "
                           "afterwards.\n");
         return false;
-    default:
-        break;
     }
 
-    return standby_may_roll_back(bs, errp);
+    return !ledger || replication_ledger_has_started(ledger, errp) > 0;
 }
 
 static void standby_detach(BlockDriverState *bs, Error **errp)
 {
     ERRP_GUARD();
 
-    if (!standby_may_detach(bs, errp)) {
+    if (!replication_may(bs, REPLICATION_OP_CHANGE_PEER, errp) ||
+        (replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
+         !standby_may_lose_guest(bs, errp)) ||
+        !standby_may_roll_back(bs, errp)) {
         return;
     }
     bdrv_drain_all_begin();
@@ -900,10 +888,6 @@ standby_co_write(BlockDriverState *bs, const WriteRequest *w)
 {
     int ret;
 
-    /* There is no guest any more, and its overlay stays empty */
-    if (replication_stage(bs) == REPLICATION_STAGE_STOPPED) {
-        return -EIO;
-    }
     if (w->flags & BDRV_REQ_FUA && standby_is_unrecorded(bs)) {
         return -EIO;
     }
