@@ -682,8 +682,8 @@ static bool standby_stop(BlockDriverState *bs, Error **errp)
     return true;
 }
 
-/* If that is so, the disk is going to be this side's: see to it that it is */
-static bool standby_may_roll_back(BlockDriverState *bs, Error **errp)
+/* If it can go back, the disk is going to be this side's: see that it is */
+static bool standby_begin_roll_back(BlockDriverState *bs, Error **errp)
 {
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
@@ -807,7 +807,7 @@ static void standby_failover(BlockDriverState *bs, Error **errp)
     ERRP_GUARD();
     bool waits = standby_is_unrecorded(bs);
     bool runs = replication_stage(bs) == REPLICATION_STAGE_RUNNING || waits;
-    int ret = standby_may_roll_back(bs, errp) ?
+    int ret = standby_begin_roll_back(bs, errp) ?
               standby_take_disk(bs, runs, errp) : 0;
 
     if (ret > 0) {
@@ -847,7 +847,7 @@ static void standby_detach(BlockDriverState *bs, Error **errp)
     if (!replication_may(bs, REPLICATION_OP_CHANGE_PEER, errp) ||
         (replication_stage(bs) == REPLICATION_STAGE_RUNNING &&
          !standby_may_lose_guest(bs, errp)) ||
-        !standby_may_roll_back(bs, errp)) {
+        !standby_begin_roll_back(bs, errp)) {
         return;
     }
     bdrv_drain_all_begin();
