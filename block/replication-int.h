@@ -47,7 +47,8 @@
  * kinds of primary.
  *
  * What is known of a disk after a crash is in its metadata: records of its
- * generation, -meta.c, and the log of what was changed, -log.c.
+ * generation, -meta.c, and the log of what was changed, -log.c.  -ledger.c
+ * writes both, for a primary and for a standby.
  *
  * On the way back a role tells -ops.c of a stage that the node enters, of an
  * error, and that its checkpoint is lost.  All ask it what the stage allows.
