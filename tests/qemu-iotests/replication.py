@@ -521,10 +521,6 @@ class Secondary:
                    'the failed commit to be reported')
         wait_until(lambda: not self.vm.is_job_running(), 'the commit to end')
 
-    def wait_failover_decided(self) -> None:
-        wait_until(lambda: self.promoted() or self.vm.status() is not None,
-                   'the failover to end or to be refused')
-
 
 class TestCase(iotests.QMPTestCase):
     """One QEMU, which has to survive the test and to quit on request"""
