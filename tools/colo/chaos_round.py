@@ -15,8 +15,6 @@ from host import HostError, Json
 from pair import ColoPair, Failover
 
 EVENT_SECONDS = 60
-# A silent host that COLO still waits for is killed after this time.
-RESCUE = 20.0
 # The primary is held up for so long at most.
 HOLD_UP = 2.0
 # How long a host that woke too late stays.
@@ -285,13 +283,12 @@ class Round:
         since = time.time()
         self._note_state()
         let_pass(self.plan.silence, pair.secondary)
-        if self.plan.moment is Moment.PRIMARY_STOPS:
-            # The secondary reads the memory from it, under the lock that its
-            # monitor needs: COLO can only take over once that ends.
-            victim.sigkill()
-            return self._to_secondary(since)
-        return self._take_over_from_silent(
-            victim, lambda: self._to_secondary(since))
+        # Within a checkpoint the secondary reads the memory from it, under the
+        # lock that its monitor needs for all else.
+        pair.secondary.yank([{'type': 'migration'}])
+        failover = self._to_secondary(since)
+        self._end_silence(victim)
+        return failover
 
     def _mute_secondary(self) -> Failover:
         pair, victim = self.pair, self.pair.secondary
@@ -302,29 +299,17 @@ class Round:
         # Its connections are alive: without this the guest's writes would
         # wait for it.
         self._yank_links({'type': 'migration'})
-        return self._take_over_from_silent(
-            victim, lambda: self._to_primary(since))
+        failover = self._to_primary(since)
+        self._end_silence(victim)
+        return failover
 
     def _yank_links(self, *more: Json) -> None:
         self.pair.primary.yank(
             [{'type': 'block-node', 'node-name': f'link{disk}'}
              for disk in self.pair.disks] + list(more))
 
-    def _take_over_from_silent(
-            self, victim: GuestHost, take_over: Callable[[], Failover]
-    ) -> Failover:
-        """Go on beside a silent host, which may wake up, then dies."""
-        rescue = threading.Timer(RESCUE, victim.sigkill)
-        rescue.start()
-        try:
-            failover = take_over()
-        finally:
-            rescue.cancel()
-            rescue.join()
-        if not victim.is_running():
-            self.result.notes.append(f'only after {RESCUE:.0f} s and the '
-                                     'death of the silent host')
-            return failover
+    def _end_silence(self, victim: GuestHost) -> None:
+        """A host that was given up may wake up, and dies."""
         if self.plan.wakes:
             victim.send_signal(signal.SIGCONT)
             let_pass(AWAKE, victim, self.pair.primary)
@@ -333,7 +318,6 @@ class Round:
             self.result.notes.append('the silent host woke up')
         else:
             victim.sigkill()
-        return failover
 
     @staticmethod
     def _put_down(host: GuestHost) -> None:
