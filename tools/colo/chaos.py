@@ -15,14 +15,14 @@ import sys
 import time
 from pathlib import Path
 from subprocess import SubprocessError
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import List, Optional
 
 from qemu.machine.machine import QEMUMachineError
 from qemu.qmp import QMPError
 
 import command
 from autopsy import stacks
-from chaos_plan import (GENERATIONS, Kind, Moment, plan_guest, plan_round)
+from chaos_plan import GENERATIONS, plan_guest, plan_round
 from chaos_round import ChaosPair, RoundResult, Round
 from forms import FORMS
 from guest import get_guest
@@ -71,7 +71,7 @@ class Campaign:
             self._finish_guest()
         except FAILURES as exc:
             self._fail(f'the check of the guest: {exc}')
-        self._show_table()
+        self._sum_up()
 
     def close(self) -> None:
         """End what runs."""
@@ -145,43 +145,24 @@ class Campaign:
         for host in self._pair.hosts[-2:] if self._pair else []:
             say(host.last_words())
 
-    def _show_table(self) -> None:
-        rows: Dict[Tuple[str, str], List[RoundResult]] = {}
-        for kind in Kind:
-            for moment in Moment:
-                rows[kind.value, moment.value] = [
-                    result for result in self.results
-                    if (result.plan.kind, result.plan.moment)
-                    == (kind, moment)]
-        rows['all', ''] = self.results
-        print(f'\n{"what":<44}{"when":<40}{"kills":>6}{"took over":>10}'
-              f'{"wrong":>6}')
-        for (what, when), results in rows.items():
-            if results:
-                print(f'{what:<44}{when:<40}{counts(results)}')
+    def _sum_up(self) -> None:
         times = sorted(result.running_ms for result in self.results
                        if result.running_ms is not None)
         if times:
-            print(f'guest running again: median {times[len(times) // 2]:.0f} '
-                  f'ms, longest {times[-1]:.0f} ms (with the time that a '
-                  'silent host was waited for)')
+            print(f'guest running again after {len(times)} of '
+                  f'{len(self.results)} blows: median '
+                  f'{times[len(times) // 2]:.0f} ms, longest {times[-1]:.0f} '
+                  'ms (with the time that a silent host was waited for)')
         synced = [r.synced for r in self.results
                   if r.synced and r.synced.lacking < r.synced.size]
         print(f'{len(synced)} secondaries got an old disk: '
               f'{sum(s.copied for s in synced) // 1024} KiB copied for '
               f'{sum(s.lacking for s in synced) // 1024} KiB that had changed')
         blocks = self.blocks + sum(r.blocks for r in self.results)
-        print(f'{self.guests} guests; {blocks} blocks checked; '
+        print(f'{self.guests} guests; {blocks} blocks checked, '
+              f'{sum(r.wrong for r in self.results)} wrong; '
               f'seed {self.options.seed}')
         print('PASS' if self.good else 'FAIL', flush=True)
-
-
-def counts(results: Iterable[RoundResult]) -> str:
-    """Return the numbers of a row of the table."""
-    many = list(results)
-    return (f'{len(many):>6}'
-            f'{sum(r.running_ms is not None for r in many):>10}'
-            f'{sum(r.wrong for r in many):>6}')
 
 
 def main() -> int:
