@@ -98,6 +98,12 @@ def checkpatch(args: argparse.Namespace) -> bool:
                ) and good
 
 
+def mutations(_args: argparse.Namespace) -> bool:
+    """What breaks the driver on purpose has to apply to it."""
+    return all([run(['git', '-C', str(ROOT), 'apply', '--check', str(path)])
+                for path in (ROOT / 'tools/mutations').glob('*.patch')])
+
+
 def clang_command(command: List[str]) -> List[str]:
     """A gcc command for clang, with nothing about the code it makes."""
     words = iter(command[1:])
@@ -128,7 +134,7 @@ def clang(args: argparse.Namespace) -> bool:
 
 TOOLS: Dict[str, Callable[[argparse.Namespace], bool]] = {
     tool.__name__: tool
-    for tool in (checkpatch, clang, flake8, mypy, shellcheck)}
+    for tool in (checkpatch, clang, flake8, mutations, mypy, shellcheck)}
 
 
 def main() -> int:
