@@ -36,8 +36,8 @@
  *                                 what the primary does there
  *
  * A secondary that makes its own overlays is a role beside these: -standby.c,
- * which has most from the files of the secondary.  The overlays' files are
- * -overlays.c's.
+ * which has most from the files of the secondary, and -standby-failover.c.  The
+ * overlays' files are -overlays.c's.
  *
  * A primary with a replica of its own is a role beside these: -holder.c, with
  * the guest's requests in -holder-write.c, the copies of what the replica lacks

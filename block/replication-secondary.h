@@ -151,7 +151,10 @@ void secondary_left_behind(BlockDriverState *bs, int ret);
 /* Throw away what the guest has written since the checkpoint */
 bool secondary_empty_active(BlockDriverState *bs, Error **errp);
 
-/* replication-standby.c.  On another secondary, the functions do nothing. */
+/*
+ * replication-standby.c and replication-standby-failover.c.  On another
+ * secondary, the functions do nothing.
+ */
 
 /*
  * The primary writes to the disk.  Whether what it overwrites is saved, and may
