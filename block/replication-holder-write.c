@@ -147,6 +147,10 @@ holder_forward_local(BlockDriverState *bs, int64_t offset, int64_t bytes)
     if (ret < 0) {
         return ret;
     }
+    if (!w.bytes) {
+        /* What is below the node has become shorter than the node */
+        return -EIO;
+    }
     if (ret & BDRV_BLOCK_ZERO) {
         w.flags = BDRV_REQ_MAY_UNMAP;
         return holder_queue(bs, &w) ? w.bytes : -EAGAIN;
