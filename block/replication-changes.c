@@ -9,6 +9,9 @@
 #include "qemu/lockable.h"
 #include "replication-changes.h"
 
+/* With the spare one */
+#define NB_SETS 4
+
 struct ReplicationChanges {
     /* Protects everything below */
     QemuMutex lock;
@@ -31,6 +34,20 @@ struct ReplicationChanges {
     /* Counts how often something else began to be closing */
     uint64_t closings;
 };
+
+/* Bitmaps that cannot be had end QEMU.  What is not used costs nothing. */
+bool replication_changes_have_room(int64_t size)
+{
+    uint64_t bits = ((uint64_t)size >> REPLICATION_BLOCK_BITS) + 1;
+    g_autofree void *room = NULL;
+
+    if (bits > 1ULL << HBITMAP_LOG_MAX_SIZE) {
+        return false;
+    }
+    room = g_try_malloc(NB_SETS * DIV_ROUND_UP(bits, 8));
+
+    return room;
+}
 
 static void changes_alloc(ReplicationChanges *changes, int64_t size)
 {

@@ -25,6 +25,9 @@
 
 typedef struct ReplicationChanges ReplicationChanges;
 
+/* Whether there is room in memory for the sets of a disk of @size bytes */
+bool replication_changes_have_room(int64_t size);
+
 /* For a disk of @size bytes; all sets are empty */
 ReplicationChanges *replication_changes_new(int64_t size);
 void replication_changes_free(ReplicationChanges *changes);

@@ -275,6 +275,19 @@ static bool holder_open_ledger(BlockDriverState *bs, Error **errp)
            replication_ledger_open(s->ledger, errp) == 0;
 }
 
+static bool holder_check_room(BlockDriverState *bs, int64_t length,
+                              Error **errp)
+{
+    if (replication_changes_have_room(length)) {
+        return true;
+    }
+    error_setg(errp, "Replication node '%s': not enough memory to note what "
+               "changes on a disk of %" PRId64 " bytes",
+               bdrv_get_node_name(bs), length);
+
+    return false;
+}
+
 static bool coroutine_fn GRAPH_RDLOCK
 holder_co_activated(BlockDriverState *bs, Error **errp)
 {
@@ -285,6 +298,9 @@ holder_co_activated(BlockDriverState *bs, Error **errp)
     int ret;
 
     if (by_others) {
+        if (!holder_check_room(bs, length, errp)) {
+            return false;
+        }
         replication_changes_resize(s->changes, length);
         s->had_replica = false;
     }
@@ -324,6 +340,9 @@ static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
     if (length < 0) {
         error_setg_errno(errp, -length, "Replication node '%s': failed to get "
                          "the length of its disk", bdrv_get_node_name(bs));
+        return false;
+    }
+    if (!holder_check_room(bs, length, errp)) {
         return false;
     }
     s->changes = replication_changes_new(length);
@@ -477,8 +496,9 @@ static bool holder_may_resize(BlockDriverState *bs, int64_t length,
         return false;
     }
 
-    return !s->ledger ||
-           replication_ledger_may_resize(s->ledger, length, errp);
+    return (length < 0 || holder_check_room(bs, length, errp)) &&
+           (!s->ledger ||
+            replication_ledger_may_resize(s->ledger, length, errp));
 }
 
 const ReplicationRole replication_holder_role = {
