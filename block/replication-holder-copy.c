@@ -139,18 +139,34 @@ static void coroutine_fn holder_copy_entry(void *opaque)
     bdrv_dec_in_flight(bs);
 }
 
+/*
+ * Count one more of those that copy, unless they are @max.  There must not seem
+ * to be one for a moment that is not: the last that ends would rely on it.
+ */
+static bool holder_add_copier(ReplicationHolder *s, unsigned int max)
+{
+    unsigned int copiers, seen;
+
+    /* Who ends does it the other way round: first this, then what is lacking */
+    smp_mb();
+    for (copiers = qatomic_read(&s->copiers); copiers < max; copiers = seen) {
+        seen = qatomic_cmpxchg(&s->copiers, copiers, copiers + 1);
+        if (seen == copiers) {
+            return true;
+        }
+    }
+
+    return false;
+}
+
 /* Have what the replica lacks copied.  From any thread. */
 void holder_kick_copiers(BlockDriverState *bs)
 {
     ReplicationHolder *s = holder_state(bs);
-    unsigned int max;
 
-    if (!holder_may_copy(bs) || timer_pending(s->copy_timer)) {
-        return;
-    }
-    max = qatomic_read(&s->copy_limited) ? 1 : MAX_COPIERS;
-    if (qatomic_fetch_inc(&s->copiers) >= max) {
-        qatomic_dec(&s->copiers);
+    if (!holder_may_copy(bs) || timer_pending(s->copy_timer) ||
+        !holder_add_copier(s, qatomic_read(&s->copy_limited) ? 1 :
+                                                               MAX_COPIERS)) {
         return;
     }
     bdrv_inc_in_flight(bs);
