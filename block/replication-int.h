@@ -127,7 +127,7 @@ typedef struct BDRVReplicationState {
 
     /* What is known of the disk after a crash; or NULL */
     ReplicationMeta *meta;
-    /* The links to what that is stored in: the log must not go elsewhere */
+    /* The links to it, and to what it is stored in: it stays where it is */
     GSList *meta_frozen;
 
     /*

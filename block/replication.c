@@ -675,7 +675,9 @@ static bool replication_open_metadata(BlockDriverState *bs, QDict *options,
         return false;
     }
     s->meta = replication_meta_new(bs, child);
-    s->meta_frozen = replication_freeze_below(child->bs, NULL);
+    bdrv_freeze_child(child);
+    s->meta_frozen = replication_freeze_below(child->bs,
+                                              g_slist_prepend(NULL, child));
 
     return true;
 }
