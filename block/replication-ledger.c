@@ -59,6 +59,12 @@ struct ReplicationLedger {
     bool knows_changes;
 
     /*
+     * Others have used the disk since the metadata was read, which an attempt
+     * to open it that failed has seen.  While the node is not active.
+     */
+    bool by_others;
+
+    /*
      * What the primary had said when the takeover began, which may have to be
      * repeated; sequence 0 if it has not begun.  BQL.
      */
@@ -245,15 +251,14 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
 {
     const ReplicationRecords *r = replication_meta_records(ledger->meta);
     int64_t size = replication_changes_size(ledger->changes);
-    uint64_t sequence = ledger->log ? r->own.sequence : 0;
+    uint64_t sequence = r->own.sequence;
     ReplicationOwnRecord own;
-    bool by_others;
     int ret = replication_meta_load(ledger->meta, size, errp);
 
     if (ret < 0) {
         return ret;
     }
-    by_others = sequence && r->own.sequence != sequence;
+    ledger->by_others |= sequence && r->own.sequence != sequence;
     if (!replication_records_check_usable(r, ledger_name(ledger), errp)) {
         return -EINVAL;
     }
@@ -274,8 +279,10 @@ int coroutine_mixed_fn replication_ledger_open(ReplicationLedger *ledger,
         return ret;
     }
     ledger_tick_in(ledger, TICK_MS);
+    ret = ledger->by_others;
+    ledger->by_others = false;
 
-    return by_others;
+    return ret;
 }
 
 /* Nothing but the changes is in the log then: before, it was the primary's */
