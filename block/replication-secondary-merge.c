@@ -341,6 +341,8 @@ void secondary_failover(BlockDriverState *bs, Error **errp)
     qatomic_set(&s->unsettled, true);
     secondary_begin_progress(bs);
     if (parted && s->standby) {
+        /* Until the merge does so, we keep others from writing to the disk */
+        secondary_set_writes_disk(bs, true);
         standby_prepare_merge(bs);
     }
     if (parted && (s->standby || secondary_start_commit(bs, errp))) {
