@@ -221,11 +221,14 @@ class Keeper(Works):
                 is_primary or self.facts.data == SOLE or not in_colo
                 and status != 'inmigrate'):
             running = all(node['stage'] == 'running' for node in nodes)
-            return 'secondary' if in_colo and running else 'arming'
+            # a primary had been given up when the last keeper ended
+            return 'secondary' if in_colo and running and not is_primary \
+                else 'arming'
         if not is_primary:
             # it was promoted, but that was not all
             return 'promoting'
-        if not in_colo:
+        if not in_colo or self.facts.data == SOLE:
+            # nobody is asked again what was decided
             return 'detaching'
         return await self._still_protected(nodes)
 

@@ -517,6 +517,9 @@ class FindTest(KeeperCase):
                 ('sole', 'secondary', 'completed', 'running', 'promoting'),
                 ('replica', 'secondary', 'colo', 'running', 'secondary'),
                 ('replica', 'secondary', 'none', 'inmigrate', 'arming'),
+                # it was given up, or went on alone, but that was not all
+                ('replica', 'primary', 'colo', 'running', 'arming'),
+                ('sole', 'primary', 'colo', 'running', 'detaching'),
                 # the facts were lost
                 ('', 'primary', 'colo', 'running', 'protected'),
                 ('', 'secondary', 'completed', 'running', 'promoting'),
