@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How one keeper asks the other.
 
-A request is a line of JSON, and so is the answer.  With a key, each is signed
-together with a number that the one who is asked has drawn: nobody else can
-ask, nor say again what was said before.  With certificates, TLS does that.
+A request is a line of JSON, and so is the answer.  With a key, a request is
+signed together with a number that the one who is asked has drawn, and the
+answer with one of who asks besides: nobody else can ask or answer, nor say
+again what was said before.  With certificates, TLS does that.
 """
 
 import asyncio
@@ -79,10 +80,11 @@ class Peer:
                                           self._config.limits.answer)
             # QEMU may be asked twice for it, which helps the next one who
             # asks; nobody waits as long
-            body = await asyncio.wait_for(
-                self._answer_meant(self._unpack(nonce, 'ask', line)),
-                3 * self._config.limits.answer)
-            writer.write(self._pack(nonce, 'tell', body))
+            asked = self._unpack(nonce, 'ask', line)
+            body = await asyncio.wait_for(self._answer_meant(asked),
+                                          3 * self._config.limits.answer)
+            writer.write(self._pack(nonce + str(asked.get('nonce', '')),
+                                    'tell', body))
             await writer.drain()
         except (OSError, ValueError, asyncio.TimeoutError, Failed):
             # whoever it was gets no answer
@@ -117,8 +119,8 @@ class Peer:
             self._config.peer_address, self._config.ports.keeper,
             limit=MAX_LINE, ssl=context)
         try:
-            nonce, line = await self._talk(reader, writer, what, more)
-            body = self._unpack(nonce, 'tell', line)
+            nonces, line = await self._talk(reader, writer, what, more)
+            body = self._unpack(nonces, 'tell', line)
             if 'wrong' in body:
                 raise Unreachable(body['wrong'])
             return body
@@ -129,10 +131,11 @@ class Peer:
                     writer: asyncio.StreamWriter, what: str,
                     more: Json) -> Tuple[str, bytes]:
         nonce = (await reader.readline()).decode().strip()
+        ours = secrets.token_hex(16)
         writer.write(self._pack(nonce, 'ask', {
             'ask': what, 'vm': self._config.vm.name, 'to': self._config.peer,
-            **more}))
+            'nonce': ours, **more}))
         line = await reader.readline()
         if not line:
             raise OSError(0, 'it has closed the connection')
-        return nonce, line
+        return nonce + ours, line

@@ -309,6 +309,52 @@ class ConfigTest(unittest.TestCase):
             with self.assertRaises(Failed):
                 asyncio.run(talk(ours, theirs))
 
+    def test_said_before(self) -> None:
+        """An answer is to this question, and to no earlier one."""
+        keys = self.folder / 'keys.psk'
+        keys.write_text(f'qemu:{KEY}\n', 'utf-8')
+        table = changed(self.table, 'tls', {'kind': 'psk',
+                                            'dir': str(self.folder)})
+        heard: List[bytes] = []
+
+        async def answer(_body: Json) -> Json:
+            return {'yields': True}
+
+        async def ask() -> None:
+            east = Peer(self.load(table, 'east'), answer)
+            west = Peer(self.load(table, 'west'), answer)
+            await west.serve()
+            with unittest.mock.patch.object(
+                    asyncio.StreamReader, 'readline', autospec=True,
+                    side_effect=asyncio.StreamReader.readline) as readline:
+                read = readline.side_effect
+
+                async def listen(reader: asyncio.StreamReader) -> bytes:
+                    heard.append(await read(reader))
+                    return heard[-1]
+
+                readline.side_effect = listen
+                self.assertTrue((await east.ask('yield'))['yields'])
+            await west.close()
+            # what west had drawn, what was asked, and what west has said
+            nonce, _, told = heard
+
+            async def say_again(reader: asyncio.StreamReader,
+                                writer: asyncio.StreamWriter) -> None:
+                writer.write(nonce)
+                await reader.readline()
+                writer.write(told)
+                writer.close()
+
+            config = self.load(table, 'west')
+            server = await asyncio.start_server(
+                say_again, config.address, config.ports.keeper)
+            with self.assertRaises(Unreachable):
+                await east.ask('yield')
+            server.close()
+
+        asyncio.run(ask())
+
     def test_another_vm(self) -> None:
         """With the same ports: that one must not give up anything."""
         asked = []
