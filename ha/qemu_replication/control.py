@@ -17,7 +17,8 @@ from .client import DONE, FAILED, LATE, REFUSED
 from .config import Json
 from .keeper import Keeper
 from .errors import Failed, Unreachable
-from .states import AT_REST, PRIMARY, PROMOTABLE, SOLE, STANDBY, STATES
+from .states import (AT_REST, PRIMARY, PROMOTABLE, SHARED, SOLE, STANDBY,
+                     STATES)
 
 # A wait for what has bounds of its own, or for a person
 LONG_SECONDS = 3600.0
@@ -92,15 +93,15 @@ class Commands:
             told = await keeper.peer.ask('status')
             if told['role'] == PRIMARY:
                 raise Refusal(f'{peer} {told["says"]}')
-            if data == 'shared':
+            if data == SHARED:
                 told = await keeper.peer.ask(
                     'yield', generation=keeper.facts.generation)
                 if told['yields']:
                     data = SOLE
-            elif not data and told['facts']['data'] == SOLE:
+            elif not data and told['facts']['data'] in (SOLE, SHARED):
                 data = 'replica'
         except Unreachable as exc:
-            if data == 'shared' and not force:
+            if data == SHARED and not force:
                 raise Refusal(f'{peer} may have taken the VM, and {exc}: '
                               'if it has not, say --force') from exc
         if data not in ('', SOLE) and not force:

@@ -408,6 +408,23 @@ class TroubleTest(KeeperCase):
 class ClaimTest(KeeperCase):
     """Who may take the VM."""
 
+    def test_facts_are_lost(self) -> None:
+        """The peer's tell that the VM was there: these disks may be old."""
+        async def claim(theirs: str) -> str:
+            keeper = self.keeper()
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                return_value={'role': 'none', 'facts': {'data': theirs}}))
+            try:
+                await Commands(keeper)._claim(False)
+            except Refusal as exc:
+                return str(exc)
+            return ''
+
+        for theirs in SOLE, SHARED:
+            self.assertIn('newer data', asyncio.run(claim(theirs)))
+        for theirs in '', REPLICA:
+            self.assertEqual(asyncio.run(claim(theirs)), '')
+
     def test_next_keeper(self) -> None:
         """It knows what has been fenced since the hosts were in step."""
         async def begin() -> float:
