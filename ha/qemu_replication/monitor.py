@@ -3,7 +3,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Any, Callable, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
 
 from qemu.qmp import EventListener, QMPClient, QMPError
 from qemu.qmp.qmp_client import ExecuteError
@@ -12,6 +12,9 @@ from .config import Json
 from .errors import Failed, Late, Refused
 
 RETRY_SECONDS = 0.05
+# QEMU reads no command any more while 8 have no answer, nor one beside its
+# main loop, which is what helps then
+MOST_UNANSWERED = 4
 
 
 class Monitor:
@@ -24,6 +27,8 @@ class Monitor:
         self._on_event = on_event
         self._qmp: Optional[QMPClient] = None
         self._listener: Optional['asyncio.Task[None]'] = None
+        # also those that nobody waits for any more
+        self._unanswered: Set['asyncio.Task[object]'] = set()
 
     async def connect(self) -> None:
         """Connect; that QEMU is not that far yet is no error."""
@@ -61,15 +66,39 @@ class Monitor:
         """Give a command that has to succeed; return what it tells."""
         if not self._qmp:
             raise Failed('QEMU does not run')
+        if not oob and len(self._unanswered) >= MOST_UNANSWERED:
+            await asyncio.wait(self._unanswered, timeout=self._answer,
+                               return_when=asyncio.FIRST_COMPLETED)
+        if oob or len(self._unanswered) < MOST_UNANSWERED:
+            task = self._give(command, arguments or {}, oob)
+            await asyncio.wait({task}, timeout=self._answer)
+            if task.done():
+                return self._result(command, task)
+        raise Late(f'{command}: QEMU did not answer for {self._answer:g} s')
+
+    def _give(self, command: str, arguments: Json, oob: bool
+              ) -> 'asyncio.Task[object]':
+        if not self._qmp:
+            raise Failed('QEMU does not run')
+        task = asyncio.create_task(self._qmp.execute(command, arguments,
+                                                     oob=oob))
+        if not oob:
+            self._unanswered.add(task)
+        task.add_done_callback(self._answered)
+        return task
+
+    def _answered(self, task: 'asyncio.Task[object]') -> None:
+        self._unanswered.discard(task)
+        if not task.cancelled():
+            # there may be nobody to hear of it
+            task.exception()
+
+    @staticmethod
+    def _result(command: str, task: 'asyncio.Task[object]') -> Any:
         try:
-            return await asyncio.wait_for(
-                self._qmp.execute(command, arguments or {}, oob=oob),
-                self._answer)
+            return task.result()
         except ExecuteError as exc:
             raise Refused(f'{command}: {exc}') from exc
-        except asyncio.TimeoutError as exc:
-            raise Late(f'{command}: QEMU did not answer for '
-                       f'{self._answer:g} s') from exc
         except (QMPError, OSError, EOFError) as exc:
             raise Failed(f'{command}: QEMU has ended') from exc
 

@@ -596,6 +596,35 @@ class FindTest(KeeperCase):
             asyncio.run(start())
 
 
+class MonitorTest(KeeperCase):
+    """QEMU is busy with something."""
+
+    def test_can_be_cut_off(self) -> None:
+        """However often it was asked: that is what ends it."""
+        path = self.folder / 'qmp'
+        long = {'command-line': f'qemu-io null "sleep {10 ** 6}"'}
+
+        async def ask() -> None:
+            monitor = Monitor(path, 0.2, lambda event: None)
+            await asyncio.wait_for(monitor.connect(), SECONDS)
+            for name in ['human-monitor-command', *10 * ['query-status']]:
+                with self.assertRaises(Late):
+                    await monitor.cmd(name, {} if 'query' in name else long)
+            monitor._answer = SECONDS
+            self.assertEqual(await monitor.cmd(
+                'yank', {'instances': []}, oob=True), {})
+            await monitor.close()
+
+        with subprocess.Popen(
+                [self.config.vm.qemu, '-machine', 'none', '-nodefaults',
+                 '-display', 'none', '-blockdev', 'null-co,node-name=null',
+                 '-qmp', f'unix:{path},server=on,wait=off']) as qemu:
+            try:
+                asyncio.run(ask())
+            finally:
+                qemu.kill()
+
+
 class NamesTest(KeeperCase):
     """Of overlays that QEMU has left."""
 
