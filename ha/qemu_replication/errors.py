@@ -23,6 +23,10 @@ class Unreachable(Failed):
     """The other keeper does not answer."""
 
 
+class Busy(Unreachable):
+    """It has been asked, and may be about to do what it was asked for."""
+
+
 def last_line(said: str) -> str:
     """What a program has said last, which is why it has failed."""
     return (said.strip() or 'it has said nothing').splitlines()[-1]

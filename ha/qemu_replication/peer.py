@@ -17,7 +17,7 @@ from typing import Awaitable, Callable, Optional, Tuple
 
 from .check import psk, tls_context
 from .config import Config, Json
-from .errors import Unreachable, Failed
+from .errors import Busy, Failed, Unreachable
 
 MAX_LINE = 1 << 20
 Answer = Callable[[Json], Awaitable[Json]]
@@ -102,24 +102,27 @@ class Peer:
 
     async def ask(self, what: str, **more: object) -> Json:
         """Ask the other keeper."""
+        asked = asyncio.Event()
         try:
-            return await asyncio.wait_for(self._ask(what, more),
+            return await asyncio.wait_for(self._ask(what, more, asked),
                                           self._config.limits.answer)
         except asyncio.TimeoutError as exc:
-            raise Unreachable(f'the keeper on {self._config.peer} does not '
-                              'answer') from exc
+            kind = Busy if asked.is_set() else Unreachable
+            raise kind(f'the keeper on {self._config.peer} does not '
+                       'answer') from exc
         except (OSError, ValueError) as exc:
             text = getattr(exc, 'strerror', None) or exc
             raise Unreachable(f'no keeper on {self._config.peer}: {text}'
                               ) from exc
 
-    async def _ask(self, what: str, more: Json) -> Json:
+    async def _ask(self, what: str, more: Json, asked: asyncio.Event) -> Json:
         context = _tls(self._config, 'client')
         reader, writer = await asyncio.open_connection(
             self._config.peer_address, self._config.ports.keeper,
             limit=MAX_LINE, ssl=context)
         try:
-            nonces, line = await self._talk(reader, writer, what, more)
+            nonces, line = await self._talk(reader, writer, what, more,
+                                            asked)
             body = self._unpack(nonces, 'tell', line)
             if 'wrong' in body:
                 raise Unreachable(body['wrong'])
@@ -128,13 +131,14 @@ class Peer:
             writer.close()
 
     async def _talk(self, reader: asyncio.StreamReader,
-                    writer: asyncio.StreamWriter, what: str,
-                    more: Json) -> Tuple[str, bytes]:
+                    writer: asyncio.StreamWriter, what: str, more: Json,
+                    asked: asyncio.Event) -> Tuple[str, bytes]:
         nonce = (await reader.readline()).decode().strip()
         ours = secrets.token_hex(16)
         writer.write(self._pack(nonce, 'ask', {
             'ask': what, 'vm': self._config.vm.name, 'to': self._config.peer,
             'nonce': ours, **more}))
+        asked.set()
         line = await reader.readline()
         if not line:
             raise OSError(0, 'it has closed the connection')

@@ -13,7 +13,7 @@ from .config import Config, Disk, Json
 from .facts import Facts
 from .judge import Verdict, new_judge
 from .machine import Machine
-from .errors import Failed, Late, Refused, Unreachable, last_line
+from .errors import Busy, Failed, Late, Refused, Unreachable, last_line
 from .monitor import Monitor
 from .peer import Peer
 from .states import FORGETFUL, PRIMARY, PROMOTABLE, SHARED, SOLE
@@ -526,8 +526,7 @@ class Works:
     async def _do_take(self) -> None:
         """The primary gives up the VM, and says so when it has."""
         try:
-            told = await self.peer.ask('yield',
-                                       generation=self.facts.generation)
+            told = await self._ask_for_it()
             if told['yields']:
                 return
             why = f'{self.config.peer}: {told["because"]}'
@@ -537,6 +536,15 @@ class Works:
             why = (f'{exc}: make sure that {self.config.peer} is down, and '
                    'say --peer-is-down')
         raise Failed(why, 'orphaned' if self._colo_ended else 'failed')
+
+    async def _ask_for_it(self) -> Json:
+        """It may take long to end a QEMU, which is not given back then."""
+        while True:
+            try:
+                return await self.peer.ask('yield',
+                                           generation=self.facts.generation)
+            except Busy as exc:
+                self.problem = str(exc)
 
     @insistent
     async def _do_promote(self) -> str:

@@ -18,7 +18,7 @@ from guesthost import MIB, Disks
 from qemu_replication import check, graph
 from qemu_replication.config import Config, ConfigError, load
 from qemu_replication.facts import Facts
-from qemu_replication.errors import Failed, Unreachable
+from qemu_replication.errors import Busy, Failed, Unreachable
 from qemu_replication.keeper import Keeper
 from qemu_replication.peer import Peer
 from qemu_replication.states import STATES
@@ -403,7 +403,7 @@ class ConfigTest(unittest.TestCase):
             east, west = [Peer(self.load(table, name), answer)
                           for name in ('east', 'west')]
             await west.serve()
-            with self.assertRaises(Failed):
+            with self.assertRaises(Busy):
                 await east.ask('yield')
             await asyncio.wait_for(ended.wait(), SECONDS)
             await west.close()

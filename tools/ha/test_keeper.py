@@ -29,7 +29,8 @@ from qemu_replication.cli import no_keeper
 from qemu_replication.client import DONE, FAILED, NO_KEEPER
 from qemu_replication.config import Cluster, Config, load
 from qemu_replication.control import Commands, Control, Refusal
-from qemu_replication.errors import Failed, Late, Refused, Unreachable
+from qemu_replication.errors import (Busy, Failed, Late, Refused,
+                                     Unreachable)
 from qemu_replication.facts import LOG_BYTES, Facts, open_log
 from qemu_replication.judge import Verdict
 from qemu_replication.keeper import Event, Keeper
@@ -458,6 +459,18 @@ class ClaimTest(KeeperCase):
             return events
 
         self.assertEqual(asyncio.run(take()), ['failed', 'taken', 'False'])
+
+    def test_peer_needs_long(self) -> None:
+        """Its QEMU has much memory to give back: it is waited for."""
+        async def take() -> bool:
+            keeper = self.keeper('taking')
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                side_effect=[Busy('not yet'), Busy('not yet'),
+                             {'yields': True}]))
+            await keeper._do_take()
+            return True
+
+        self.assertTrue(asyncio.run(take()))
 
     def test_peer_is_given_up(self) -> None:
         """By a person: the cluster may not have it take the VM later."""
