@@ -380,7 +380,7 @@ class Keeper(Works):
             return {'ok': True}
         if what == 'ended':
             # what it had before is of a time when it was not in step
-            self.peer_ended = self.state in PROMOTABLE
+            self.peer_ended = self.state in (*PROMOTABLE, 'taking')
             return {'ok': self.peer_ended}
         if what in ('take', 'switch') and what in STATES[self.state].on:
             return {'ok': await self.post(

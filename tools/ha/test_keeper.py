@@ -451,6 +451,11 @@ class ClaimTest(KeeperCase):
                     events.append('taken')
                 except Failed as exc:
                     events.append(exc.event)
+            # both at once
+            keeper.peer_ended = False
+            await keeper._enter('taking', '')
+            self.assertTrue((await keeper._answer({'ask': 'ended'}))['ok'])
+            await asyncio.wait_for(keeper._events.get(), SECONDS)
             # that is of no use when it is in step with another QEMU there
             for state in 'arming', 'standby', 'secondary':
                 await keeper._enter(state, '')
