@@ -23,9 +23,13 @@ def _run(*words: str) -> 'subprocess.CompletedProcess[str]':
     try:
         return subprocess.run(words, stdout=subprocess.PIPE, text=True,
                               stderr=subprocess.STDOUT, timeout=SECONDS,
-                              stdin=subprocess.DEVNULL, check=False)
+                              stdin=subprocess.DEVNULL, check=False,
+                              errors='replace')
     except FileNotFoundError as exc:
         raise Failed(f'there is no {words[0]}') from exc
+    except OSError as exc:
+        # there are not enough processes at the moment
+        raise Failed(f'{words[0]}: {exc.strerror}') from exc
     except subprocess.TimeoutExpired as exc:
         raise Failed(f'{words[0]} took more than {SECONDS:g} s') from exc
 

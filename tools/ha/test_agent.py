@@ -495,6 +495,23 @@ class JudgeTest(FakeCluster):
             self.calls_file.unlink(missing_ok=True)
             works.__dict__.update(_tried=0.0)
 
+    def test_no_process(self) -> None:
+        """There are too many: the VM goes on without its scores."""
+        works = Works.__new__(Works)
+        works.__dict__.update(vars(Lost(self)))
+        works.judge = new_judge(works)
+        for error in OSError(11, 'too many'), PermissionError(13, 'no'):
+            with unittest.mock.patch('subprocess.run', side_effect=error):
+                asyncio.run(works.judge.promoted())
+            self.assertTrue(works.judge.owes)
+            self.assertEqual(works.problem,
+                             f'crm_attribute: {error.strerror}')
+        # what is said in no language
+        self.program('crm_attribute', status=1)
+        (self.folder / 'crm_attribute.says').write_bytes(b'\xff')
+        asyncio.run(works.judge.promoted())
+        self.assertIn('crm_attribute', works.problem)
+
     def test_order_of_scores(self) -> None:
         """One that is being set when the peer is lost is not there after."""
         fifo = self.folder / 'fifo'
