@@ -67,11 +67,18 @@ class Machine:
         assert not self.runs
         with open_log(self.path('qemu.log')) as log:
             # pylint: disable=consider-using-with
-            self._child = subprocess.Popen(
+            child = subprocess.Popen(
                 self._words(primary), stdin=subprocess.DEVNULL,
                 env={**os.environ, graph.BRIDGE: self._config.network.bridge},
                 stdout=log, stderr=log, start_new_session=True)
-        self._follow(self._child.pid)
+        try:
+            self._follow(child.pid)
+        except OSError:
+            # nobody would see what becomes of it
+            child.kill()
+            child.wait()
+            raise
+        self._child = child
         await self.connect()
 
     def find(self) -> bool:
@@ -82,12 +89,12 @@ class Machine:
         return bool(pid)
 
     def _follow(self, pid: int) -> None:
+        self._pidfd = os.pidfd_open(pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._died)
         self.pid = pid
         # each has its own: who waits for an older one's end is not misled
         self.dead = asyncio.Event()
         self._ending = False
-        self._pidfd = os.pidfd_open(pid)
-        asyncio.get_running_loop().add_reader(self._pidfd, self._died)
 
     def _died(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)

@@ -613,6 +613,38 @@ class FindTest(KeeperCase):
         with self.assertRaisesRegex(Failed, 'with status 5: .*No such file'):
             asyncio.run(start())
 
+    def test_cannot_be_followed(self) -> None:
+        """There are too many files: it does not run without a keeper."""
+        qemu = self.folder / 'qemu'
+        qemu.write_text('#!/bin/sh\nexec sleep 1000\n')
+        qemu.chmod(0o755)
+        self.config = replace(self.config, vm=replace(self.config.vm,
+                                                      qemu=str(qemu)))
+        started: List['subprocess.Popen[bytes]'] = []
+        popen = subprocess.Popen
+
+        def start(*words: Any, **more: Any) -> 'subprocess.Popen[bytes]':
+            started.append(popen(*words, **more))
+            return started[-1]
+
+        async def fail() -> None:
+            machine = Keeper(self.config).machine
+            with unittest.mock.patch('os.pidfd_open',
+                                     side_effect=OSError(24, 'too many')), \
+                    unittest.mock.patch('subprocess.Popen', start), \
+                    self.assertRaises(OSError):
+                await machine.start(True)
+            self.assertFalse(machine.runs)
+            # and it is no trouble later
+            await machine.end()
+
+        try:
+            asyncio.run(fail())
+            self.assertIsNotNone(started[0].poll())
+        finally:
+            started[0].kill()
+            started[0].wait()
+
 
 class MonitorTest(KeeperCase):
     """QEMU is busy with something."""
