@@ -79,9 +79,10 @@ class Commands:
                     raise Refusal(f'there is no disk {disk.file}')
             await self._claim(force)
             await self._post('boot')
-        elif keeper.state == 'held':
-            await self._post('protect')
-        keeper.hold = False
+        else:
+            keeper.note(held=False)
+            if keeper.state == 'held':
+                await self._post('protect')
         return Goal(('protected',), ('stopped', 'down', 'stuck', 'arming'),
                     LONG_SECONDS)
 
@@ -154,18 +155,19 @@ class Commands:
         if STATES[keeper.state].role != PRIMARY:
             raise Refusal(f'this host {STATES[keeper.state].says}')
         # one that is down shall be protected with again when it comes back
-        before, keeper.hold = keeper.hold, not force
+        before, held = keeper.facts.held, not force
+        keeper.note(held=held)
         try:
-            if keeper.state == 'alone' and keeper.hold:
+            if keeper.state == 'alone' and held:
                 await self._post('hold')
             elif force or keeper.state in ('copying', 'stuck'):
                 await self._post('drop')
             elif keeper.state not in ('asking', 'held'):
                 await self._post('lost')
         except Refusal:
-            keeper.hold = before
+            keeper.note(held=before)
             raise
-        return Goal(('held',) if keeper.hold else
+        return Goal(('held',) if held else
                     ('alone', 'held', 'copying', 'migrating'),
                     ('down', 'arming', 'stuck'),
                     2 * self._config.limits.failover)

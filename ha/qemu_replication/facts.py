@@ -51,6 +51,8 @@ class Facts:
     wiped: bool = False
     # a person has said that whatever these disks have may be overwritten
     overwrite: bool = False
+    # and that the VM is not to be protected
+    held: bool = False
     # from when on the peer may have been in step, for who runs the VM; or this
     # host, for who stands by: what fences the other one later counts
     since: float = field(default_factory=time.time, compare=False)

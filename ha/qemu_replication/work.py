@@ -59,8 +59,6 @@ class Works:
         # why it came to this, what is in the way, and how far it is
         self.why = self.problem = self.progress = ''
         self.judge = new_judge(self)
-        # a person does not want it protected
-        self.hold = False
         self._tries = 0
         # the QEMU that had a claim to the VM has ended, and who was to know
         # does
@@ -125,7 +123,8 @@ class Works:
     def _begin_alone(self, generation: int) -> None:
         """These disks are the VM's."""
         self._tries, self.refusal = 0, ''
-        self.note(generation=generation, data=SOLE, overwrite=False)
+        self.note(generation=generation, data=SOLE, overwrite=False,
+                  held=False)
 
     async def _start(self, primary: bool) -> None:
         self._off = self._colo_ended = False
@@ -372,7 +371,7 @@ class Works:
         await self._let_go()
         # a person may have decided it, and the peer still has its own
         self.judge.owes = True
-        return 'hold' if self.hold else 'done'
+        return 'hold' if self.facts.held else 'done'
 
     async def _do_hold(self) -> None:
         while self.judge.owes:

@@ -372,9 +372,45 @@ class TroubleTest(KeeperCase):
             await keeper._handle(await keeper._events.get())
             with self.assertRaises(Refusal):
                 await asked
-            return keeper.hold
+            return keeper.facts.held
 
         self.assertFalse(asyncio.run(alone()))
+
+    def test_next_keeper_holds(self) -> None:
+        """Until it is told to protect, or the VM is started anew."""
+        async def order(state: str, name: str, force: bool = False) -> None:
+            keeper = self.keeper(state)
+            asked = asyncio.create_task(getattr(Commands(keeper), name)(force))
+            done, _ = await asyncio.wait({
+                asked, asyncio.ensure_future(keeper._events.get())},
+                return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {asked}:
+                task.result().taken.set_result(True)
+            await asyncio.wait_for(asked, SECONDS)
+
+        async def detach() -> str:
+            keeper = self.keeper('detaching', **{
+                'query-status': {'status': 'running'}, 'query-chardev': [],
+                'query-block-jobs': [], 'qom-list': []})
+            return await keeper._do_detach()
+
+        for state, name, force, wanted in (
+                ('protected', 'alone', False, 'hold'),
+                ('detaching', 'protect', False, 'done'),
+                ('alone', 'alone', False, 'hold'),
+                ('held', 'protect', False, 'done'),
+                ('asking', 'alone', False, 'hold'),
+                ('asking', 'alone', True, 'done')):
+            asyncio.run(order(state, name, force))
+            self.assertEqual(asyncio.run(detach()), wanted)
+
+        async def begin_alone() -> None:
+            keeper = self.keeper()
+            keeper.note(held=True)
+            keeper._begin_alone(5)
+
+        asyncio.run(begin_alone())
+        self.assertEqual(asyncio.run(detach()), 'done')
 
     def test_clock_is_set_back(self) -> None:
         """The next try comes all the same."""
@@ -484,7 +520,7 @@ class ClaimTest(KeeperCase):
                 'query-status': {'status': 'running', 'running': True},
                 'query-blockstats': [], 'query-chardev': [], 'qom-list': [],
                 'query-block-jobs': []})
-            keeper.hold = hold
+            keeper.note(held=hold)
             promoted = unittest.mock.AsyncMock()
             setattr(keeper.judge, 'promoted', promoted)
             setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
