@@ -215,7 +215,7 @@ class Agent:
         """Run the VM here."""
         told = self.found()
         while told and told['state'] == 'joining':
-            # that has a bound
+            # Pacemaker does not do so for ever
             time.sleep(POLL_SECONDS)
             told = self.status()
         if told is None:

@@ -18,7 +18,7 @@ from typing import List, Optional
 from .config import Config, Json
 from .facts import write_whole
 from .machine import Machine
-from .errors import Failed
+from .errors import Failed, Unreachable
 from .peer import Peer
 from .states import AT_REST, PRIMARY, PROMOTABLE, REPLICA, SOLE, STATES
 from .work import LOOK_SECONDS, Works, insistent
@@ -207,6 +207,36 @@ class Keeper(Works):
         """What a QEMU is that was found: the state to go on in."""
         await self.machine.connect()
         return await self._what_it_is()
+
+    async def _do_join(self) -> str:
+        """One that hangs does so within a checkpoint, maybe the only one."""
+        connected = False
+        while True:
+            try:
+                if not connected:
+                    await self.machine.connect()
+                    connected = True
+                return await asyncio.wait_for(self._what_it_is(),
+                                              self.config.limits.start)
+            except asyncio.TimeoutError:
+                why = 'QEMU does not answer'
+            except Failed as exc:
+                why = str(exc)
+            try:
+                if self._has_it(await self.peer.ask('status')):
+                    return 'arming'
+                why += f', and {self.config.peer} may not have the VM'
+            except Unreachable as exc:
+                why += f', and {exc}'
+            self.problem = f'{why}: "stop" ends it, for good'
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _has_it(self, told: Json) -> bool:
+        """Whether the peer needs nothing of what is here."""
+        runs = told['role'] == PRIMARY and told['guest'] == 'running'
+        facts = told['facts']
+        return bool(facts['generation'] >= self.facts.generation
+                    and (runs or facts['data'] == SOLE))
 
     @insistent
     async def _what_it_is(self) -> str:

@@ -114,9 +114,9 @@ STATES = {
     # this host stands by
     'joining': State(
         'has found QEMU that stands by, and waits for its answer', STANDBY,
-        'find', 'start', on={
-            'secondary': 'secondary', 'arming': 'arming', 'failed': 'arming',
-            'died': 'arming', 'yield': 'arming', 'stop': 'stopped'}),
+        'join', on={
+            'secondary': 'secondary', 'arming': 'arming', 'died': 'arming',
+            'yield': 'arming', 'stop': 'stopped'}),
     'arming': State(
         'makes ready to stand by', STANDBY, 'arm', data=REPLICA, on={
             'done': 'standby', 'failed': 'arming', 'died': 'arming',

@@ -649,6 +649,44 @@ class FindTest(KeeperCase):
         with self.assertRaisesRegex(Failed, 'with status 5: .*No such file'):
             asyncio.run(start())
 
+    def test_hangs_within_a_checkpoint(self) -> None:
+        """It may have the only one: the peer has to have the VM."""
+        self.config = replace(self.config, limits=replace(
+            self.config.limits, start=0.05))
+        Facts(3, REPLICA).save(self.config.state / 'facts.json')
+
+        def told(role: str, guest: str, data: str, generation: int = 3
+                 ) -> Json:
+            return {'role': role, 'guest': guest, 'facts': {
+                'data': data, 'generation': generation}}
+
+        async def find(*answers: object) -> Optional[str]:
+            keeper = Keeper(self.config)
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                side_effect=[*answers, Unreachable('the end')]))
+            await keeper._begin()
+            event = asyncio.create_task(keeper._events.get())
+            while 'the end' not in keeper.problem and not event.done():
+                await asyncio.sleep(0)
+            assert keeper._work
+            keeper._work.cancel()
+            self.assertTrue(keeper.machine.runs)
+            return event.result().name if event.done() else None
+
+        with unittest.mock.patch('qemu_replication.keeper.LOOK_SECONDS', 0), \
+                like_qemu(self.config.run) as qemu:
+            for answer in (Unreachable('no keeper'),
+                           told('primary', 'silent', SHARED),
+                           told('none', 'none', SHARED),
+                           told('standby', 'running', REPLICA),
+                           told('primary', 'running', SHARED, 2),
+                           told('none', 'none', SOLE, 2)):
+                self.assertIsNone(asyncio.run(find(answer)))
+            for answer in (told('primary', 'running', SHARED),
+                           told('none', 'none', SOLE)):
+                self.assertEqual(asyncio.run(find(answer)), 'arming')
+            qemu.kill()
+
     def test_cannot_be_followed(self) -> None:
         """There are too many files: it does not run without a keeper."""
         qemu = self.folder / 'qemu'
