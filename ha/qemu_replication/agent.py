@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional
 
 from . import check, cluster
+from .check import TIMEOUTS
 from .client import DONE, ask
 from .config import Config, ConfigError, Json, config_path, load
 from .errors import Failed
@@ -26,7 +27,7 @@ SUCCESS, ERROR, ARGS, UNIMPLEMENTED, PERM, INSTALLED, CONFIGURED, \
 QUIT_SECONDS = 20.0
 POLL_SECONDS = 0.1
 
-METADATA = '''<?xml version="1.0"?>
+METADATA = f'''<?xml version="1.0"?>
 <!DOCTYPE resource-agent SYSTEM "ra-api-1.dtd">
 <resource-agent name="vm" version="1.0">
 <version>1.1</version>
@@ -49,14 +50,16 @@ the name of this resource.
 </parameter>
 </parameters>
 <actions>
-<action name="start" timeout="90s"/>
-<action name="stop" timeout="120s"/>
-<action name="promote" timeout="120s"/>
-<action name="demote" timeout="120s"/>
-<action name="monitor" role="Promoted" timeout="30s" interval="5s"/>
-<action name="monitor" role="Unpromoted" timeout="30s" interval="6s"/>
-<action name="validate-all" timeout="60s"/>
-<action name="meta-data" timeout="5s"/>
+<action name="start" timeout="{TIMEOUTS['start']}s"/>
+<action name="stop" timeout="{TIMEOUTS['stop']}s"/>
+<action name="promote" timeout="{TIMEOUTS['promote']}s"/>
+<action name="demote" timeout="{TIMEOUTS['demote']}s"/>
+<action name="monitor" role="Promoted" interval="5s"
+ timeout="{TIMEOUTS['monitor']}s"/>
+<action name="monitor" role="Unpromoted" interval="6s"
+ timeout="{TIMEOUTS['monitor']}s"/>
+<action name="validate-all" timeout="{TIMEOUTS['validate-all']}s"/>
+<action name="meta-data" timeout="{TIMEOUTS['meta-data']}s"/>
 </actions>
 </resource-agent>
 '''

@@ -22,6 +22,13 @@ RESERVED = ('-name', '-blockdev', '-drive', '-hda', '-hdb', '-hdc', '-hdd',
             '-sd', '-mtdblock', '-pflash', '-fda', '-fdb', '-netdev', '-net',
             '-nic', '-incoming', '-loadvm', '-preconfig', '-daemonize',
             '-pidfile', '-S', '-snapshot')
+# How long Pacemaker waits for each action of the agent, in seconds
+TIMEOUTS = {'start': 90, 'stop': 120, 'promote': 120, 'demote': 120,
+            'monitor': 30, 'validate-all': 60, 'meta-data': 5}
+# Of a limit, the action that may take so long, and how often, and how long
+# that may take besides
+LIMITED = {'start': ('start', 1, 30), 'failover': ('promote', 2, 0),
+           'answer': ('stop', 1, 80)}
 NEEDED = ('x-block-replica-sync', 'x-block-replica-detach',
           'x-colo-lost-heartbeat', 'yank')
 _TLS_FILES = {
@@ -46,8 +53,19 @@ def problems(config: Config, ports: bool = True) -> Iterator[str]:
         yield from _disk(config, disk)
     yield from _tls(config)
     yield from _network(config)
+    if config.cluster.resource:
+        yield from _limits(config)
     if ports and not running_qemu(config):
         yield from _ports(config)
+
+
+def _limits(config: Config) -> Iterator[str]:
+    """Pacemaker ends what takes longer, and then QEMU."""
+    for name, (action, times, rest) in LIMITED.items():
+        most = (TIMEOUTS[action] - rest) / times
+        if getattr(config.limits, name) > most:
+            yield (f'[limits]: {name} may be {most:g} at most: Pacemaker '
+                   f'waits {TIMEOUTS[action]} s for "{action}"')
 
 
 def _addresses(config: Config) -> Iterator[str]:

@@ -25,6 +25,7 @@ import command
 from guesthost import MIB, Disks
 from qemu_replication import cluster
 from qemu_replication.agent import Agent
+from qemu_replication.check import TIMEOUTS
 from qemu_replication.config import load
 from qemu_replication.facts import Facts
 from qemu_replication.judge import Judge, Verdict, new_judge
@@ -185,6 +186,9 @@ class AgentTest(FakeCluster):
             {action.attrib['name'] for action in told.iter('action')},
             {'start', 'stop', 'promote', 'demote', 'monitor', 'validate-all',
              'meta-data'})
+        for action in told.iter('action'):
+            self.assertEqual(action.attrib['timeout'],
+                             f'{TIMEOUTS[action.attrib["name"]]}s')
         self.assertEqual(
             {action.attrib.get('role') for action in told.iter('action')
              if action.attrib['name'] == 'monitor'},

@@ -209,6 +209,29 @@ class ConfigTest(unittest.TestCase):
         self.expect('no interface nosuch', 'network', {
             'device': 'e1000', 'netdev': 'tap,ifname=nosuch'})
 
+    def test_limits_of_pacemaker(self) -> None:
+        """It would end what the keeper still waits for."""
+        plain, self.table = self.table, changed(self.table, 'cluster', {
+            'judge': 'pacemaker', 'resource': 'vm'})
+        self.assertEqual(self.problems(), [])
+        for name, most, operation in (
+                ('start', 60, '90 s for "start"'),
+                ('failover', 60, '120 s for "promote"'),
+                ('answer', 40, '120 s for "stop"')):
+            key = f'limits.{name}'
+            self.assertEqual(self.problems(key, most), [])
+            self.expect(f'[limits]: {name} may be {most} at most', key,
+                        most + 1)
+            self.expect(operation, key, most + 1)
+            self.assertEqual(list(check.problems(self.load(changed(
+                plain, key, most + 1)))), [])
+        guide = Path(command.__file__).parents[2].joinpath(
+            'docs/operate-a-cluster.txt').read_text('utf-8')
+        for name, seconds in check.TIMEOUTS.items():
+            if name not in ('validate-all', 'meta-data'):
+                self.assertRegex(guide, rf'name="{name}"[^/]*timeout='
+                                 f'"{seconds}s"')
+
     def test_no_network(self) -> None:
         """QEMU does not make one by itself, which would not be protected."""
         words = ' '.join(graph.arguments(self.load(self.table), True))
