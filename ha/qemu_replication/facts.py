@@ -34,10 +34,24 @@ def write_whole(path: Path, value: Json, durable: bool) -> None:
 
 
 def open_log(path: Path) -> BinaryIO:
-    """To add to; one that is long is put aside, for the last such one."""
-    if path.exists() and path.stat().st_size > LOG_BYTES:
-        os.replace(path, path.with_suffix('.old.log'))
+    """To add to."""
+    bound_log(path)
     return open(path, 'ab')
+
+
+def bound_log(path: Path) -> None:
+    """Put the end of a long one aside, for the last such end.
+
+    Whoever has it open to add to it goes on at its begin.
+    """
+    if not path.exists() or path.stat().st_size <= LOG_BYTES:
+        return
+    with open(path, 'r+b') as log:
+        log.seek(-LOG_BYTES, os.SEEK_END)
+        end = log.read(LOG_BYTES)
+        # first: there may be no more room
+        log.truncate(0)
+    path.with_suffix('.old.log').write_bytes(end)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import List, Optional
 
 from .config import Config, Json
-from .facts import write_whole
+from .facts import bound_log, write_whole
 from .machine import Machine
 from .errors import Failed, Unreachable
 from .peer import Peer
@@ -307,6 +307,16 @@ class Keeper(Works):
             await asyncio.sleep(LOOK_SECONDS)
             await self._look_once()
             await self._tell()
+            self._bound_logs()
+
+    def _bound_logs(self) -> None:
+        """They may be in memory; a service's own is elsewhere."""
+        for name in 'qemu.log', 'keeper.log':
+            try:
+                bound_log(self.machine.path(name))
+            except OSError:
+                # to say so there is no help
+                pass
 
     async def _look_once(self) -> None:
         """Ask QEMU how it is, which may tell what no event has told."""

@@ -96,6 +96,19 @@ class KeeperCase(unittest.TestCase):
         keeper.machine.dead.clear()
         return keeper
 
+    @staticmethod
+    async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
+        """Wait for the next word of it."""
+        async def changed() -> None:
+            async with keeper.changed:
+                await keeper.changed.wait()
+
+        change = asyncio.create_task(changed())
+        await asyncio.wait({change, looking}, timeout=SECONDS,
+                           return_when=asyncio.FIRST_COMPLETED)
+        if not change.done():
+            raise AssertionError('it does not look any more')
+
 
 class TroubleTest(KeeperCase):
     """It goes on."""
@@ -427,19 +440,6 @@ class TroubleTest(KeeperCase):
                 await asyncio.wait_for(keeper._do_wait_for_standby(), SECONDS)
 
         asyncio.run(wait())
-
-    @staticmethod
-    async def change(keeper: Keeper, looking: 'asyncio.Task[None]') -> None:
-        """Wait for the next word of it."""
-        async def changed() -> None:
-            async with keeper.changed:
-                await keeper.changed.wait()
-
-        change = asyncio.create_task(changed())
-        await asyncio.wait({change, looking}, timeout=SECONDS,
-                           return_when=asyncio.FIRST_COMPLETED)
-        if not change.done():
-            raise AssertionError('it does not look any more')
 
 
 class ClaimTest(KeeperCase):
@@ -937,6 +937,28 @@ class ServiceTest(KeeperCase):
                 log.write(b'x')
             self.assertEqual(path.stat().st_size, left)
         self.assertTrue((self.folder / 'qemu.old.log').exists())
+
+    def test_log_that_is_open(self) -> None:
+        """Whoever writes to it goes on at its begin; the end is kept."""
+        async def look() -> None:
+            keeper = self.keeper('alone', **{
+                'query-blockstats': [], 'query-status': {'status': 'running'}})
+            with open_log(path) as log:
+                log.write(bytes(3 * LOG_BYTES) + b'last words')
+                log.flush()
+                looking = asyncio.create_task(keeper._look_often())
+                while path.stat().st_size:
+                    await self.change(keeper, looking)
+                looking.cancel()
+                log.write(b'x')
+
+        for name in 'qemu', 'keeper':
+            path = self.folder / f'east/{name}.log'
+            asyncio.run(asyncio.wait_for(look(), SECONDS))
+            self.assertEqual(path.read_bytes(), b'x')
+            old = path.with_suffix('.old.log').read_bytes()
+            self.assertEqual(len(old), LOG_BYTES)
+            self.assertTrue(old.endswith(b'last words'))
 
     def test_damaged_facts(self) -> None:
         """It does not start, and says why."""
