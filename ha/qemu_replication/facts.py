@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, List
 
 from .config import Json
 from .errors import Failed
@@ -67,6 +67,8 @@ class Facts:
     overwrite: bool = False
     # and that the VM is not to be protected
     held: bool = False
+    # files of the VM's disks that have been there
+    files: List[str] = field(default_factory=list)
     # from when on the peer may have been in step, for who runs the VM; or this
     # host, for who stands by: what fences the other one later counts
     since: float = field(default_factory=time.time, compare=False)

@@ -95,6 +95,12 @@ def wipe(disk: Disk) -> None:
         os.fsync(file.fileno())
 
 
+def files(config: Config) -> List[str]:
+    """What a host has of the VM's disks."""
+    return [path for disk in config.disks
+            for path in (disk.file, str(disk.metadata_file))]
+
+
 def make_images(config: Config) -> None:
     """Make what is not there yet."""
     for disk in config.disks:

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import replace
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any, Awaitable, Callable, List
 
 from . import graph
@@ -109,7 +110,7 @@ class Works:
         for disk in self.config.disks:
             if graph.leftovers(disk):
                 await self._merge(disk)
-        await asyncio.to_thread(graph.make_images, self.config)
+        await self._make_images()
         before, booted = self.facts.data, False
         self._begin_alone(self.facts.generation)
         try:
@@ -119,6 +120,12 @@ class Works:
             if not booted:
                 self.note(data=before)
         await self.judge.promoted()
+
+    async def _make_images(self) -> None:
+        await asyncio.to_thread(graph.make_images, self.config)
+        files = graph.files(self.config)
+        if files != self.facts.files:
+            self.note(files=files)
 
     def _begin_alone(self, generation: int) -> None:
         """These disks are the VM's."""
@@ -503,9 +510,19 @@ class Works:
         self.gave_up.set()
         await asyncio.sleep(self._pause_seconds())
         await self._drop_leftovers()
-        await asyncio.to_thread(graph.make_images, self.config)
+        self._miss_files()
+        await self._make_images()
         await self._start(False)
         await self._monitor.all(graph.stand_by(self.config))
+
+    def _miss_files(self) -> None:
+        """Nothing is made below a file system that is not mounted."""
+        gone = [file for file in graph.files(self.config)
+                if file in self.facts.files and not Path(file).exists()]
+        if gone and not self.facts.overwrite:
+            raise Failed(f'{gone[0]} is not there any more: is its file '
+                         'system mounted? If it is to be made anew: "stop", '
+                         'and "standby --force"')
 
     async def _drop_leftovers(self) -> None:
         """They may be the only checkpoint, if the primary is gone."""

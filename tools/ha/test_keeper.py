@@ -255,6 +255,36 @@ class TroubleTest(KeeperCase):
 
         self.assertTrue(asyncio.run(boot()))
 
+    def test_disk_is_gone(self) -> None:
+        """Its file system may not be mounted: none is made below that."""
+        async def arm(overwrite: bool = False, work: str = 'arm') -> None:
+            keeper = Keeper(self.config)
+            setattr(keeper, '_start', unittest.mock.AsyncMock())
+            keeper.machine.monitor = Qmp(self.config, {})
+            keeper.note(overwrite=overwrite)
+            await getattr(keeper, f'_do_{work}')()
+
+        disk = self.config.disks[0]
+        self.config = replace(self.config, disks=(
+            replace(disk, metadata=str(self.folder / 'meta')),))
+        paths = Path(disk.file), self.folder / 'meta'
+        asyncio.run(arm(work='boot'))
+        for path in paths:
+            mounted = path.rename(path.with_name('mounted'))
+            with self.assertRaisesRegex(Failed, f'{path}.*mounted.*--force'):
+                asyncio.run(arm())
+            self.assertFalse(path.exists())
+            mounted.rename(path)
+            asyncio.run(arm())
+            path.unlink()
+            asyncio.run(arm(True))
+            self.assertTrue(path.exists())
+        # another disk is made as ever
+        more = replace(disk, file=str(self.folder / 'more.raw'))
+        self.config = replace(self.config, disks=(disk, more))
+        asyncio.run(arm())
+        self.assertTrue(Path(more.file).exists())
+
     def test_nothing_follows(self) -> None:
         """A failure in a state that has no other way out of it."""
         async def ask(*answers: object) -> str:
