@@ -176,9 +176,12 @@ class Works:
             try:
                 told = await self.peer.ask('status')
                 self.problem = self.refusal
-                if told['facts']['generation'] > self.facts.generation:
-                    self.problem = (f'{self.config.peer} says that it has '
-                                    'taken the VM: one of the two is wrong')
+                if told['facts']['generation'] > self.facts.generation \
+                        or told['role'] == PRIMARY:
+                    # a person has vouched for what was not so
+                    self.problem = (
+                        f'{self.config.peer} says that it has the VM: one of '
+                        'the two is wrong, and has to be told "stop --force"')
                 elif told['state'] == 'standby' and (
                         time.monotonic() >= again
                         or told['since'] != self._tried):

@@ -479,7 +479,7 @@ class JudgeTest(FakeCluster):
         self.program('crm_attribute', 'no connection', 1)
         works = Works.__new__(Works)
         lost = Lost(self, {'facts': {'generation': 1}, 'state': 'standby',
-                           'since': 5.0})
+                           'role': 'standby', 'since': 5.0})
         works.__dict__.update(vars(lost), _tries=0, _tried=0.0, refusal='')
         works.judge = new_judge(works)
         asyncio.run(works.judge.promoted())

@@ -157,7 +157,8 @@ class TroubleTest(KeeperCase):
                 'query-blockstats': [], 'query-chardev': [],
                 'query-block-jobs': [], 'migrate': Refused('the port')})
             setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
-                return_value={'facts': {'generation': 0}, 'state': 'arming'}))
+                return_value={'facts': {'generation': 0}, 'state': 'arming',
+                              'role': 'standby'}))
             keeper.post('done')
             states = []
             while keeper.state != 'alone':
@@ -300,6 +301,25 @@ class TroubleTest(KeeperCase):
             self.assertIn('done', asyncio.run(ask(problem, Verdict.OUT)))
             self.assertIn('no process', asyncio.run(ask(problem,
                                                         Verdict.OUT)))
+
+    def test_runs_twice(self) -> None:
+        """After a mistake of a person: both hosts say so."""
+        async def wait(told: Json) -> str:
+            keeper = self.keeper('alone', **{'query-blockstats': []})
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                return_value={'state': 'alone', 'since': 0.0, **told}))
+            waiting = asyncio.create_task(keeper._do_wait_for_standby())
+            while not getattr(keeper.peer.ask, 'called'):
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            waiting.cancel()
+            return keeper.problem
+
+        for told in ({'role': 'none', 'facts': {'generation': 1}},
+                     {'role': 'primary', 'facts': {'generation': 0}}):
+            self.assertIn('one of the two is wrong', asyncio.run(wait(told)))
+        self.assertEqual('', asyncio.run(wait(
+            {'role': 'none', 'facts': {'generation': 0}})))
 
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
@@ -463,7 +483,7 @@ class TroubleTest(KeeperCase):
 
             async def ask(_what: str) -> Json:
                 return {'facts': {'generation': 0}, 'state': 'standby',
-                        'since': 5.0}
+                        'role': 'standby', 'since': 5.0}
 
             setattr(keeper.peer, 'ask', ask)
             with unittest.mock.patch('time.time', side_effect=count(0, -100)):
