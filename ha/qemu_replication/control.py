@@ -104,7 +104,8 @@ class Commands:
         except Unreachable as exc:
             if data == SHARED and not force:
                 raise Refusal(f'{peer} may have taken the VM, and {exc}: '
-                              'if it has not, say --force') from exc
+                              'if it is down, and has not, say --force'
+                              ) from exc
         if data not in ('', SOLE) and not force:
             raise Refusal(f'{peer} may have newer data: if it has not, say '
                           '--force')

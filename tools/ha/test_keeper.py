@@ -512,6 +512,19 @@ class ClaimTest(KeeperCase):
         for theirs in '', REPLICA:
             self.assertEqual(asyncio.run(claim(theirs)), '')
 
+    def test_peer_may_take_it_later(self) -> None:
+        """It is not enough that it has not done so yet."""
+        async def claim() -> None:
+            keeper = self.keeper()
+            keeper.facts.data = SHARED
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                side_effect=Unreachable('no keeper')))
+            with self.assertRaisesRegex(Refusal, 'if it is down, and has'):
+                await Commands(keeper)._claim(False)
+            await Commands(keeper)._claim(True)
+
+        asyncio.run(claim())
+
     def test_next_keeper(self) -> None:
         """It knows what has been fenced since the hosts were in step."""
         async def begin() -> float:
