@@ -168,10 +168,13 @@ class Keeper(Works):
         except (OSError, subprocess.SubprocessError) as exc:
             return Event('failed', str(exc), entered)
         except Exception as exc:  # pylint: disable=broad-except
-            if repr(exc) != self._mistake:
-                self._mistake = repr(exc)
-                log.exception('a mistake of this program')
+            self._log_mistake(exc)
             return Event('failed', 'a mistake of this program', entered)
+
+    def _log_mistake(self, exc: Exception) -> None:
+        if repr(exc) != self._mistake:
+            self._mistake = repr(exc)
+            log.error('a mistake of this program', exc_info=exc)
 
     async def _tell(self) -> None:
         """Let all who watch know."""
@@ -296,7 +299,7 @@ class Keeper(Works):
         elif name == 'COLO_EXIT':
             self._colo_ended = True
             self.post('lost', f'COLO has ended: {data.get("reason")}')
-        elif name == 'REPLICATION_ERROR' and data['reason'] == 'forward':
+        elif name == 'REPLICATION_ERROR' and data.get('reason') == 'forward':
             self.post('lost', f'{data.get("node-name")}: the peer\'s disk '
                       'cannot be reached')
         elif name == 'REPLICATION_STAGE_CHANGE':
@@ -305,8 +308,12 @@ class Keeper(Works):
     async def _look_often(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await self._look_once()
-            await self._tell()
+            try:
+                await self._look_once()
+                await self._tell()
+            except Exception as exc:  # pylint: disable=broad-except
+                # it may be of another version
+                self._log_mistake(exc)
             self._bound_logs()
 
     def _bound_logs(self) -> None:

@@ -148,6 +148,31 @@ class TroubleTest(KeeperCase):
             asyncio.run(look())
         self.assertEqual(len(logs.output), 2, logs.output)
 
+    def test_does_not_understand(self) -> None:
+        """What a QEMU of another version tells: it looks again."""
+        async def look() -> None:
+            keeper = self.keeper('alone', **{
+                'query-blockstats': [{'node-name': 'x', 'driver-specific': {
+                    'driver': 'replication'}}],
+                'query-status': {'status': 'running'}})
+            keeper._on_event({'event': 'REPLICATION_ERROR', 'data': {}})
+            given = getattr(keeper._monitor, 'given')
+            looking = asyncio.create_task(keeper._look_often())
+            while len(given) < 4 and not looking.done():
+                await asyncio.sleep(0)
+            self.assertFalse(looking.done())
+            keeper.machine.monitor = Qmp(self.config, {
+                'query-blockstats': [node()],
+                'query-status': {'status': 'running'}})
+            await self.change(keeper, looking)
+            self.assertEqual(keeper.status()['guest'], 'running')
+            looking.cancel()
+
+        with unittest.mock.patch('qemu_replication.keeper.LOOK_SECONDS', 0), \
+                self.assertLogs('keeper', 'ERROR') as logs:
+            asyncio.run(asyncio.wait_for(look(), SECONDS))
+        self.assertEqual(len(logs.output), 1)
+
     def test_refused_migration(self) -> None:
         """It is told why the VM is not protected, and begun anew."""
         async def migrate() -> List[str]:
