@@ -71,7 +71,9 @@ class Commands:
         keeper = self._keeper
         role = STATES[keeper.state].role
         if role == STANDBY:
-            raise Refusal('this host stands by: "failover" takes the VM')
+            raise Refusal('this host stands by: "failover" takes the VM from '
+                          'a checkpoint, "stop" and "protect" start it from '
+                          'the disks')
         if role != PRIMARY:
             await self._check()
             for disk in self._config.disks:

@@ -537,8 +537,8 @@ class Works:
         if told['data'] not in (SOLE, SHARED) \
                 or told['generation'] < self.facts.generation:
             raise Failed(f'{left[0]} has data, and {self.config.peer} may not '
-                         'have it: "protect --force" uses it here, "standby '
-                         '--force" throws it away')
+                         'have it: "stop", and then "protect --force" to use '
+                         'it here, or "standby --force" to throw it away')
         for path in left:
             path.unlink()
 

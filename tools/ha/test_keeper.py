@@ -537,6 +537,27 @@ class ClaimTest(KeeperCase):
         for theirs in '', REPLICA:
             self.assertEqual(asyncio.run(claim(theirs)), '')
 
+    def test_only_checkpoint(self) -> None:
+        """What is said to be done with it can be done."""
+        async def order() -> None:
+            keeper = self.keeper('arming')
+            setattr(keeper.peer, 'ask', unittest.mock.AsyncMock(
+                return_value={'facts': {'data': REPLICA, 'generation': 0},
+                              'role': 'standby'}))
+            with unittest.mock.patch('qemu_replication.graph.leftovers',
+                                     return_value=[self.path]), \
+                    self.assertRaisesRegex(Failed, '"stop".*"protect --force'):
+                await keeper._drop_leftovers()
+            with self.assertRaisesRegex(Refusal, '"stop" and "protect"'):
+                await Commands(keeper).protect(True)
+            keeper.machine.dead.set()
+            stopping = asyncio.create_task(Commands(keeper).stop(False))
+            await keeper._handle(await keeper._events.get())
+            self.assertIn(keeper.state, (await stopping).reached)
+            await Commands(keeper)._claim(True)
+
+        asyncio.run(order())
+
     def test_peer_may_take_it_later(self) -> None:
         """It is not enough that it has not done so yet."""
         async def claim() -> None:
