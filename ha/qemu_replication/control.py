@@ -132,7 +132,8 @@ class Commands:
             for path in [path for disk in disks
                          for path in graph.leftovers(disk)]:
                 path.unlink()
-            keeper.note(overwrite=True)
+            # nor is it said any more that the VM was here last
+            keeper.note(overwrite=True, generation=0)
         elif keeper.facts.data == SOLE:
             raise Refusal('only this host has the data of the VM: to have it '
                           'overwritten, say --force')

@@ -83,9 +83,9 @@ class Facts:
             if facts.data not in ('', SOLE, SHARED, REPLICA):
                 raise ValueError(f'data is {facts.data!r}')
         except (TypeError, ValueError) as exc:
-            raise Failed(f'{path}: {exc}: if the other host has the VM, '
-                         'remove this file and say "standby --force"'
-                         ) from exc
+            raise Failed(f'{path}: {exc}: remove this file, and say "standby '
+                         '--force" on the host that has not the VM, nor its '
+                         'newest data') from exc
         return facts
 
     def save(self, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Callable, Optional
 
 from . import cluster
 from .errors import Failed, Unreachable
+from .states import REPLICA
 
 if TYPE_CHECKING:
     from .work import Works
@@ -42,7 +43,8 @@ class Judge:
         if told['yields']:
             return Verdict.OUT
         works.problem = f'{works.config.peer}: {told["because"]}'
-        if told['generation'] > works.facts.generation:
+        if told['generation'] > works.facts.generation \
+                and told.get('data') != REPLICA:
             return Verdict.PROMOTED
         return Verdict.UNKNOWN
 

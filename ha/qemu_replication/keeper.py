@@ -438,7 +438,8 @@ class Keeper(Works):
     async def _answer_yield(self, generation: int) -> Json:
         """Give up any claim to the VM, for good, before this is answered."""
         yields = False
-        if self.facts.generation <= generation:
+        # who stands by has its number from the primary, which may have lost it
+        if self.facts.generation <= generation or self.facts.data == REPLICA:
             dead = self.machine.dead
             if self.state in AT_REST and self.facts.data == SOLE:
                 # the peer has no newer data
@@ -452,4 +453,5 @@ class Keeper(Works):
             if yields:
                 await dead.wait()
         return {'yields': yields, 'generation': self.facts.generation,
+                'data': self.facts.data,
                 'because': f'it {STATES[self.state].says}'}

@@ -17,7 +17,8 @@ from .machine import Machine
 from .errors import Busy, Failed, Late, Refused, Unreachable, last_line
 from .monitor import Monitor
 from .peer import Peer
-from .states import FORGETFUL, PRIMARY, PROMOTABLE, SHARED, SOLE
+from .states import (FORGETFUL, PRIMARY, PROMOTABLE, REPLICA, SHARED,
+                     SOLE)
 
 LOOK_SECONDS = 1.0
 POLL_SECONDS = 0.1
@@ -177,6 +178,7 @@ class Works:
                 told = await self.peer.ask('status')
                 self.problem = self.refusal
                 if told['facts']['generation'] > self.facts.generation \
+                        and told['facts']['data'] != REPLICA \
                         or told['role'] == PRIMARY:
                     # a person has vouched for what was not so
                     self.problem = (

@@ -411,6 +411,10 @@ class JudgeTest(FakeCluster):
                                   'because': 'x'}), Verdict.UNKNOWN)
         self.assertIs(self.judge({'yields': False, 'generation': 2,
                                   'because': 'x'}), Verdict.PROMOTED)
+        # this host has lost its facts, and the peer has not taken the VM
+        self.assertIs(self.judge({'yields': False, 'generation': 2,
+                                  'data': 'replica', 'because': 'x'}),
+                      Verdict.UNKNOWN)
 
     def test_score_cannot_be_deleted(self) -> None:
         """Then the peer may be promoted at any moment."""

@@ -340,11 +340,13 @@ class TroubleTest(KeeperCase):
             waiting.cancel()
             return keeper.problem
 
-        for told in ({'role': 'none', 'facts': {'generation': 1}},
+        for told in ({'role': 'none', 'facts': {'generation': 1,
+                                                'data': SOLE}},
                      {'role': 'primary', 'facts': {'generation': 0}}):
             self.assertIn('one of the two is wrong', asyncio.run(wait(told)))
-        self.assertEqual('', asyncio.run(wait(
-            {'role': 'none', 'facts': {'generation': 0}})))
+        for facts in ({'generation': 0}, {'generation': 1, 'data': REPLICA}):
+            self.assertEqual('', asyncio.run(wait({'role': 'none',
+                                                   'facts': facts})))
 
     def test_merge_is_not_seen(self) -> None:
         """It may be seen the next time: the VM is to be protected then."""
@@ -536,6 +538,38 @@ class ClaimTest(KeeperCase):
             self.assertIn('newer data', asyncio.run(claim(theirs)))
         for theirs in '', REPLICA:
             self.assertEqual(asyncio.run(claim(theirs)), '')
+
+    def test_primary_has_lost_its_facts(self) -> None:
+        """Who stands by is older than it by the number, and no primary."""
+        async def give_up(state: str, data: str) -> Json:
+            keeper = self.keeper(state)
+            keeper.begun.set()
+            keeper.machine.dead.set()
+            keeper.gave_up.set()
+            keeper.facts = Facts(3, data)
+            asked = asyncio.create_task(keeper._answer({
+                'ask': 'yield', 'generation': 0}))
+            handled = asyncio.create_task(keeper._handle(
+                await keeper._events.get())) if data == REPLICA else None
+            told = await asyncio.wait_for(asked, SECONDS)
+            if handled:
+                await handled
+                assert keeper._work
+                keeper._work.cancel()
+            return told
+
+        self.assertTrue(asyncio.run(give_up('secondary', REPLICA))['yields'])
+        told = asyncio.run(give_up('protected', SHARED))
+        self.assertFalse(told['yields'])
+
+        async def force() -> int:
+            keeper = self.keeper()
+            keeper.facts = Facts(3, REPLICA)
+            await Commands(keeper)._give_up_data(True)
+            return keeper.facts.generation
+
+        # it is no sign of a VM there for its peer any more
+        self.assertEqual(asyncio.run(force()), 0)
 
     def test_only_checkpoint(self) -> None:
         """What is said to be done with it can be done."""
