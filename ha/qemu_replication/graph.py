@@ -14,6 +14,7 @@ have is merged.  meta0 says after a crash what each of the two disks is.
 """
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -66,7 +67,9 @@ def nodes(config: Config, primary: bool) -> Iterator[Json]:
                'filename': str(disk.metadata_file)}
         yield {'driver': 'replication', 'node-name': top(number),
                'file': f'disk{number}', 'metadata': f'meta{number}',
-               'replica-timeout': int(config.limits.stalled * 1000), **UNMAP,
+               # 0 is for ever
+               'replica-timeout': math.ceil(config.limits.stalled * 1000),
+               **UNMAP,
                **(PRIMARY if primary else _secondary(number, disk))}
 
 

@@ -241,6 +241,13 @@ class ConfigTest(unittest.TestCase):
             True))
         self.assertNotIn('-nic', words)
 
+    def test_short_limit(self) -> None:
+        """It does not come out as none."""
+        for stalled, wanted in (0.0001, 1), (0.0015, 2), (5, 5000):
+            top = list(graph.nodes(self.load(changed(
+                self.table, 'limits.stalled', stalled)), True))[2]
+            self.assertEqual(top['replica-timeout'], wanted)
+
     def fake_qemu(self) -> str:
         """A program that knows nothing."""
         for name in ('qemu', 'qemu-img'):
