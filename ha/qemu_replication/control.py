@@ -17,8 +17,8 @@ from .client import DONE, FAILED, LATE, REFUSED
 from .config import Json
 from .keeper import Keeper
 from .errors import Failed, Unreachable
-from .states import (AT_REST, PRIMARY, PROMOTABLE, SHARED, SOLE, STANDBY,
-                     STATES)
+from .states import (AT_REST, PRIMARY, PROMOTABLE, REPLICA, SHARED, SOLE,
+                     STANDBY, STATES)
 
 # A wait for what has bounds of its own, or for a person
 LONG_SECONDS = 3600.0
@@ -102,7 +102,7 @@ class Commands:
                 if told['yields']:
                     data = SOLE
             elif not data and told['facts']['data'] in (SOLE, SHARED):
-                data = 'replica'
+                data = REPLICA
         except Unreachable as exc:
             if data == SHARED and not force:
                 raise Refusal(f'{peer} may have taken the VM, and {exc}: '
@@ -146,18 +146,26 @@ class Commands:
 
     async def failover(self, force: bool) -> Goal:
         """Take the VM, which the other host gives up or is down."""
-        if self._keeper.state not in PROMOTABLE:
+        again = self._has_not_begun()
+        if self._keeper.state not in PROMOTABLE and not again:
             raise Refusal('it cannot be taken: this host '
                           f'{STATES[self._keeper.state].says}')
-        await self._post('promote' if force else 'take')
+        await self._post('promote' if force or again else 'take')
         return Goal(RUNS_VM, ('orphan', 'secondary', 'arming', 'down',
                               'stuck'), 2 * self._config.limits.failover)
+
+    def _has_not_begun(self) -> bool:
+        """Whether a failover has failed before the VM was this host's."""
+        return self._keeper.state == 'stuck' \
+            and self._keeper.facts.data == REPLICA
 
     async def alone(self, force: bool) -> Goal:
         """Go on without the other host, which gives up or is down."""
         keeper = self._keeper
         if STATES[keeper.state].role != PRIMARY:
             raise Refusal(f'this host {STATES[keeper.state].says}')
+        if self._has_not_begun():
+            raise Refusal('it has not taken the VM yet: "failover" does')
         # one that is down shall be protected with again when it comes back
         before, held = keeper.facts.held, not force
         keeper.note(held=held)

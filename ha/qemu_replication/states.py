@@ -108,8 +108,8 @@ STATES = {
             'died': 'down', 'off': 'off', **ENDS}),
     'stuck': State(
         'could not go on alone', PRIMARY, on={
-            'drop': 'detaching', 'died': 'down', 'off': 'off',
-            **ENDS}),
+            'drop': 'detaching', 'promote': 'promoting', 'died': 'down',
+            'off': 'off', **ENDS}),
 
     # this host stands by
     'joining': State(

@@ -571,6 +571,29 @@ class ClaimTest(KeeperCase):
         # it is no sign of a VM there for its peer any more
         self.assertEqual(asyncio.run(force()), 0)
 
+    def test_stuck_before_it_has_begun(self) -> None:
+        """A failover that QEMU was too late for: it is begun again."""
+        async def order(data: str) -> str:
+            keeper = self.keeper('stuck')
+            keeper.note(data=data, generation=3)
+            command = Commands(keeper).failover if data == REPLICA \
+                else Commands(keeper).alone
+            if data == REPLICA:
+                # the peer would not know that the VM is here
+                with self.assertRaisesRegex(Refusal, '"failover"'):
+                    await Commands(keeper).alone(False)
+            ordered = asyncio.create_task(command(False))
+            await keeper._handle(await asyncio.wait_for(keeper._events.get(),
+                                                        SECONDS))
+            await ordered
+            assert keeper._work
+            keeper._work.cancel()
+            return keeper.state
+
+        for data, wanted in (REPLICA, 'promoting'), (SOLE, 'detaching'):
+            self.assertEqual(asyncio.run(asyncio.wait_for(order(data),
+                                                          SECONDS)), wanted)
+
     def test_only_checkpoint(self) -> None:
         """What is said to be done with it can be done."""
         async def order() -> None:
