@@ -5,6 +5,8 @@
  */
 
 #include "qemu/osdep.h"
+#include "block/block-io.h"
+#include "qapi/error.h"
 #include "qemu/hbitmap.h"
 #include "qemu/lockable.h"
 #include "replication-changes.h"
@@ -36,7 +38,7 @@ struct ReplicationChanges {
 };
 
 /* Bitmaps that cannot be had end QEMU.  What is not used costs nothing. */
-bool replication_changes_have_room(int64_t size)
+static bool changes_have_room(int64_t size)
 {
     uint64_t bits = ((uint64_t)size >> REPLICATION_BLOCK_BITS) + 1;
     g_autofree void *room = NULL;
@@ -47,6 +49,18 @@ bool replication_changes_have_room(int64_t size)
     room = g_try_malloc(NB_SETS * DIV_ROUND_UP(bits, 8));
 
     return room;
+}
+
+bool replication_check_room(BlockDriverState *bs, int64_t size, Error **errp)
+{
+    if (changes_have_room(size)) {
+        return true;
+    }
+    error_setg(errp, "Replication node '%s': not enough memory to note what "
+               "changes on a disk of %" PRId64 " bytes",
+               bdrv_get_node_name(bs), size);
+
+    return false;
 }
 
 static void changes_alloc(ReplicationChanges *changes, int64_t size)

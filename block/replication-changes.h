@@ -25,8 +25,8 @@
 
 typedef struct ReplicationChanges ReplicationChanges;
 
-/* Whether there is room in memory for the sets of a disk of @size bytes */
-bool replication_changes_have_room(int64_t size);
+/* Whether there is memory for the sets of @bs, if it has @size bytes */
+bool replication_check_room(BlockDriverState *bs, int64_t size, Error **errp);
 
 /* For a disk of @size bytes; all sets are empty */
 ReplicationChanges *replication_changes_new(int64_t size);

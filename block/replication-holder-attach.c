@@ -205,7 +205,7 @@ bool replication_replica_may_change(BlockDriverState *bs, Error **errp)
 }
 
 /* Others may have resized the disk while the node was inactive */
-static void holder_check_length(BlockDriverState *bs)
+static bool holder_check_length(BlockDriverState *bs, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
     int64_t length;
@@ -213,9 +213,15 @@ static void holder_check_length(BlockDriverState *bs)
     GRAPH_RDLOCK_GUARD_MAINLOOP();
 
     length = bdrv_getlength(bs->file->bs);
-    if (length >= 0 && length != replication_changes_size(s->changes)) {
-        holder_resized(bs, length);
+    if (length < 0 || length == replication_changes_size(s->changes)) {
+        return true;
     }
+    if (!replication_check_room(bs, length, errp)) {
+        return false;
+    }
+    holder_resized(bs, length);
+
+    return true;
 }
 
 /* Whether @opts make sense for @bs */
@@ -469,8 +475,8 @@ bool replication_replica_attach(BlockDriverState *bs,
     if (!holder_may_attach(bs, errp)) {
         return false;
     }
-    holder_check_length(bs);
-    if (!holder_check_attach(bs, opts, errp) ||
+    if (!holder_check_length(bs, errp) ||
+        !holder_check_attach(bs, opts, errp) ||
         !holder_check_writable(bs, opts->replica, "Replica", errp) ||
         (opts->metadata &&
          !holder_check_writable(bs, opts->metadata, "Replica metadata",

@@ -275,17 +275,15 @@ static bool holder_open_ledger(BlockDriverState *bs, Error **errp)
            replication_ledger_open(s->ledger, errp) == 0;
 }
 
-static bool holder_check_room(BlockDriverState *bs, int64_t length,
-                              Error **errp)
+/* At once: if the node does not become active yet, nobody tells it again */
+static void holder_used_by_others(BlockDriverState *bs)
 {
-    if (replication_changes_have_room(length)) {
-        return true;
+    if (holder_state(bs)->replica) {
+        error_report("Replication node '%s': others have used its disk while "
+                     "it was inactive, and what they wrote does not get to the "
+                     "secondary", bdrv_get_node_name(bs));
+        holder_lose(bs, "request", -EIO);
     }
-    error_setg(errp, "Replication node '%s': not enough memory to note what "
-               "changes on a disk of %" PRId64 " bytes",
-               bdrv_get_node_name(bs), length);
-
-    return false;
 }
 
 static bool coroutine_fn GRAPH_RDLOCK
@@ -293,29 +291,24 @@ holder_co_activated(BlockDriverState *bs, Error **errp)
 {
     ReplicationHolder *s = holder_state(bs);
     int64_t length = bdrv_co_getlength(bs->file->bs);
-    bool by_others = length >= 0 &&
-                     length != replication_changes_size(s->changes);
     int ret;
 
-    if (by_others) {
-        if (!holder_check_room(bs, length, errp)) {
+    if (length >= 0 && length != replication_changes_size(s->changes)) {
+        if (!replication_check_room(bs, length, errp)) {
             return false;
         }
         replication_changes_resize(s->changes, length);
         s->had_replica = false;
+        holder_used_by_others(bs);
     }
     if (s->ledger) {
         ret = replication_ledger_open(s->ledger, errp);
         if (ret < 0) {
             return false;
         }
-        by_others |= ret > 0;
-    }
-    if (by_others && s->replica) {
-        error_report("Replication node '%s': others have used its disk while "
-                     "it was inactive, and what they wrote does not get to the "
-                     "secondary", bdrv_get_node_name(bs));
-        holder_lose(bs, "request", -EIO);
+        if (ret > 0) {
+            holder_used_by_others(bs);
+        }
     }
 
     return true;
@@ -342,7 +335,7 @@ static bool holder_opened(BlockDriverState *bs, QDict *options, Error **errp)
                          "the length of its disk", bdrv_get_node_name(bs));
         return false;
     }
-    if (!holder_check_room(bs, length, errp)) {
+    if (!replication_check_room(bs, length, errp)) {
         return false;
     }
     s->changes = replication_changes_new(length);
@@ -496,7 +489,7 @@ static bool holder_may_resize(BlockDriverState *bs, int64_t length,
         return false;
     }
 
-    return (length < 0 || holder_check_room(bs, length, errp)) &&
+    return (length < 0 || replication_check_room(bs, length, errp)) &&
            (!s->ledger ||
             replication_ledger_may_resize(s->ledger, length, errp));
 }

@@ -218,6 +218,9 @@ static bool standby_open_metadata(BlockDriverState *bs, Error **errp)
     metadata = replication_meta_child(node->meta)->bs;
     length = bdrv_getlength(s->guard);
     bdrv_graph_rdunlock_main_loop();
+    if (!replication_check_room(bs, length, errp)) {
+        return false;
+    }
     child = replication_guard_attach_metadata(s->guard, metadata, errp);
     if (!child) {
         return false;
